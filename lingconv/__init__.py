@@ -1,0 +1,49 @@
+"""lingconv: converts, quantizes and checks very large checkpoints, streamed in bounded memory.
+
+The verbs of the command line, as functions:
+
+    >>> import lingconv
+    >>> report = lingconv.inspect("Ling-mini-2.0")                            # doctest: +SKIP
+    >>> result = lingconv.quantize("Ling-mini-2.0", "Ling-mini-2.0-FP8")      # doctest: +SKIP
+"""
+
+from lingconv.api import convert, inspect, plan, quantize, synth
+from lingconv.engine import Progress, Resources, Result
+from lingconv.errors import (
+    CheckpointError,
+    DestinationError,
+    Fault,
+    Interrupted,
+    LingconvError,
+    PermissionDenied,
+    ResourceError,
+    UsageError,
+)
+from lingconv.inspection import Report
+from lingconv.options import ConvertOptions, Fp8Options
+from lingconv.plan import Plan
+from lingconv.version import __version__
+
+__all__ = [
+    "CheckpointError",
+    "ConvertOptions",
+    "DestinationError",
+    "Fault",
+    "Fp8Options",
+    "Interrupted",
+    "LingconvError",
+    "PermissionDenied",
+    "Plan",
+    "Progress",
+    "Report",
+    "ResourceError",
+    "Resources",
+    "Result",
+    "UsageError",
+    "__version__",
+    "convert",
+    "inspect",
+    "plan",
+    "quantize",
+    "synth",
+]

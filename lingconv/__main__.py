@@ -1,0 +1,5 @@
+"""Runs the command line with `python -m lingconv`."""
+
+from lingconv.cli import main
+
+main()

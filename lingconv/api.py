@@ -1,0 +1,144 @@
+"""The verbs, as functions: what the commands do, without a terminal."""
+
+from pathlib import Path
+
+from lingconv.checkpoint import open_checkpoint
+from lingconv.engine import Progress, Resources, Result, execute
+from lingconv.errors import DestinationError
+from lingconv.family import load_families
+from lingconv.inspection import Report, inspect_model
+from lingconv.model import Model, recognise
+from lingconv.options import ConvertOptions, Fp8Options, TargetDType
+from lingconv.plan import Plan
+from lingconv.planner import build_plan
+
+
+def open_model(source: str | Path, *, formats: str | None = None) -> Model:
+    """Open a checkpoint and find out what it is.
+
+    `formats` is a family file or a folder of them, in place of the built-in ones.
+    """
+    return recognise(open_checkpoint(source), load_families(formats))
+
+
+def inspect(source: str | Path, *, formats: str | None = None) -> Report:
+    """Return what `source` is, and everything odd about it. Reads headers only."""
+    return inspect_model(open_model(source, formats=formats))
+
+
+def plan(
+    source: str | Path, options: ConvertOptions | None = None, *, formats: str | None = None
+) -> Plan:
+    """Return the plan of a conversion, down to the byte, without writing anything."""
+    return build_plan(open_model(source, formats=formats), options or ConvertOptions())
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    formats: str | None = None,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> Result:
+    """Convert `source` into the folder `destination`; the same call again resumes.
+
+    Raises the errors of `lingconv.errors`.
+    """
+    _refuse_overlap(Path(source), Path(destination))
+    model = open_model(source, formats=formats)
+    return execute(
+        build_plan(model, options or ConvertOptions()),
+        model.checkpoint.storage,
+        Path(destination),
+        resources=resources,
+        progress=progress,
+        fresh=fresh,
+    )
+
+
+def quantize(
+    source: str | Path,
+    destination: str | Path,
+    fp8: Fp8Options | None = None,
+    *,
+    formats: str | None = None,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> Result:
+    """Quantize to FP8, layout kept: `convert` with `dtype="fp8"`."""
+    options = ConvertOptions(dtype=TargetDType.FP8, fp8=fp8 or Fp8Options())
+    return convert(
+        source,
+        destination,
+        options,
+        formats=formats,
+        resources=resources,
+        progress=progress,
+        fresh=fresh,
+    )
+
+
+def synth(
+    config: str | Path,
+    destination: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    layers: int | None = None,
+    dense_layers: int | None = None,
+    mtp: int | None = None,
+    seed: int = 0,
+    headers_only: bool = False,
+    formats: str | None = None,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> Result:
+    """Write a checkpoint of random weights: `config` is a preset or a config.json."""
+    model = synthetic_model(
+        config, layers=layers, dense_layers=dense_layers, mtp=mtp, seed=seed, formats=formats
+    )
+    return execute(
+        build_plan(model, options or ConvertOptions()),
+        model.checkpoint.storage,
+        Path(destination),
+        resources=resources,
+        progress=progress,
+        fresh=fresh,
+        headers_only=headers_only,
+    )
+
+
+def synthetic_model(
+    config: str | Path,
+    *,
+    layers: int | None = None,
+    dense_layers: int | None = None,
+    mtp: int | None = None,
+    seed: int = 0,
+    formats: str | None = None,
+) -> Model:
+    """Return the model that `synth` writes, to plan it without writing."""
+    from lingconv import synth as synthesis  # numba is not needed for anything else here
+
+    families = load_families(formats)
+    values = synthesis.cut_config(
+        synthesis.read_config(str(config)),
+        families[0],
+        layers=layers,
+        dense_layers=dense_layers,
+        mtp=mtp,
+    )
+    return recognise(synthesis.synthetic_checkpoint(values, families[0], seed), families)
+
+
+def _refuse_overlap(source: Path, destination: Path) -> None:
+    """Refuse to write into the source."""
+    inner, outer = destination.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents:
+        raise DestinationError(
+            f"{destination} is inside the source {source}", hint="choose a folder of its own"
+        )

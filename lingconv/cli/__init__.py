@@ -1,0 +1,48 @@
+"""The command line: the only place that prints, and the only one that exits."""
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+from lingconv.cli.app import app
+from lingconv.cli.output import output
+from lingconv.errors import Interrupted, LingconvError
+
+INTERNAL_ERROR = 70
+TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, heard wherever Ctrl-C would be."""
+
+
+def main() -> None:
+    """Run the command line and exit with the code that `lingconv.errors` documents."""
+    terminated = False
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        app()
+    except Interrupted as exc:
+        output.error(exc)
+        sys.exit(TERMINATED if terminated else exc.exit_code)
+    except LingconvError as exc:
+        output.error(exc)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(TERMINATED if terminated else Interrupted.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): not worth a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        output.bug()
+        sys.exit(INTERNAL_ERROR)

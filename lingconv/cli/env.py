@@ -1,0 +1,30 @@
+"""`lingconv env`: what a bug report needs. No secrets, no paths."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from lingconv.cli.options import Json, Quiet, Verbose
+from lingconv.cli.output import columns, output
+from lingconv.version import __version__
+
+_PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf", "typer", "rich")
+
+
+def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Print versions and the machine's kind, for bug reports."""
+    values = {
+        "lingconv": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": str(len(os.sched_getaffinity(0))),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    output.result(columns(values.items(), ""), {"schema": "lingconv.env/1", **values}, __version__)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,22 @@
+"""`lingconv formats`: the families that are known."""
+
+from lingconv.cli.options import Formats, Json, Quiet, Verbose
+from lingconv.cli.output import columns, output
+from lingconv.family import load_families, presets
+
+
+def formats(
+    formats: Formats = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """List the model families, their architectures and the presets for `synth`."""
+    families = load_families(formats)
+    lines: list[str] = []
+    for family in families:
+        lines += [f"{family.name}  {family.title}", *columns(family.architectures.items())]
+    lines += ["presets", *(f"  {name}" for name in presets())]
+    value = {
+        "schema": "lingconv.formats/1",
+        "families": {family.name: dict(family.architectures) for family in families},
+        "presets": list(presets()),
+    }
+    output.result(lines, value, "\n".join(family.name for family in families))

@@ -1,0 +1,78 @@
+"""`lingconv inspect`: what is this checkpoint?"""
+
+from lingconv import api
+from lingconv.cli.options import Formats, Json, Quiet, Source, Verbose
+from lingconv.cli.output import columns, output
+from lingconv.cli.units import count, file_size
+from lingconv.errors import CheckpointError, Fault
+from lingconv.inspection import Report
+
+_MAX_FAULTS = 10
+
+
+def inspect(
+    source: Source,
+    formats: Formats = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a checkpoint is, and everything odd about it. Reads headers only.
+
+    Example: `lingconv inspect Ling-mini-2.0`
+    """
+    report = api.inspect(source, formats=formats)
+    output.result(_lines(report, verbose=verbose), report.to_json(), report.architecture)
+    if not report.sound:
+        fatal = [fault for fault in report.faults if fault.fatal]
+        raise CheckpointError(f"{report.source} has {len(fatal)} faults", hint=_hint(fatal))
+
+
+def _hint(faults: list[Fault]) -> str:
+    hints = [fault.hint for fault in faults if fault.hint]
+    return hints[0] if hints else "fetch the damaged files again"
+
+
+def _lines(report: Report, *, verbose: bool) -> list[str]:
+    moe_layers = report.layers - report.dense_layers
+    quantization = report.quantization or {}
+    return [
+        report.source,
+        *columns(
+            [
+                ("family", f"{report.family}  ({report.architecture})"),
+                ("layout", report.layout),
+                ("encoding", ", ".join(f"{n:,} x {label}" for label, n in report.encodings.items())),
+                (
+                    "parameters",
+                    f"{count(report.parameters)}, {count(report.active_parameters)} active"
+                    + (f", + {count(report.mtp_parameters)} MTP" if report.mtp_layers else ""),
+                ),
+                (
+                    "layers",
+                    f"{report.dense_layers} dense + {moe_layers} MoE"
+                    f" ({report.experts} experts) + {report.mtp_layers} MTP",
+                ),
+                ("rotary", f"{report.rotary_dim} dimensions"),
+                ("tensors", f"{report.tensors:,} in {report.shards} shards"),
+                ("bytes", f"{file_size(report.tensor_bytes)}  ({report.tensor_bytes:,})"),
+                (
+                    "dtypes",
+                    ", ".join(f"{name} {file_size(size)}" for name, size in report.dtypes.items()),
+                ),
+                ("quantization", str(quantization.get("quant_method", ""))),
+                ("other files", ", ".join(report.side_files)),
+            ]
+        ),
+        *_fault_lines(report, verbose=verbose),
+    ]
+
+
+def _fault_lines(report: Report, *, verbose: bool) -> list[str]:
+    if not report.faults:
+        return ["  nothing odd"]
+    shown = report.faults if verbose else report.faults[:_MAX_FAULTS]
+    lines = [f"  {'FAULT' if fault.fatal else 'odd  '}  {fault}" for fault in shown]
+    if len(shown) < len(report.faults):
+        lines.append(f"  ... and {len(report.faults) - len(shown)} more (-v or --json show all)")
+    return lines

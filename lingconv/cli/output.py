@@ -1,0 +1,104 @@
+"""What a person or a program sees: results on stdout, everything else on stderr.
+
+Every command builds its result as text and as JSON values and hands both to `output`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lingconv.errors import CheckpointError, LingconvError
+from lingconv.version import __version__
+
+_MAX_DETAILS = 10
+
+
+class Output:
+    """The streams, and how much is to be said on them."""
+
+    def __init__(self) -> None:
+        self.json = False
+        self.quiet = False
+        self.verbose = False
+
+    def result(self, text: Sequence[str], value: Mapping[str, Any], essence: str) -> None:
+        """Print a command's result: lines for people, one document with `--json`, one word with -q."""
+        if self.json:
+            lines = [json.dumps(value, indent=2)]
+        else:
+            lines = [essence] if self.quiet else list(text)
+        for line in lines:
+            print(line)  # noqa: T201 - the one place that prints results
+
+    def note(self, text: str) -> None:
+        """Say something about the run."""
+        if not self.quiet:
+            self._say(text)
+
+    def warning(self, text: str) -> None:
+        """Say what is odd, but not in the way."""
+        self._say(f"{_paint('warning', '33')}: {text}")
+
+    def error(self, error: LingconvError) -> None:
+        """Say what went wrong, where, and what to do."""
+        self._say(f"{_paint('error', '31')}: {error.message}")
+        shown = error.details if self.verbose else error.details[:_MAX_DETAILS]
+        for detail in shown:
+            self._say(f"  {detail}")
+        if len(error.details) > len(shown):
+            self._say(f"  ... and {len(error.details) - len(shown)} more (-v shows all)")
+        if self.verbose and error.__cause__ is not None:
+            self._say(f"  caused by: {error.__cause__!r}")
+        if error.hint:
+            self._say(f"{_paint('hint', '36')}: {error.hint}")
+        if self.json:
+            self._say(json.dumps({"error": _error_json(error)}))
+
+    def bug(self) -> None:
+        """Ask for a report of an error that is not in the tree."""
+        self._say(
+            f"{_paint('error', '31')}: this is a bug in lingconv {__version__}; please report it"
+            " with the lines above and the output of `lingconv env`"
+        )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr)  # noqa: T201 - the one place that talks
+
+
+def _error_json(error: LingconvError) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "type": type(error).__name__,
+        "exit_code": error.exit_code,
+        "message": error.message,
+        "details": list(error.details),
+        "hint": error.hint,
+    }
+    if isinstance(error, CheckpointError):
+        value["faults"] = [
+            {"kind": f.kind, "file": f.file, "tensor": f.tensor, "message": f.message}
+            for f in error.faults
+        ]
+    return value
+
+
+def wants_colour(stream: Any) -> bool:
+    """Return whether a stream is to be coloured: a terminal, and nobody said no."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def _paint(word: str, code: str) -> str:
+    return f"\x1b[1;{code}m{word}\x1b[0m" if wants_colour(sys.stderr) else word
+
+
+def columns(rows: Iterable[tuple[str, str]], indent: str = "  ") -> list[str]:
+    """Return label-and-value lines with the values aligned; rows without a value are left out."""
+    kept = [(label, value) for label, value in rows if value]
+    width = max((len(label) for label, _ in kept), default=0)
+    return [f"{indent}{label:<{width}}  {value}" for label, value in kept]
+
+
+output = Output()

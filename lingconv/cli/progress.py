@@ -1,0 +1,173 @@
+"""Progress on stderr: bars on a terminal, lines in a log.
+
+A row for the whole run, counted in bytes of output, and one for each file that is being written.
+Finished files become lines. `LINGCONV_PROGRESS=auto|bar|log|none` decides; auto looks at stderr.
+"""
+
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from lingconv.cli.output import output, wants_colour
+from lingconv.cli.units import file_size
+from lingconv.engine import Silent
+from lingconv.plan import Plan
+
+_LOG_EVERY_S = 30.0
+
+
+class _Rate(ProgressColumn):
+    """Speed in the same decimal units as the sizes."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{file_size(speed)}/s" if speed else "", style="progress.data.speed")
+
+
+class _Amount(ProgressColumn):
+    """Bytes done of bytes in all."""
+
+    def render(self, task: Task) -> Text:
+        total = file_size(task.total or 0)
+        return Text(f"{file_size(task.completed)} / {total}", style="progress.download")
+
+
+class Bars(Silent):
+    """Live bars for a person."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Amount(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._total: TaskID | None = None
+        self._rows: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+        """Show the row of the whole run."""
+        if done:
+            self._bars.console.print(_resuming(plan, done), highlight=False)
+        total = sum(file.nbytes for file in plan.files)
+        self._total = self._bars.add_task("total", total=total)
+        self._bars.advance(self._total, _bytes_done(plan, done))
+
+    def file_begins(self, name: str, nbytes: int) -> None:
+        """Show a row for the file."""
+        self._rows[name] = self._bars.add_task(name, total=nbytes)
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Move both bars."""
+        self._bars.advance(self._rows[name], nbytes)
+        if self._total is not None:
+            self._bars.advance(self._total, nbytes)
+
+    def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Turn the file's row into a line."""
+        self._bars.remove_task(self._rows.pop(name))
+        self._bars.console.print(_finished(name, nbytes, seconds), highlight=False)
+
+
+class Lines(Silent):
+    """A line for each finished file, and a summary every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started = self._spoken = time.monotonic()
+        self._written = 0
+        self._total = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing to put away."""
+
+    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+        """Note how much there is to do."""
+        self._total = sum(file.nbytes for file in plan.files) - _bytes_done(plan, done)
+        if done:
+            output.note(_resuming(plan, done))
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Speak up when it has been quiet for long."""
+        with self._lock:
+            self._written += nbytes
+            now = time.monotonic()
+            if now - self._spoken < _LOG_EVERY_S:
+                return
+            self._spoken = now
+            rate = self._written / (now - self._started)
+        left = (self._total - self._written) / rate
+        output.note(
+            f"{file_size(self._written)} of {file_size(self._total)} written,"
+            f" {file_size(rate)}/s, {left:,.0f} s left"
+        )
+
+    def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Say that a file is complete."""
+        output.note(_finished(name, nbytes, seconds))
+
+
+def _finished(name: str, nbytes: int, seconds: float) -> str:
+    rate = nbytes / seconds if seconds else 0.0
+    return f"{name}  {file_size(nbytes)}  {file_size(rate)}/s"
+
+
+def _resuming(plan: Plan, done: int) -> str:
+    return f"resuming: {done} of {len(plan.files)} files are finished"
+
+
+def _bytes_done(plan: Plan, done: int) -> int:
+    """Return about how many bytes `done` files hold; which ones they are does not matter here."""
+    return sum(file.nbytes for file in plan.files[:done])
+
+
+def make_progress() -> Bars | Lines:
+    """Return the progress that fits stderr and LINGCONV_PROGRESS."""
+    wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
+    if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
+        return Bars()
+    if wanted == "none":
+        output.quiet = True
+    return Lines()

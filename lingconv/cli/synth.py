@@ -1,0 +1,83 @@
+"""`lingconv synth`: a checkpoint of random weights, of any size."""
+
+from typing import Annotated
+
+import typer
+
+from lingconv import api
+from lingconv.cli.convert import show
+from lingconv.cli.options import (
+    OUTPUT,
+    Destination,
+    Formats,
+    Fresh,
+    Jobs,
+    Json,
+    MaxMemory,
+    MaxShardSize,
+    Quiet,
+    Verbose,
+    resources,
+)
+from lingconv.cli.plan import DType
+from lingconv.cli.progress import make_progress
+from lingconv.cli.units import parse_size
+from lingconv.options import ConvertOptions
+
+
+def synth(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A config.json, or: tiny, ling-mini-2.0, ling-flash-2.0, ling-1t.",
+        ),
+    ],
+    destination: Destination,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Cut to this many layers.")
+    ] = None,
+    dense_layers: Annotated[
+        int | None, typer.Option("--dense-layers", min=0, help="How many of them are dense.")
+    ] = None,
+    mtp: Annotated[int | None, typer.Option("--mtp", min=0, help="Number of MTP layers.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same bytes.")] = 0,
+    dtype: DType = None,
+    max_shard_size: MaxShardSize = "10GB",
+    headers_only: Annotated[
+        bool,
+        typer.Option(
+            "--headers-only",
+            help="Sparse files: full size, no data, to plan on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    fresh: Fresh = False,
+    jobs: Jobs = 0,
+    max_memory: MaxMemory = "1GiB",
+    formats: Formats = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a checkpoint of random weights with realistic statistics, for trials and benchmarks.
+
+    Examples: `lingconv synth ling-mini-2.0 cut --layers 4`,
+    `lingconv synth ling-1t plan-only --headers-only`
+    """
+    with make_progress() as progress:
+        result = api.synth(
+            config,
+            destination,
+            ConvertOptions(dtype=dtype or "", max_shard_bytes=parse_size(max_shard_size)),
+            layers=layers,
+            dense_layers=dense_layers,
+            mtp=mtp,
+            seed=seed,
+            headers_only=headers_only,
+            formats=formats,
+            resources=resources(jobs, max_memory),
+            progress=progress,
+            fresh=fresh,
+        )
+    show(result)

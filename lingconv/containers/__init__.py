@@ -1,0 +1,1 @@
+"""What the files look like: names, headers and offsets, never the meaning of a tensor."""

@@ -1,0 +1,199 @@
+"""The safetensors container: an 8-byte length, a JSON header, the data.
+
+Reads headers without trusting them and lays files out before any data exists. Format:
+https://github.com/huggingface/safetensors#format. No holes, no overlaps, header at most 100 MB.
+The real library's writer needs a whole shard in memory, which is why this module exists.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from lingconv.dtypes import DTYPES, DType
+from lingconv.errors import Fault
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
+METADATA_KEY = "__metadata__"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class TensorEntry(NamedTuple):
+    """A tensor of one file: `offset` counts from the start of the file, sizes are in bytes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that a file is going to hold."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.bits // 8
+
+
+class HeaderError(ValueError):
+    """The header as a whole cannot be used; single bad entries are faults instead."""
+
+
+def header_length(prefix: bytes, file_bytes: int) -> int:
+    """Return the length of the JSON header, from the first 8 bytes of a file.
+
+    Raises HeaderError when the file is too short for the header that it announces.
+    """
+    if len(prefix) < 8:
+        raise HeaderError(f"file of {file_bytes} bytes is too short for a safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"header length {length:,} is over the format's limit of 100 MB")
+    if length > file_bytes - 8:
+        raise HeaderError(
+            f"truncated: header says {length:,} bytes, the file holds {file_bytes - 8:,} after it"
+        )
+    return int(length)
+
+
+def parse_header(
+    header: bytes, file_bytes: int, file: str
+) -> tuple[list[TensorEntry], list[Fault]]:
+    """Return the tensors that a header describes, sorted by offset, and what is wrong with it.
+
+    Only entries that lie inside the file and whose size fits dtype and shape are returned. Raises
+    HeaderError when the JSON itself is unusable.
+    """
+    entries: list[TensorEntry] = []
+    faults: list[Fault] = []
+    start = 8 + len(header)
+    seen: set[str] = set()
+    for name, value in _load_pairs(header):
+        if name == METADATA_KEY:
+            continue
+        if name in seen:
+            faults.append(Fault("header", "tensor is listed twice in one header", file, name))
+            continue
+        seen.add(name)
+        try:
+            entries.append(_parse_entry(name, value, start, file_bytes))
+        except HeaderError as exc:
+            faults.append(Fault("header", str(exc), file, name))
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    if not faults:
+        faults = _check_coverage(entries, start, file_bytes, file)
+    return entries, faults
+
+
+def _load_pairs(header: bytes) -> list[tuple[str, Any]]:
+    """Parse the JSON object, keeping duplicate keys apart."""
+    try:
+        pairs = json.loads(header, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as exc:
+        raise HeaderError(f"header is not JSON: {exc}") from exc
+    if not isinstance(pairs, _Pairs):
+        raise HeaderError("header is not a JSON object")
+    return pairs
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its key-value pairs."""
+
+
+def _parse_entry(name: str, value: Any, start: int, file_bytes: int) -> TensorEntry:
+    if not isinstance(value, _Pairs):
+        raise HeaderError("entry is not an object")
+    fields = dict(value)
+    if len(fields) != len(value) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError("entry must have exactly dtype, shape and data_offsets")
+    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        raise HeaderError(f"unknown dtype {fields['dtype']!r}")
+    shape = _sizes(fields["shape"], "shape")
+    offsets = _sizes(fields["data_offsets"], "data_offsets")
+    if len(offsets) != 2:
+        raise HeaderError("data_offsets must have two numbers")
+    begin, end = offsets
+    if not begin <= end <= file_bytes - start:
+        raise HeaderError(
+            f"data_offsets [{begin}, {end}] are outside the {file_bytes - start:,} bytes of data"
+            " (truncated file?)"
+        )
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8 or bits // 8 != end - begin:
+        raise HeaderError(f"{dtype} {list(shape)} does not take {end - begin:,} bytes")
+    return TensorEntry(name, dtype, shape, start + begin, end - begin)
+
+
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise HeaderError(f"{what} is not a list")
+    for size in value:
+        if type(size) is not int or size < 0:
+            raise HeaderError(f"{what} has {size!r} where a size must be")
+    return tuple(value)
+
+
+def _check_coverage(
+    entries: Sequence[TensorEntry], start: int, file_bytes: int, file: str
+) -> list[Fault]:
+    """Report overlaps and holes: the data must be covered exactly once."""
+    faults = []
+    position = start
+    for entry in entries:
+        if entry.offset < position:
+            faults.append(
+                Fault("header", "data overlaps the tensor before it", file, entry.name)
+            )
+        elif entry.offset > position:
+            hole = entry.offset - position
+            faults.append(Fault("header", f"hole of {hole:,} bytes before it", file, entry.name))
+        position = max(position, entry.offset + entry.nbytes)
+    if position != file_bytes:
+        rest = file_bytes - position
+        faults.append(Fault("header", f"{rest:,} bytes behind the last tensor", file))
+    return faults
+
+
+def storage_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Return the order in which a file holds its tensors: widest dtype first, else as given.
+
+    Readers map a file and view it as a dtype, which needs aligned offsets; the format has no
+    padding, so falling item size is what aligns every tensor whatever its shape.
+    """
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+
+
+def build_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Return the length prefix and header of a file that holds `specs` in that order.
+
+    Padded with spaces to a multiple of 8, so that the data starts aligned.
+    """
+    entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype.value,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > MAX_HEADER_BYTES:
+        raise HeaderError(f"header of {len(header):,} bytes is over the format's limit of 100 MB")
+    return struct.pack("<Q", len(header)) + header
+
+
+def shard_name(index: int, count: int) -> str:
+    """Return the name of shard `index` (from 0) of `count`, as transformers spells it."""
+    return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,24 @@
+"""How the numbers of a matrix are stored: plain floats, or FP8 with scales.
+
+An encoding is a frozen value that answers, without any data, which physical tensors hold a matrix
+of a given shape and in which units of rows it can be worked on. The arithmetic is in `kernels/`.
+"""
+
+from lingconv.encodings.fp8 import Fp8, ScaleShape
+from lingconv.encodings.plain import Plain
+
+Encoding = Plain | Fp8
+
+__all__ = ["Encoding", "Fp8", "Plain", "ScaleShape", "encoding_from_json", "encoding_to_json"]
+
+
+def encoding_to_json(encoding: Encoding) -> dict[str, object]:
+    """Return a JSON object that `encoding_from_json` turns back into the same value."""
+    return {"kind": encoding.kind, **encoding.to_json()}
+
+
+def encoding_from_json(value: dict[str, object]) -> Encoding:
+    """Return the encoding that `encoding_to_json` described."""
+    fields = dict(value)
+    kinds = {Plain.kind: Plain.from_json, Fp8.kind: Fp8.from_json}
+    return kinds[str(fields.pop("kind"))](fields)

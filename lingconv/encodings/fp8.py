@@ -1,0 +1,151 @@
+"""FP8: e4m3 elements with one scale per block, in the dialects that runtimes read.
+
+    w ~= float32(q) * float32(scale)
+
+The scale multiplies on reading in every dialect, DeepSeek's `weight_scale_inv` included, whatever
+its name suggests. A block is (rows, cols); a channel scale is the block (1, all columns).
+
+    dialect             names                     block       scale
+    fp8 (DeepSeek)      X.weight_scale_inv        128 x 128   F32 or F8_E8M0, grid
+    compressed-tensors  X.weight_scale            128 x 128   BF16 (F32 is read too), grid
+    compressed-tensors  X.weight_scale            1 x all     BF16 (F32 is read too), [out, 1]
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from lingconv.containers.safetensors import TensorSpec
+from lingconv.dtypes import DType
+
+E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
+SCALE_SUFFIXES = ("_scale_inv", "_scale")
+SCALE_DTYPES = (DType.F32, DType.BF16, DType.F8_E8M0)
+
+
+class ScaleShape(StrEnum):
+    """How the scales of a matrix are laid out as a tensor."""
+
+    GRID = "grid"  # [ceil(rows / block_rows), ceil(cols / block_cols)]
+    COLUMN = "column"  # [rows, 1]: a grid too, by another name
+    VECTOR = "vector"  # [rows]
+    SCALAR = "scalar"  # []
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """E4M3 elements with scales: `block_cols` 0 means a whole row, `block_rows` 0 all rows."""
+
+    kind: ClassVar[str] = "fp8"
+    block_rows: int
+    block_cols: int
+    scale_suffix: str
+    scale_dtype: DType
+    scale_shape: ScaleShape = ScaleShape.GRID
+    # All scales are powers of two: known from the config's label or the E8M0 dtype.
+    power_of_two: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name for people: `fp8-block f32 scales`."""
+        block = "channel" if self.block_rows == 1 else "block" if self.block_rows else "tensor"
+        power = " ue8m0" if self.power_of_two and self.scale_dtype != DType.F8_E8M0 else ""
+        return f"fp8-{block} {self.scale_dtype.lower()}{power} scales"
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that must be encoded together."""
+        return self.block_rows or 1
+
+    def block(self, rows: int, cols: int) -> tuple[int, int]:
+        """Return the block's rows and columns within a matrix of rows x cols."""
+        return self.block_rows or max(rows, 1), self.block_cols or max(cols, 1)
+
+    def grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Return how many blocks cover a matrix of rows x cols; edge blocks are smaller."""
+        block_rows, block_cols = self.block(rows, cols)
+        return -(-rows // block_rows), -(-cols // block_cols)
+
+    def scale_tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the scale tensor of a matrix of `shape`."""
+        grid = self.grid(shape[0], shape[1])
+        shapes = {ScaleShape.VECTOR: (grid[0],), ScaleShape.SCALAR: ()}
+        return shapes.get(self.scale_shape, grid)
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """Return the physical tensors that hold a matrix: elements, then scales."""
+        return (
+            TensorSpec(name, DType.F8_E4M3, shape),
+            TensorSpec(name + self.scale_suffix, self.scale_dtype, self.scale_tensor_shape(shape)),
+        )
+
+    def can_hold(self, other: object) -> bool:
+        """Return whether bytes of encoding `other` are valid in this one as they are.
+
+        Names are not bytes: the two dialects' blocks differ in nothing else.
+        """
+        return (
+            isinstance(other, Fp8)
+            and (self.block_rows, self.block_cols) == (other.block_rows, other.block_cols)
+            and self.scale_dtype == other.scale_dtype
+            and (other.power_of_two or not self.power_of_two)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "block": [self.block_rows, self.block_cols],
+            "scale_suffix": self.scale_suffix,
+            "scale_dtype": self.scale_dtype.value,
+            "scale_shape": self.scale_shape.value,
+            "power_of_two": self.power_of_two,
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Build from `to_json`'s fields."""
+        return cls(
+            block_rows=fields["block"][0],
+            block_cols=fields["block"][1],
+            scale_suffix=fields["scale_suffix"],
+            scale_dtype=DType(fields["scale_dtype"]),
+            scale_shape=ScaleShape(fields["scale_shape"]),
+            power_of_two=fields["power_of_two"],
+        )
+
+
+def recognise(
+    shape: tuple[int, ...],
+    scale_name_suffix: str,
+    scale_dtype: DType,
+    scale_shape: tuple[int, ...],
+    block: tuple[int, int],
+    *,
+    power_of_two: bool,
+) -> Fp8 | None:
+    """Return the encoding of an FP8 matrix from its scale tensor, or None when none fits.
+
+    `block` is the block size that the config states (128 x 128 where it states none).
+    """
+    rows = shape[0]
+    e8m0 = scale_dtype == DType.F8_E8M0
+    candidates = (
+        (1, 0, ScaleShape.COLUMN),
+        (1, 0, ScaleShape.VECTOR),
+        (*block, ScaleShape.GRID),
+        (0, 0, ScaleShape.SCALAR),
+        (0, 0, ScaleShape.VECTOR),
+    )
+    # A grid that looks like one scale per row is a column only where the block says so.
+    for block_rows, block_cols, kind in sorted(candidates, key=lambda item: item[:2] != block):
+        found = Fp8(
+            block_rows,
+            block_cols,
+            scale_name_suffix,
+            scale_dtype,
+            kind,
+            power_of_two=power_of_two or e8m0,
+        )
+        if rows and found.scale_tensor_shape(shape) == scale_shape:
+            return found
+    return None

@@ -1,0 +1,45 @@
+"""Plain encodings: one number per element, no scales."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from lingconv.containers.safetensors import TensorSpec
+from lingconv.dtypes import DType
+
+# What can be decoded to numbers; tensors of any other dtype are only ever copied.
+FLOATS = (DType.BF16, DType.F16, DType.F32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Elements of `dtype`, row by row."""
+
+    kind: ClassVar[str] = "plain"
+    dtype: DType
+
+    @property
+    def label(self) -> str:
+        """Short name for people: `bf16`."""
+        return self.dtype.lower()
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that must be encoded together."""
+        return 1
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """Return the physical tensors that hold a matrix: just itself."""
+        return (TensorSpec(name, self.dtype, shape),)
+
+    def can_hold(self, other: object) -> bool:
+        """Return whether bytes of encoding `other` are valid in this one as they are."""
+        return self == other
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {"dtype": self.dtype.value}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Build from `to_json`'s fields."""
+        return cls(DType(fields["dtype"]))

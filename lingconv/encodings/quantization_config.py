@@ -1,0 +1,145 @@
+"""`quantization_config` in config.json: what it says about FP8, and how each dialect says it.
+
+fp8: as DeepSeek-V3 and Ling-V2's converter write it, plus `modules_to_not_convert`, which vLLM
+matches by exact module path and transformers by substring, so full paths serve both.
+compressed-tensors: as llm-compressor 0.14 writes it (a `config_groups` entry per scheme).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lingconv.encodings.fp8 import Fp8
+
+FP8 = "fp8"
+COMPRESSED_TENSORS = "compressed-tensors"
+KEY = "quantization_config"
+DEFAULT_BLOCK = (128, 128)
+
+_SUFFIX = {FP8: "_scale_inv", COMPRESSED_TENSORS: "_scale"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a config says: the block (rows, cols; 0 for all) and whether scales are ue8m0."""
+
+    method: str
+    block: tuple[int, int]
+    power_of_two: bool = False
+
+
+def dialect_of(encoding: Fp8) -> str:
+    """Return the dialect that an encoding's scale name belongs to."""
+    return FP8 if encoding.scale_suffix == _SUFFIX[FP8] else COMPRESSED_TENSORS
+
+
+def suffix_of(dialect: str) -> str:
+    """Return what a dialect appends to a weight's name to name its scale."""
+    return _SUFFIX[dialect]
+
+
+def read(config: Mapping[str, Any]) -> Stated | None:
+    """Return what config.json says about quantization, or None when it says nothing.
+
+    Raises ValueError when it describes something other than FP8 weights.
+    """
+    stated = config.get(KEY)
+    if stated is None:
+        return None
+    if not isinstance(stated, dict):
+        raise ValueError(f"`{KEY}` is not an object")
+    method = stated.get("quant_method")
+    readers = {FP8: _read_fp8, COMPRESSED_TENSORS: _read_compressed_tensors}
+    if method not in readers:
+        raise ValueError(f"`quant_method` is {method!r}; {' and '.join(readers)} are read")
+    try:
+        return readers[method](stated)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"`{KEY}` is incomplete: {exc!r}") from exc
+
+
+def _read_fp8(stated: Mapping[str, Any]) -> Stated:
+    if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise ValueError(f"`fmt` is {stated['fmt']!r}, not e4m3")
+    block = stated.get("weight_block_size")
+    return Stated(FP8, _block(block) if block else (0, 0), stated.get("scale_fmt") == "ue8m0")
+
+
+def _read_compressed_tensors(stated: Mapping[str, Any]) -> Stated:
+    blocks = {_read_group(group["weights"]) for group in stated["config_groups"].values()}
+    if len(blocks) != 1:
+        raise ValueError("`config_groups` mix several weight schemes")
+    return Stated(COMPRESSED_TENSORS, blocks.pop())
+
+
+def _read_group(weights: Mapping[str, Any]) -> tuple[int, int]:
+    if weights["type"] != "float" or weights["num_bits"] != 8:
+        raise ValueError(f"weights are {weights['type']} of {weights['num_bits']} bits, not FP8")
+    if weights["strategy"] == "block":
+        return _block(weights["block_structure"])
+    blocks = {"channel": (1, 0), "tensor": (0, 0)}
+    if weights["strategy"] not in blocks:
+        raise ValueError(f"weight strategy {weights['strategy']!r} is not read")
+    return blocks[weights["strategy"]]
+
+
+def _block(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"block size {value!r} is not two numbers")
+    rows, cols = value
+    if type(rows) is not int or type(cols) is not int or rows < 1 or cols < 1:
+        raise ValueError(f"block size {value!r} is not two positive numbers")
+    return rows, cols
+
+
+def build(encodings: Sequence[Fp8], kept_modules: Sequence[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint.
+
+    `encodings` are those of all quantized weights (at least one, all of one dialect and block),
+    `kept_modules` the full paths of the linear modules that are not quantized.
+    """
+    first = encodings[0]
+    if dialect_of(first) == COMPRESSED_TENSORS:
+        return _build_compressed_tensors(first, kept_modules)
+    config: dict[str, Any] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": FP8,
+        "weight_block_size": [first.block_rows, first.block_cols],
+        "modules_to_not_convert": list(kept_modules),
+    }
+    if all(encoding.power_of_two for encoding in encodings):
+        config["scale_fmt"] = "ue8m0"
+    return config
+
+
+def _build_compressed_tensors(encoding: Fp8, kept_modules: Sequence[str]) -> dict[str, Any]:
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    if encoding.block_rows == 1:
+        weights = {**common, "strategy": "channel", "dynamic": False}
+        activations = {**common, "strategy": "token", "dynamic": True}
+    else:
+        block = [encoding.block_rows, encoding.block_cols]
+        weights = {**common, "strategy": "block", "block_structure": block, "dynamic": False}
+        activations = {
+            **common,
+            "strategy": "group",
+            "group_size": encoding.block_cols,
+            "dynamic": True,
+        }
+    return {
+        "config_groups": {
+            "group_0": {
+                "format": "float-quantized",
+                "input_activations": activations,
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": weights,
+            }
+        },
+        "format": "float-quantized",
+        "ignore": list(kept_modules),
+        "kv_cache_scheme": None,
+        "quant_method": COMPRESSED_TENSORS,
+        "quantization_status": "compressed",
+    }

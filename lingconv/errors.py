@@ -1,0 +1,99 @@
+"""Every error that lingconv raises on purpose, and the exit code that each one means.
+
+    LingconvError
+    |-- UsageError            2  the request itself is wrong (option, pattern, recipe, family file)
+    |-- CheckpointError       3  the source cannot be trusted; carries the list of faults
+    |-- PermissionDenied      4  not allowed to read the source or write the target
+    |-- ResourceError         6  not enough disk or memory
+    |-- DestinationError      7  the target holds something else, or somebody else is writing it
+    `-- Interrupted         130  stopped by a signal; the same command resumes
+
+A message says what is wrong and where; `hint` says what to do. Anything outside this tree is a bug.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong or odd in a checkpoint.
+
+    `kind` groups faults of one sort; `fatal` faults stop a conversion, others are only reported.
+    """
+
+    kind: str
+    message: str
+    file: str = ""
+    tensor: str = ""
+    fatal: bool = True
+    hint: str = ""
+
+    def __str__(self) -> str:
+        """Return the fault on one line: where, then what."""
+        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        return f"{where}: {self.message}" if where else self.message
+
+
+class LingconvError(Exception):
+    """Base of the tree: `details` are indented lines below the message, `hint` is the way out."""
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, hint: str = "", details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = tuple(details)
+
+
+class UsageError(LingconvError):
+    """The request cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class CheckpointError(LingconvError):
+    """The source checkpoint is broken, inconsistent or not understood."""
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        faults: Sequence[Fault] = (),
+        hint: str = "",
+        details: Sequence[str] = (),
+    ) -> None:
+        hints = [fault.hint for fault in faults if fault.hint]
+        super().__init__(
+            message,
+            hint=hint or (hints[0] if hints else ""),
+            details=details or [str(fault) for fault in faults],
+        )
+        self.faults = tuple(faults)
+
+
+class PermissionDenied(LingconvError):
+    """The operating system refused access to a file."""
+
+    exit_code = 4
+
+
+class ResourceError(LingconvError):
+    """Disk or memory does not suffice."""
+
+    exit_code = 6
+
+
+class DestinationError(LingconvError):
+    """The target directory belongs to something else."""
+
+    exit_code = 7
+
+
+class Interrupted(LingconvError):
+    """A signal stopped the run between two strips; nothing that was finished is lost."""
+
+    exit_code = 130

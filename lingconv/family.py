@@ -1,0 +1,397 @@
+"""Families: what a model is made of, read from `formats/*.toml`.
+
+This module knows symbols, logical tensors and roles. It does not know files, bytes or encodings,
+and no tensor name of any model stands in it: those are data (`formats/README.md`).
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple, NewType
+
+from lingconv.errors import CheckpointError, Fault, UsageError
+from lingconv.rules import RULES
+
+LogicalName = NewType("LogicalName", str)
+PhysicalName = NewType("PhysicalName", str)
+Shape = tuple[int, ...]
+
+# No dimension of a real model comes near; it keeps a hostile config from exhausting memory.
+MAX_SYMBOL = 1 << 32
+MAX_TENSORS = 4_000_000
+
+
+class Role(StrEnum):
+    """What a tensor does in the model: decides what may be quantized and what counts as active."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    BIAS = "bias"
+    LINEAR = "linear"
+    EXPERT = "expert"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+    MTP_PROJECTION = "mtp_projection"
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether FP8 dialects store this weight in FP8 unless told otherwise."""
+        return self in (Role.LINEAR, Role.EXPERT)
+
+    @property
+    def is_linear_module(self) -> bool:
+        """Whether runtimes build an nn.Linear for it, so that configs must list it when kept."""
+        return self in (
+            Role.LINEAR,
+            Role.EXPERT,
+            Role.ROUTER,
+            Role.HEAD,
+            Role.MTP_PROJECTION,
+        )
+
+
+class LogicalTensor(NamedTuple):
+    """One tensor of the model at the finest grain, and the physical tensor that holds its rows."""
+
+    name: LogicalName
+    role: Role
+    shape: Shape
+    address: PhysicalName
+    keep_dtype: bool
+    mtp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A number or switch of the model and where each layout keeps it."""
+
+    name: str
+    keys: Mapping[str, str]
+    default: Any
+    rule: str
+
+    def value(self, config: Mapping[str, Any], layout: str, symbols: Mapping[str, Any]) -> Any:
+        """Read the symbol from a config; raise KeyError when it is required and missing."""
+        key = self.keys.get(layout, "")
+        own = config.get(key)
+        if self.rule:
+            return RULES[self.rule](own, symbols)
+        if own is None and self.default is None:
+            raise KeyError(key)
+        return self.default if own is None else own
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Groups of tensors, repeated for the layers `first` <= layer < `end`."""
+
+    name: str
+    addresses: Mapping[str, str]
+    groups: tuple[str, ...]
+    first: str | int
+    end: str | int
+    mtp: bool
+
+    def layers(self, symbols: Mapping[str, Any]) -> range:
+        """Return the layer numbers that this block covers."""
+        return range(_number(self.first, symbols), _number(self.end, symbols))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One `[[tensor]]` entry: a logical tensor of a group and its address in every layout."""
+
+    group: str
+    name: str
+    role: Role
+    axes: tuple[tuple[str | int, ...], ...]
+    addresses: Mapping[str, str]
+    when: str
+    repeat: tuple[tuple[str, str], ...]
+    keep_dtype: bool
+
+    def shape(self, symbols: Mapping[str, Any]) -> Shape:
+        """Return the shape that the symbols give; an axis is a product of symbols and integers."""
+        dims = []
+        for axis in self.axes:
+            size = 1
+            for factor in axis:
+                size *= _number(factor, symbols)
+            if size == 0:
+                raise CheckpointError(f"config.json makes an axis of `{self.name}` empty")
+            dims.append(size)
+        return tuple(dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Physical tensors that no target needs, and why."""
+
+    patterns: Mapping[str, re.Pattern[str]]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePolicy:
+    """A named FP8 scale policy: which logical tensors (globs) get power-of-two scales."""
+
+    min_amax: float
+    ue8m0: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: the Rosetta stone between its layouts."""
+
+    name: str
+    title: str
+    architectures: Mapping[str, str]
+    symbols: tuple[Symbol, ...]
+    blocks: tuple[Block, ...]
+    tensors: Mapping[str, tuple[TensorRule, ...]]
+    drops: tuple[Drop, ...]
+    scale_policies: Mapping[str, ScalePolicy]
+
+    def resolve(
+        self,
+        config: Mapping[str, Any],
+        layout: str,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the value of every symbol under `config`, in the order of the family file.
+
+        `overrides` replace what the config says, before later symbols are derived from them.
+        Raises CheckpointError that lists every key that is missing or not a usable number.
+        """
+        overrides = overrides or {}
+        symbols: dict[str, Any] = {}
+        faults = []
+        for symbol in self.symbols:
+            key = symbol.keys.get(layout, symbol.name)
+            try:
+                value = overrides.get(symbol.name)
+                value = symbol.value(config, layout, symbols) if value is None else value
+                symbols[symbol.name] = value
+                _check_symbol(value)
+            except KeyError:
+                faults.append(Fault("config", f"`{key}` is missing", "config.json"))
+            except (TypeError, ValueError, ArithmeticError) as exc:
+                symbols.setdefault(symbol.name, 1)
+                faults.append(Fault("config", f"`{key}` cannot be used: {exc}", "config.json"))
+        faults = [fault for fault in faults if "missing" in fault.message] or faults
+        if faults:
+            raise CheckpointError(
+                f"config.json does not describe a {self.title} model", faults=faults
+            )
+        return symbols
+
+    def expand(self, symbols: Mapping[str, Any], layout: str) -> Iterator[LogicalTensor]:
+        """Yield every logical tensor of the model with its address in `layout`.
+
+        The order is the canonical one: the layers in turn, each as the family file lists it.
+        """
+        for block in self.blocks:
+            rules = [
+                rule
+                for group in block.groups
+                for rule in self.tensors[group]
+                if not rule.when or symbols[rule.when]
+            ]
+            for i, layer in enumerate(block.layers(symbols)):
+                name = block.name.format(layer=layer, i=i)
+                address = block.addresses[layout].format(layer=layer, i=i)
+                yield from _expand_block(rules, symbols, name, address, layout, mtp=block.mtp)
+
+    def key(self, symbol: str, layout: str) -> str:
+        """Return the config key of a symbol in a layout."""
+        return next(entry.keys[layout] for entry in self.symbols if entry.name == symbol)
+
+    def drop_reason(self, name: str, layout: str) -> str | None:
+        """Return why a physical tensor may be left out, or None when no `[[drop]]` names it."""
+        for drop in self.drops:
+            pattern = drop.patterns.get(layout)
+            if pattern is not None and pattern.fullmatch(name):
+                return drop.reason
+        return None
+
+
+def _expand_block(
+    rules: list[TensorRule],
+    symbols: Mapping[str, Any],
+    name: str,
+    address: str,
+    layout: str,
+    *,
+    mtp: bool,
+) -> Iterator[LogicalTensor]:
+    repeat: tuple[tuple[str, str], ...] = ()
+    repeated: list[tuple[TensorRule, Shape]] = []
+    for rule in [*rules, None]:
+        if repeated and (rule is None or rule.repeat != repeat):
+            yield from _repeat(repeated, symbols, name, address, layout, mtp=mtp)
+            repeated = []
+        if rule is not None:
+            repeat = rule.repeat
+            repeated.append((rule, rule.shape(symbols)))
+
+
+def _repeat(
+    rules: list[tuple[TensorRule, Shape]],
+    symbols: Mapping[str, Any],
+    name: str,
+    address: str,
+    layout: str,
+    *,
+    mtp: bool,
+) -> Iterator[LogicalTensor]:
+    """Yield consecutive rules that repeat over the same index, index by index: e0.gate, e0.up, ..."""
+    repeat = rules[0][0].repeat
+    ((index, count),) = repeat or (("", ""),)
+    total = symbols[count] if count else 1
+    if total > MAX_TENSORS:
+        raise CheckpointError(f"config.json asks for {total:,} tensors of one kind")
+    for number in range(total):
+        bound = {index: number}
+        for rule, shape in rules:
+            yield LogicalTensor(
+                LogicalName(name + rule.name.format(**bound)),
+                rule.role,
+                shape,
+                PhysicalName(address + rule.addresses[layout].format(**bound)),
+                rule.keep_dtype,
+                mtp,
+            )
+
+
+def _number(value: str | int, symbols: Mapping[str, Any]) -> int:
+    number = value if isinstance(value, int) else symbols[value]
+    if not isinstance(number, int):
+        raise CheckpointError(f"config.json gives `{value}` as {number!r}, not a whole number")
+    return number
+
+
+def _check_symbol(value: Any) -> None:
+    if isinstance(value, (int, float)) and not 0 <= value <= MAX_SYMBOL:
+        raise ValueError(f"{value} is not a size")
+    if not isinstance(value, (int, float, str)):
+        raise TypeError(f"{value!r} is neither a number, a switch nor a word")
+
+
+def builtin_formats() -> Traversable:
+    """Return the directory of built-in families: packaged in a wheel, `formats/` in a checkout."""
+    packaged = files("lingconv") / "_formats"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "formats"
+
+
+def presets() -> dict[str, Traversable]:
+    """Return the built-in model configurations by name."""
+    folder = builtin_formats() / "presets"
+    return {
+        entry.name.removesuffix(".json"): entry
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+    }
+
+
+def load_families(path: str | None = None) -> tuple[Family, ...]:
+    """Read the families of `path` (a file or a folder), $LINGCONV_FORMATS_PATH, or the built-in.
+
+    Raises UsageError when a family file is missing or not understood.
+    """
+    path = path or os.environ.get("LINGCONV_FORMATS_PATH")
+    if path is None:
+        return _builtin_families()
+    root = Path(path)
+    found = sorted(root.glob("*.toml")) if root.is_dir() else [root]
+    if not found or not found[0].is_file():
+        raise UsageError(f"no family file (*.toml) at {path}")
+    return tuple(_read(entry) for entry in found)
+
+
+@cache
+def _builtin_families() -> tuple[Family, ...]:
+    entries = sorted(builtin_formats().iterdir(), key=lambda entry: entry.name)
+    return tuple(_read(entry) for entry in entries if entry.name.endswith(".toml"))
+
+
+def _read(entry: Traversable) -> Family:
+    try:
+        return parse_family(tomllib.loads(entry.read_text("utf-8")))
+    except (tomllib.TOMLDecodeError, KeyError, ValueError, TypeError, AttributeError) as exc:
+        raise UsageError(f"{entry.name} is not a family file: {exc!r}") from exc
+
+
+_TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
+_BLOCK_WORDS = {"name", "groups", "first", "end", "mtp"}
+
+
+def parse_family(data: Mapping[str, Any]) -> Family:
+    """Build a Family from the parsed TOML of a family file (see formats/README.md)."""
+    family = data["family"]
+    rules = [_parse_tensor(entry) for entry in data["tensor"]]
+    return Family(
+        name=family["name"],
+        title=family["title"],
+        architectures=family["architectures"],
+        symbols=tuple(_parse_symbol(name, entry) for name, entry in data["symbols"].items()),
+        blocks=tuple(_parse_block(entry) for entry in data["block"]),
+        tensors={
+            group: tuple(rule for rule in rules if rule.group == group)
+            for group in dict.fromkeys(rule.group for rule in rules)
+        },
+        drops=tuple(_parse_drop(entry) for entry in data.get("drop", ())),
+        scale_policies={
+            name: ScalePolicy(entry["min_amax"], tuple(entry["ue8m0"]))
+            for name, entry in data.get("scale_policy", {}).items()
+        },
+    )
+
+
+def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
+    rule = entry.get("rule", "")
+    if rule and rule not in RULES:
+        raise ValueError(f"symbol `{name}`: no rule `{rule}` in lingconv/rules.py")
+    keys = {word: key for word, key in entry.items() if word not in ("default", "rule")}
+    return Symbol(name, keys, entry.get("default"), rule)
+
+
+def _parse_block(entry: Mapping[str, Any]) -> Block:
+    return Block(
+        name=entry["name"],
+        addresses={word: text for word, text in entry.items() if word not in _BLOCK_WORDS},
+        groups=tuple(entry["groups"]),
+        first=entry.get("first", 0),
+        end=entry.get("end", 1),
+        mtp=entry.get("mtp", False),
+    )
+
+
+def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
+    return TensorRule(
+        group=entry["group"],
+        name=entry["name"],
+        role=Role(entry["role"]),
+        axes=tuple(_parse_axis(axis) for axis in entry["axes"]),
+        addresses={word: text for word, text in entry.items() if word not in _TENSOR_WORDS},
+        when=entry.get("when", ""),
+        repeat=tuple(entry.get("repeat", {}).items()),
+        keep_dtype=entry.get("keep_dtype", False),
+    )
+
+
+def _parse_axis(text: str) -> tuple[str | int, ...]:
+    """Parse `hidden` or `(2 hidden)`, einops' spelling of a product."""
+    words = text.removeprefix("(").removesuffix(")").split()
+    return tuple(int(word) if word.isdigit() else word for word in words)
+
+
+def _parse_drop(entry: Mapping[str, Any]) -> Drop:
+    patterns = {word: re.compile(text) for word, text in entry.items() if word != "reason"}
+    return Drop(patterns, entry["reason"])

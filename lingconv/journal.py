@@ -1,0 +1,225 @@
+"""The state of a run in its target folder: who is writing, what was planned, what is finished.
+
+    DST/.lingconv/lock           held while a run writes (released by the system, whatever happens)
+    DST/.lingconv/run.json       the identity of the run: source files, options, plan digest, outputs
+    DST/.lingconv/journal.jsonl  a line for each finished weight file
+
+Crash-only: a file under its final name is finished, because only a rename puts it there, after its
+data is on disk. The journal adds what it looked like then, so that a later change is noticed. Once
+the whole target is complete the journal goes, and run.json stays: the same command then finds
+nothing to do.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lingconv.errors import DestinationError
+from lingconv.plan import Plan
+
+STATE_NAME = ".lingconv"
+PARTIAL_SUFFIX = ".partial"
+
+
+def run_identity(plan: Plan, version: str) -> dict[str, Any]:
+    """Return what must be equal for a run to go on: source, options, plan and tool."""
+    identity = {
+        "lingconv": version.split(".")[0],
+        "digest": plan.digest,
+        "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
+        "options": plan.options.to_json(),
+        "family": plan.family,
+        "outputs": [file.name for file in plan.files] + list(plan.side_files),
+    }
+    return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
+
+
+class RunFolder:
+    """The target folder, locked. Use as a context manager."""
+
+    def __init__(self, root: Path, identity: Mapping[str, Any], *, fresh: bool) -> None:
+        self.root = root
+        self._state = root / STATE_NAME
+        self._identity = identity
+        self._fresh = fresh
+        self._lock = -1
+        self._finished: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Self:
+        """Take the folder: create it, or check that it holds this very run.
+
+        Raises DestinationError when somebody else is writing it or it holds something else.
+        """
+        self._refuse_foreign()
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._claim()
+        except BlockingIOError as exc:
+            os.close(self._lock)
+            raise DestinationError(
+                f"another run is writing {self.root}", hint="wait for it, or choose another folder"
+            ) from exc
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    def _refuse_foreign(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise DestinationError(f"{self.root} is not a folder")
+        if self.root.is_dir() and not self._state.is_dir() and any(self.root.iterdir()):
+            raise DestinationError(
+                f"{self.root} is not empty and was not written by lingconv",
+                hint="choose a new folder",
+            )
+
+    def _claim(self) -> None:
+        held = _read_json(self._state / "run.json")
+        if held is not None and self._fresh:
+            self._clear(held.get("outputs", []))
+            held = None
+        if held is None:
+            replace_file(self._state / "run.json", json.dumps(self._identity, indent=1).encode())
+        elif held != self._identity:
+            raise DestinationError(
+                f"{self.root} holds another conversion",
+                details=list(_differences(held, self._identity)),
+                hint="choose another folder, or start over with `--fresh`",
+            )
+        self._finished = self._read_journal()
+
+    def _clear(self, outputs: Iterable[str]) -> None:
+        """Remove what the earlier run wrote, and nothing else."""
+        for name in [*outputs, *_LAST_NAMES]:
+            if ".." not in Path(name).parts:
+                (self.root / name).unlink(missing_ok=True)
+                (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+        for name in ("run.json", "journal.jsonl"):
+            (self._state / name).unlink(missing_ok=True)
+
+    def _read_journal(self) -> dict[str, list[int]]:
+        finished = {}
+        path = self._state / "journal.jsonl"
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut short; its file is found under its final name
+            finished[entry["file"]] = entry["stat"]
+        return finished
+
+    def is_finished(self, name: str, nbytes: int) -> bool:
+        """Return whether a weight file stands complete under its final name.
+
+        Raises DestinationError when it was changed since it was finished.
+        """
+        path = self.root / name
+        if not path.exists():
+            return False
+        stat = _stat(path)
+        if stat[0] == nbytes and self._finished.get(name, stat) == stat:
+            return True
+        raise DestinationError(
+            f"{path} was changed after it was finished",
+            hint="remove it to have it written again, or start over with `--fresh`",
+        )
+
+    def partial(self, name: str) -> Path:
+        """Return where a file is written until it is finished."""
+        return self.root / (name + PARTIAL_SUFFIX)
+
+    def finish(self, name: str) -> None:
+        """Give a file, whose data is on disk, its final name, and note it."""
+        os.replace(self.partial(name), self.root / name)
+        sync_folder(self.root)
+        line = json.dumps({"file": name, "stat": _stat(self.root / name)}) + "\n"
+        journal = os.open(
+            self._state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
+        try:
+            os.write(journal, line.encode())
+        finally:
+            os.close(journal)
+
+    def complete(self) -> None:
+        """Note that everything is there: the journal has served its purpose."""
+        (self._state / "journal.jsonl").unlink(missing_ok=True)
+
+
+# Written after all weights, so that a folder without them is visibly unfinished.
+_LAST_NAMES = ("model.safetensors.index.json", "config.json", "lingconv.json")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what differs between two identities, in words."""
+    for name, old, new in _changed(held.get("options"), wanted["options"]):
+        yield f"option {name}: was {json.dumps(old)}, now {json.dumps(new)}"
+    for name, old, new in _changed(held.get("source_files"), wanted["source_files"]):
+        was = "not there" if old is None else f"{old[0]:,} bytes"
+        now = "not there" if new is None else f"{new[0]:,} bytes"
+        note = ", changed since" if was == now else ""
+        yield f"source {name}: was {was}, now {now}{note}"
+    for name in ("family", "lingconv"):
+        if held.get(name) != wanted[name]:
+            yield f"{name}: was {held.get(name)}, now {wanted[name]}"
+    if held.get("digest") != wanted["digest"]:
+        yield f"plan: was {str(held.get('digest'))[:12]}, now {wanted['digest'][:12]}"
+
+
+def _changed(old: Any, new: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    old = old if isinstance(old, dict) else {}
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changed(before, after)
+        elif before != after:
+            yield name, before, after

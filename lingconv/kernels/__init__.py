@@ -1,0 +1,1 @@
+"""Loops over numpy buffers that release the GIL: no files, no names, no logging."""

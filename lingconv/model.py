@@ -1,0 +1,266 @@
+"""A checkpoint joined with its family: what each stored tensor is, and what does not fit.
+
+`recognise` pairs every physical tensor that the family expects with what is stored, finds the
+encodings, and turns every difference into a Fault. Nothing is guessed in silence: `inspect` prints
+what was found here.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lingconv.checkpoint import CONFIG_NAME, Checkpoint, StoredTensor
+from lingconv.dtypes import DType
+from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
+from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES, recognise as recognise_fp8
+from lingconv.encodings.quantization_config import Stated
+from lingconv.errors import CheckpointError, Fault
+from lingconv.family import Family, PhysicalName
+from lingconv.layout import Layout, PhysicalTensor, build_layout
+
+HF = "hf"
+
+
+class Extent(NamedTuple):
+    """A run of bytes in a file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+class Stored(NamedTuple):
+    """An encoded matrix in its place: one extent for each of `encoding.tensors(name, shape)`."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint that was understood, as far as it could be; `faults` hold the rest."""
+
+    checkpoint: Checkpoint
+    family: Family
+    architecture: str
+    symbols: Mapping[str, Any]
+    layout: Layout
+    stored: Mapping[PhysicalName, Stored]
+    dropped: Mapping[str, str]
+    stated: Stated | None
+    faults: tuple[Fault, ...]
+
+
+def recognise(checkpoint: Checkpoint, families: Sequence[Family]) -> Model:
+    """Find out what a checkpoint is.
+
+    Raises CheckpointError when its config names no known architecture or lacks what describes the
+    model; everything less is a fault of the returned Model.
+    """
+    family, architecture = _find_family(checkpoint, families)
+    symbols = _resolve_symbols(checkpoint, family)
+    layout = build_layout(family, symbols, HF)
+    matcher = _Matcher(checkpoint, family, layout)
+    matcher.match()
+    return Model(
+        checkpoint=checkpoint,
+        family=family,
+        architecture=architecture,
+        symbols=symbols,
+        layout=layout,
+        stored=matcher.stored,
+        dropped=matcher.dropped,
+        stated=matcher.stated,
+        faults=(*checkpoint.faults, *matcher.faults),
+    )
+
+
+def _find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Family, str]:
+    named = checkpoint.config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for family in families:
+        for name in names:
+            if name in family.architectures:
+                return family, name
+    known = sorted(name for family in families for name in family.architectures)
+    close = difflib.get_close_matches(names[0], known, 1) if names else []
+    raise CheckpointError(
+        f"{CONFIG_NAME} names an unknown architecture: {', '.join(names) or 'none'}",
+        faults=checkpoint.faults,
+        details=[f"known: {name}" for name in known] + [str(fault) for fault in checkpoint.faults],
+        hint=f"did you mean {close[0]}?"
+        if close
+        else "describe the model in a family file and pass it with `--formats PATH`",
+    )
+
+
+def _resolve_symbols(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+    """Read the symbols; find out whether the config counts MTP layers among the hidden layers."""
+    symbols = family.resolve(checkpoint.config, HF)
+    outside = _first_mtp_tensor(family, symbols)
+    if outside is None or outside in checkpoint.tensors:
+        return symbols
+    decoder_layers = symbols["layers"] - symbols["mtp_layers"]
+    if decoder_layers < 0:
+        return symbols
+    inside_symbols = family.resolve(checkpoint.config, HF, {"layers": decoder_layers})
+    inside = _first_mtp_tensor(family, inside_symbols)
+    return inside_symbols if inside in checkpoint.tensors else symbols
+
+
+def _first_mtp_tensor(family: Family, symbols: Mapping[str, Any]) -> PhysicalName | None:
+    """Return the name of a tensor that only the first MTP layer has, or None without MTP."""
+    for block in family.blocks:
+        if block.mtp and len(block.layers(symbols)):
+            prefix = block.addresses[HF].format(layer=block.layers(symbols)[0], i=0)
+            return PhysicalName(prefix + family.tensors[block.groups[0]][0].addresses[HF])
+    return None
+
+
+class _Matcher:
+    """Pairs expected with stored tensors and collects what does not pair."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
+        self.tensors = checkpoint.tensors
+        self.family = family
+        self.layout = layout
+        self.faults: list[Fault] = []
+        self.stored: dict[PhysicalName, Stored] = {}
+        self.dropped: dict[str, str] = {}
+        self.used: set[str] = set()
+        self.stated = self._read_stated(checkpoint.config)
+        self.block = self.stated.block if self.stated else quantization_config.DEFAULT_BLOCK
+
+    def match(self) -> None:
+        for tensor in self.layout.tensors.values():
+            found = self._find(tensor)
+            if found is not None:
+                self.stored[tensor.name] = found
+        self._sort_rest()
+        self._check_stated()
+
+    def _read_stated(self, config: Mapping[str, Any]) -> Stated | None:
+        try:
+            return quantization_config.read(config)
+        except ValueError as exc:
+            self.faults.append(Fault("quantization config", str(exc), CONFIG_NAME))
+            return None
+
+    def _find(self, tensor: PhysicalTensor) -> Stored | None:
+        held = self.tensors.get(tensor.name)
+        if held is None:
+            hint = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
+            self.faults.append(
+                Fault(
+                    "missing tensor",
+                    f"is missing, expected {list(tensor.shape)}",
+                    tensor=tensor.name,
+                    hint=hint if tensor.mtp else "",
+                )
+            )
+            return None
+        self.used.add(held.name)
+        if held.shape != tensor.shape:
+            message = f"has shape {list(held.shape)}, config.json calls for {list(tensor.shape)}"
+            self._fault("shape", message, held)
+            return None
+        if held.dtype != DType.F8_E4M3:
+            return Stored(tensor.name, held.shape, Plain(held.dtype), (_extent(held),))
+        return self._find_fp8(tensor, held)
+
+    def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> Stored | None:
+        names = [held.name + suffix for suffix in SCALE_SUFFIXES]
+        scales = [self.tensors[name] for name in names if name in self.tensors]
+        self.used.update(scale.name for scale in scales)
+        if len(scales) != 1:
+            message = "FP8 weight has two scales" if scales else "FP8 weight without its scale"
+            self._fault("scale", f"{message} ({' or '.join(names)})", held)
+            return None
+        scale = scales[0]
+        if scale.dtype not in SCALE_DTYPES or len(held.shape) != 2:
+            message = f"{scale.dtype} scale of an FP8 tensor of {len(held.shape)} axes is not read"
+            self._fault("scale", message, scale)
+            return None
+        encoding = recognise_fp8(
+            held.shape,
+            scale.name.removeprefix(held.name),
+            scale.dtype,
+            scale.shape,
+            self.block,
+            power_of_two=self.stated is not None and self.stated.power_of_two,
+        )
+        if encoding is None or self._contradicts(encoding):
+            block = " x ".join(str(size or "all") for size in self.block)
+            message = f"scale has shape {list(scale.shape)}; weight {list(held.shape)} in blocks of"
+            self._fault("scale", f"{message} {block} needs another", scale)
+            return None
+        return Stored(tensor.name, held.shape, encoding, (_extent(held), _extent(scale)))
+
+    def _contradicts(self, encoding: Fp8) -> bool:
+        """Whether the config states another block; one that covers the same elements is no other."""
+        return self.stated is not None and (encoding.block_rows, encoding.block_cols) != self.block
+
+    def _sort_rest(self) -> None:
+        """Classify the stored tensors that nothing in the model asks for."""
+        for name in sorted(self.tensors.keys() - self.used):
+            held = self.tensors[name]
+            reason = self.family.drop_reason(name, HF)
+            owner = _scale_owner(name)
+            if reason is not None:
+                self.dropped[name] = reason
+            elif owner is not None:
+                there = owner in self.tensors
+                message = "scale of a weight that is " + (
+                    f"{self.tensors[owner].dtype}, not FP8" if there else "not there"
+                )
+                self._fault("scale", message, held)
+            else:
+                message = f"is no tensor of {self.family.title} with this config"
+                hint = "pass `--drop PATTERN` to leave tensors out knowingly"
+                self._fault("extra tensor", message, held, hint=hint)
+
+    def _check_stated(self) -> None:
+        """Compare config.json's word with the tensors: FP8 or not, and which dtype."""
+        fp8 = [item.name for item in self.stored.values() if isinstance(item.encoding, Fp8)]
+        if fp8 and self.stated is None and not self.faults:
+            message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
+            self.faults.append(
+                Fault("quantization config", message, CONFIG_NAME, fatal=False)
+            )
+        if self.stated and not fp8:
+            message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
+            self.faults.append(
+                Fault("quantization config", message, CONFIG_NAME, fatal=False)
+            )
+        self.faults += _odd_dtypes(self.layout, self.stored)
+
+    def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:
+        self.faults.append(Fault(kind, message, held.file, held.name, hint=hint))
+
+
+def _odd_dtypes(layout: Layout, stored: Mapping[PhysicalName, Stored]) -> Iterable[Fault]:
+    """Report tensors whose dtype differs from that of most tensors of their role."""
+    by_role: dict[str, dict[str, list[str]]] = {}
+    for name, item in stored.items():
+        labels = by_role.setdefault(layout.tensors[name].role, {})
+        labels.setdefault(item.encoding.label, []).append(name)
+    for role, labels in by_role.items():
+        usual = max(labels, key=lambda label: len(labels[label]))
+        for label, names in labels.items():
+            if label != usual:
+                message = f"{len(names)} {role} tensors are {label}, {len(labels[usual])} {usual}"
+                yield Fault("dtype", message, tensor=names[0], fatal=False)
+
+
+def _scale_owner(name: str) -> str | None:
+    for suffix in SCALE_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None
+
+
+def _extent(held: StoredTensor) -> Extent:
+    return Extent(held.file, held.offset, held.nbytes)

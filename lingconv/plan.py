@@ -1,0 +1,246 @@
+"""The plan: every output file, every byte range, and the source ranges that fill it.
+
+A Plan is a frozen value that survives JSON and has a digest. It knows names, shapes and bytes; it
+holds no tensor data, opens no file, and imports neither torch nor numba. `planner.py` builds one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lingconv.containers.safetensors import TensorSpec, build_header
+from lingconv.dtypes import DType
+from lingconv.encodings import Fp8, encoding_from_json, encoding_to_json
+from lingconv.errors import UsageError
+from lingconv.model import Extent, Stored
+from lingconv.options import ConvertOptions
+from lingconv.storage import FileStat
+
+SCHEMA = "lingconv.plan/1"
+
+
+class Scaling(NamedTuple):
+    """How scales are chosen for one matrix: lower bound of amax, powers of two or not."""
+
+    min_amax: float
+    power_of_two: bool
+
+
+class Segment(NamedTuple):
+    """Rows of the source matrix `source` that become the next rows of a target."""
+
+    source: Stored
+    first_row: int
+    num_rows: int
+
+
+class Transfer(NamedTuple):
+    """One target matrix and what fills it, from its first row to its last.
+
+    `copies` means that the bytes are moved as they are; otherwise rows are decoded and encoded.
+    """
+
+    target: Stored
+    segments: tuple[Segment, ...]
+    scaling: Scaling
+    copies: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix; a vector has one element per row, a scalar is one row."""
+        return self.target.shape[0] if self.target.shape else 1
+
+    @property
+    def cols(self) -> int:
+        """Elements in a row."""
+        cols = 1
+        for size in self.target.shape[1:]:
+            cols *= size
+        return cols
+
+
+class OutputFile(NamedTuple):
+    """A weight file: its tensors in the order of their bytes, and the transfers that fill it."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+    transfers: tuple[Transfer, ...]
+
+    def header(self) -> bytes:
+        """Return the bytes before the data."""
+        return build_header(self.tensors)
+
+
+class Dropped(NamedTuple):
+    """A source tensor or file that has no place in the target, and why."""
+
+    name: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion as a value."""
+
+    source: str
+    source_files: Mapping[str, FileStat]
+    family: str
+    options: ConvertOptions
+    files: tuple[OutputFile, ...]
+    side_files: Mapping[str, int]
+    config: Mapping[str, Any]
+    dropped: tuple[Dropped, ...]
+    total_parameters: int
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the output's bytes, time stamps left out."""
+        value = self.to_json()
+        value["source_files"] = {name: stat.size for name, stat in self.source_files.items()}
+        del value["source"]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all weight files and carried files."""
+        return sum(file.nbytes for file in self.files) + sum(self.side_files.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the source's weight files."""
+        return sum(
+            extent.nbytes * segment.num_rows // max(segment.source.shape[:1] or (1,))
+            if segment.source.shape[:1] != (0,)
+            else 0
+            for transfer in self.transfers()
+            for segment in transfer.segments
+            for extent in segment.source.extents
+        )
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all target tensors: the index's `total_size`."""
+        return sum(spec.nbytes for file in self.files for spec in file.tensors)
+
+    def transfers(self) -> Iterator[Transfer]:
+        """Yield the transfers of all files."""
+        for file in self.files:
+            yield from file.transfers
+
+    def encodings(self) -> dict[str, int]:
+        """Return how many target matrices have each encoding, by label."""
+        counts: dict[str, int] = {}
+        for transfer in self.transfers():
+            label = transfer.target.encoding.label
+            counts[label] = counts.get(label, 0) + 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values; shared parts are stored once and referred to."""
+        names = _Names()
+        files = [_file_to_json(file, names) for file in self.files]
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "source_files": {name: list(stat) for name, stat in self.source_files.items()},
+            "family": self.family,
+            "options": self.options.to_json(),
+            "encodings": [encoding_to_json(encoding) for encoding in names.encodings],
+            "files": files,
+            "side_files": dict(self.side_files),
+            "config": self.config,
+            "dropped": [list(item) for item in self.dropped],
+            "total_parameters": self.total_parameters,
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
+        """Build a plan from `to_json`'s value; raise UsageError for another schema."""
+        if value.get("schema") != SCHEMA:
+            raise UsageError(f"not a plan of schema {SCHEMA}: {value.get('schema')!r}")
+        encodings = [encoding_from_json(item) for item in value["encodings"]]
+        return cls(
+            source=value["source"],
+            source_files={name: FileStat(*stat) for name, stat in value["source_files"].items()},
+            family=value["family"],
+            options=ConvertOptions.from_json(value["options"]),
+            files=tuple(_file_from_json(item, encodings) for item in value["files"]),
+            side_files=value["side_files"],
+            config=value["config"],
+            dropped=tuple(Dropped(*item) for item in value["dropped"]),
+            total_parameters=value["total_parameters"],
+            warnings=tuple(value["warnings"]),
+        )
+
+
+class _Names:
+    """Numbers encodings in order of first use, so that JSON names each one once."""
+
+    def __init__(self) -> None:
+        self.encodings: dict[Any, int] = {}
+
+    def number(self, encoding: Any) -> int:
+        return self.encodings.setdefault(encoding, len(self.encodings))
+
+
+def _file_to_json(file: OutputFile, names: _Names) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "bytes": file.nbytes,
+        "tensors": [[spec.name, spec.dtype.value, list(spec.shape)] for spec in file.tensors],
+        "transfers": [
+            {
+                "target": _stored_to_json(transfer.target, names),
+                "from": [
+                    [_stored_to_json(segment.source, names), segment.first_row, segment.num_rows]
+                    for segment in transfer.segments
+                ],
+                "scaling": list(transfer.scaling),
+                "copies": transfer.copies,
+            }
+            for transfer in file.transfers
+        ],
+    }
+
+
+def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFile:
+    return OutputFile(
+        value["name"],
+        value["bytes"],
+        tuple(TensorSpec(name, DType(dtype), tuple(shape)) for name, dtype, shape in value["tensors"]),
+        tuple(
+            Transfer(
+                _stored_from_json(item["target"], encodings),
+                tuple(
+                    Segment(_stored_from_json(stored, encodings), first, count)
+                    for stored, first, count in item["from"]
+                ),
+                Scaling(*item["scaling"]),
+                item["copies"],
+            )
+            for item in value["transfers"]
+        ),
+    )
+
+
+def _stored_to_json(stored: Stored, names: _Names) -> list[Any]:
+    extents = [list(extent) for extent in stored.extents]
+    return [stored.name, list(stored.shape), names.number(stored.encoding), extents]
+
+
+def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
+    name, shape, number, extents = value
+    return Stored(name, tuple(shape), encodings[number], tuple(Extent(*item) for item in extents))
+
+
+def fp8_encodings(plan: Plan) -> list[Fp8]:
+    """Return the encoding of every FP8 matrix of the target."""
+    found = (transfer.target.encoding for transfer in plan.transfers())
+    return [encoding for encoding in found if isinstance(encoding, Fp8)]

@@ -1,0 +1,367 @@
+"""Builds a Plan from a recognised model and the user's options, or refuses with every reason.
+
+The ledger is kept here: each source tensor is consumed exactly once or dropped by a named policy,
+each target tensor is filled completely. Pure: headers in, Plan out.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from lingconv.containers.safetensors import TensorSpec, build_header, shard_name, storage_order
+from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
+from lingconv.encodings.plain import FLOATS
+from lingconv.dtypes import DType
+from lingconv.errors import CheckpointError, Fault, UsageError
+from lingconv.family import LogicalName, PhysicalName, ScalePolicy
+from lingconv.layout import Address, PhysicalTensor, build_layout
+from lingconv.model import HF, Extent, Model, Stored
+from lingconv.options import (
+    SCALE_F32,
+    SCALE_UE8M0,
+    ConvertOptions,
+    Mtp,
+    Pattern,
+    Scheme,
+    TargetDType,
+)
+from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Segment, Transfer
+
+PLAIN_SCALING = Scaling(0.0, power_of_two=False)
+_PLAIN_DTYPES = {
+    TargetDType.BF16: DType.BF16,
+    TargetDType.F16: DType.F16,
+    TargetDType.F32: DType.F32,
+}
+_CONFIG_DTYPES = {
+    TargetDType.BF16: "bfloat16",
+    TargetDType.F16: "float16",
+    TargetDType.F32: "float32",
+}
+
+
+def build_plan(model: Model, options: ConvertOptions) -> Plan:
+    """Return the plan that turns `model` into what `options` ask for.
+
+    Raises UsageError when the request does not fit the model, and CheckpointError with the list of
+    all faults when the checkpoint cannot be trusted.
+    """
+    options.check(model.family.scale_policies)
+    return _Planner(model, options).build()
+
+
+class _Planner:
+    def __init__(self, model: Model, options: ConvertOptions) -> None:
+        self.model = model
+        self.options = options
+        self.ignore = [Pattern(text) for text in options.fp8.ignore]
+        self.scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
+        self.drop = [Pattern(text) for text in options.drop]
+        self.symbols = _target_symbols(model, options)
+        self.layout = build_layout(model.family, self.symbols, options.layout)
+
+    def build(self) -> Plan:
+        self._refuse_faults()
+        self._check_patterns()
+        transfers = self._transfers()
+        dropped = self._dropped()
+        self._check_ledger(transfers, dropped)
+        checkpoint = self.model.checkpoint
+        return Plan(
+            source=checkpoint.storage.uri,
+            source_files={**checkpoint.shards, **checkpoint.side_files},
+            family=self.model.family.name,
+            options=self.options,
+            files=pack(transfers, self.options.max_shard_bytes),
+            side_files={name: stat.size for name, stat in checkpoint.side_files.items()},
+            config=self._config(transfers),
+            dropped=dropped,
+            total_parameters=sum(prod(transfer.target.shape) for transfer in transfers),
+            warnings=tuple(str(fault) for fault in self.model.faults if not fault.fatal),
+        )
+
+    def _refuse_faults(self) -> None:
+        fatal = [fault for fault in self.model.faults if fault.fatal and not self._excused(fault)]
+        if fatal:
+            raise CheckpointError(
+                f"{self.model.checkpoint.storage.uri} has {len(fatal)} fault"
+                + ("s" if len(fatal) > 1 else ""),
+                faults=fatal,
+            )
+
+    def _excused(self, fault: Fault) -> bool:
+        """Return whether the user's options make a fault harmless."""
+        if fault.kind == "extra tensor":
+            return any(pattern.matches(fault.tensor) for pattern in self.drop)
+        tensor = self.model.layout.tensors.get(PhysicalName(fault.tensor))
+        dropped = self.options.mtp == Mtp.DROP and tensor is not None and tensor.mtp
+        return dropped and fault.kind == "missing tensor"
+
+    def _check_patterns(self) -> None:
+        """Refuse patterns that match nothing: a typing error would go unnoticed."""
+        quantizable = [t.name for t in self.layout.tensors.values() if t.role.quantizable]
+        extra = [fault.tensor for fault in self.model.faults if fault.kind == "extra tensor"]
+        checks = [
+            *(("ignore", pattern, [*self.layout.tensors]) for pattern in self.ignore),
+            *(("scale", pattern, quantizable) for pattern, _ in self.scale_rules),
+            *(("drop", pattern, extra) for pattern in self.drop),
+        ]
+        for option, pattern, names in checks:
+            if not any(pattern.matches(name) for name in names):
+                raise UsageError(
+                    f"`--{option} {pattern.text}` matches nothing",
+                    hint="patterns are exact names, globs, or `re:` and a regular expression",
+                )
+
+    def _transfers(self) -> list[Transfer]:
+        addresses = self.model.layout.addresses()
+        transfers = []
+        faults: list[Fault] = []
+        for tensor in self.layout.tensors.values():
+            segments = self._segments(tensor, addresses)
+            try:
+                transfers.append(self._transfer(tensor, segments))
+            except ValueError as exc:
+                file = segments[0].source.extents[0].file
+                faults.append(Fault("dtype", str(exc), file, tensor.name))
+        if faults:
+            raise CheckpointError("some tensors cannot be converted", faults=faults)
+        return transfers
+
+    def _segments(
+        self, tensor: PhysicalTensor, addresses: Mapping[LogicalName, Address]
+    ) -> tuple[Segment, ...]:
+        """Find the source rows of a target tensor; neighbours in the source become one segment."""
+        segments: list[Segment] = []
+        for rows in tensor.rows:
+            address = addresses[rows.logical]
+            source = self.model.stored[address.name]
+            last = segments[-1] if segments else None
+            if last and last.source is source and last.first_row + last.num_rows == address.start:
+                segments[-1] = Segment(source, last.first_row, last.num_rows + address.count)
+            else:
+                segments.append(Segment(source, address.start, address.count))
+        return tuple(segments)
+
+    def _transfer(self, tensor: PhysicalTensor, segments: tuple[Segment, ...]) -> Transfer:
+        found = segments[0].source.encoding
+        target, scaling = self._encoding(tensor, found)
+        copies = all(_is_copy(segment, target) for segment in segments)
+        if copies and isinstance(target, Fp8) and isinstance(found, Fp8):
+            target = replace(target, power_of_two=found.power_of_two)
+        if not copies:
+            self._check_decoding(tensor, segments, target)
+        return Transfer(Stored(tensor.name, tensor.shape, target, ()), segments, scaling, copies)
+
+    def _check_decoding(
+        self, tensor: PhysicalTensor, segments: tuple[Segment, ...], target: Encoding
+    ) -> None:
+        for segment in segments:
+            source = segment.source.encoding
+            if isinstance(source, Plain) and source.dtype not in FLOATS:
+                raise ValueError(f"{source.label} cannot be converted to {target.label}")
+            if isinstance(source, Fp8) and isinstance(target, Fp8):
+                self._check_requantize(tensor, source, target)
+
+    def _check_requantize(self, tensor: PhysicalTensor, source: Fp8, target: Fp8) -> None:
+        if not self.options.allow_requantize:
+            raise UsageError(
+                f"{tensor.name} is {source.label} already; {target.label} would round it twice",
+                hint="convert from the BF16 original, or pass `--allow-requantize`",
+            )
+
+    def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
+        """Return the target encoding of a tensor, and how its scales are chosen."""
+        dtype = self.options.dtype
+        if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
+            return found, PLAIN_SCALING
+        if dtype != TargetDType.FP8:
+            return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), PLAIN_SCALING
+        if not self._quantizes(tensor):
+            plain = found if isinstance(found, Plain) else Plain(DType.BF16)
+            return plain, PLAIN_SCALING
+        scaling = self._scaling(tensor)
+        fp8 = self.options.fp8
+        channel = fp8.scheme == Scheme.CHANNEL
+        block = (1, 0) if channel else quantization_config.DEFAULT_BLOCK
+        return (
+            Fp8(
+                *block,
+                quantization_config.suffix_of(fp8.resolved_dialect),
+                fp8.resolved_scale_dtype,
+                power_of_two=scaling.power_of_two,
+            ),
+            scaling,
+        )
+
+    def _quantizes(self, tensor: PhysicalTensor) -> bool:
+        if not tensor.role.quantizable or len(tensor.shape) != 2:
+            return False
+        return not any(pattern.matches(tensor.name) for pattern in self.ignore)
+
+    def _scaling(self, tensor: PhysicalTensor) -> Scaling:
+        """Return the scale policy of a tensor: the last rule that names it, else the default."""
+        policy = self.options.fp8.scale
+        for pattern, named in self.scale_rules:
+            if pattern.matches(tensor.name):
+                policy = named
+        if policy in (SCALE_F32, SCALE_UE8M0):
+            return Scaling(0.0, power_of_two=policy == SCALE_UE8M0)
+        return _apply_policy(self.model.family.scale_policies[policy], tensor)
+
+    def _dropped(self) -> tuple[Dropped, ...]:
+        """List the source tensors that no transfer reads, each with its policy."""
+        stored = self.model.checkpoint.tensors
+        kept = {rows.logical for tensor in self.layout.tensors.values() for rows in tensor.rows}
+        reason = "left out by `--mtp`"
+        by_mtp = [
+            Dropped(spec.name, extent.nbytes, reason)
+            for tensor in self.model.layout.tensors.values()
+            if tensor.name in self.model.stored and tensor.rows[0].logical not in kept
+            for spec, extent in _specs(self.model.stored[tensor.name])
+        ]
+        by_family = [
+            Dropped(name, stored[name].nbytes, why) for name, why in self.model.dropped.items()
+        ]
+        by_user = [
+            Dropped(name, stored[name].nbytes, "left out by `--drop`")
+            for name in (f.tensor for f in self.model.faults if f.kind == "extra tensor")
+        ]
+        files = self.model.checkpoint.storage.files()
+        ignored = [
+            Dropped(name, files[name].size, why)
+            for name, why in self.model.checkpoint.ignored.items()
+        ]
+        return tuple([*by_mtp, *by_family, *by_user, *ignored])
+
+    def _check_ledger(self, transfers: list[Transfer], dropped: Iterable[Dropped]) -> None:
+        """Every source tensor is read in full once, or dropped; every target is filled."""
+        used = {item.name: 1 for item in dropped}
+        rows: dict[str, int] = {}
+        for transfer in transfers:
+            filled = sum(segment.num_rows for segment in transfer.segments)
+            if filled != transfer.rows:
+                raise AssertionError(f"{transfer.target.name}: {filled} of {transfer.rows} rows")
+            for segment in transfer.segments:
+                source = segment.source
+                rows[source.name] = rows.get(source.name, 0) + segment.num_rows
+                if rows[source.name] == (source.shape[0] if source.shape else 1):
+                    for spec, _ in _specs(source):
+                        used[spec.name] = used.get(spec.name, 0) + 1
+        wrong = [name for name in self.model.checkpoint.tensors if used.get(name) != 1]
+        if wrong:
+            raise AssertionError(f"not read exactly once: {wrong[:10]}")
+
+    def _config(self, transfers: list[Transfer]) -> dict[str, Any]:
+        """Return config.json for the target; keys that lingconv does not know stay where they are."""
+        config = dict(self.model.checkpoint.config)
+        config.update(self._mtp_keys())
+        dtype = self.options.dtype
+        if dtype in _CONFIG_DTYPES:
+            key = "dtype" if "dtype" in config else "torch_dtype"
+            config[key] = _CONFIG_DTYPES[TargetDType(dtype)]
+        fp8 = [t.target.encoding for t in transfers if isinstance(t.target.encoding, Fp8)]
+        if not fp8:
+            config.pop(quantization_config.KEY, None)
+        elif dtype or self.options.mtp == Mtp.ONLY:
+            kept = [
+                transfer.target.name.removesuffix(".weight")
+                for transfer in transfers
+                if isinstance(transfer.target.encoding, Plain)
+                and self.layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
+            ]
+            config[quantization_config.KEY] = quantization_config.build(fp8, kept)
+        return config
+
+    def _mtp_keys(self) -> dict[str, Any]:
+        """Return the config keys that change with the number of MTP layers."""
+        symbols, key = self.model.symbols, self.model.family.key
+        if self.options.mtp == Mtp.KEEP or not symbols["mtp_layers"]:
+            return {}
+        if self.options.mtp == Mtp.DROP:
+            return {key("mtp_layers", HF): 0, key("layers", HF): symbols["layers"]}
+        # As Ling-V2's converter writes a stand-alone MTP model (`--mtp-path`).
+        return {key("layers", HF): symbols["mtp_layers"], key("dense_layers", HF): 0}
+
+
+def _target_symbols(model: Model, options: ConvertOptions) -> dict[str, Any]:
+    """Return the symbols of the target model: the source's, but for what `--mtp` changes."""
+    if options.mtp == Mtp.KEEP:
+        return dict(model.symbols)
+    if options.mtp == Mtp.DROP:
+        return _resolve(model, {"mtp_layers": 0, "layers": model.symbols["layers"]})
+    if not model.symbols["mtp_layers"]:
+        raise UsageError("`--mtp only`: the source has no MTP layers")
+    return _resolve(model, {"layers": 0})
+
+
+def _resolve(model: Model, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return model.family.resolve(model.checkpoint.config, model.layout.name, overrides)
+
+
+def _is_copy(segment: Segment, target: Encoding) -> bool:
+    multiple = target.row_multiple
+    aligned = segment.first_row % multiple == 0 and (
+        segment.num_rows % multiple == 0
+        or segment.first_row + segment.num_rows == (segment.source.shape[:1] or (1,))[0]
+    )
+    return target.can_hold(segment.source.encoding) and aligned
+
+
+def _apply_policy(policy: ScalePolicy, tensor: PhysicalTensor) -> Scaling:
+    ue8m0 = any(
+        fnmatch.fnmatchcase(rows.logical, glob) for rows in tensor.rows for glob in policy.ue8m0
+    )
+    return Scaling(policy.min_amax, power_of_two=ue8m0)
+
+
+def _specs(stored: Stored) -> Iterable[tuple[TensorSpec, Extent]]:
+    return zip(stored.encoding.tensors(stored.name, stored.shape), stored.extents, strict=True)
+
+
+def pack(transfers: Iterable[Transfer], max_shard_bytes: int) -> tuple[OutputFile, ...]:
+    """Cut transfers into files of at most `max_shard_bytes` of data, and give every byte a place.
+
+    A tensor is never split, so one that is larger gets a file of its own.
+    """
+    shards: list[list[Transfer]] = [[]]
+    filled = 0
+    for transfer in transfers:
+        target = transfer.target
+        nbytes = sum(
+            spec.nbytes for spec in target.encoding.tensors(target.name, target.shape)
+        )
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(transfer)
+        filled += nbytes
+    return tuple(
+        _place(shard_name(index, len(shards)), shard) for index, shard in enumerate(shards)
+    )
+
+
+def _place(name: str, transfers: list[Transfer]) -> OutputFile:
+    specs = [
+        transfer.target.encoding.tensors(transfer.target.name, transfer.target.shape)
+        for transfer in transfers
+    ]
+    ordered = storage_order(spec for group in specs for spec in group)
+    position = len(build_header(ordered))
+    extents: dict[str, Extent] = {}
+    for spec in ordered:
+        extents[spec.name] = Extent(name, position, spec.nbytes)
+        position += spec.nbytes
+    placed = tuple(
+        transfer._replace(
+            target=transfer.target._replace(
+                extents=tuple(extents[spec.name] for spec in group)
+            )
+        )
+        for transfer, group in zip(transfers, specs, strict=True)
+    )
+    return OutputFile(name, position, tuple(ordered), placed)
+
+

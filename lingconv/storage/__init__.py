@@ -1,0 +1,39 @@
+"""Where bytes come from: the seam between a checkpoint and the place that holds it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+
+class FileStat(NamedTuple):
+    """Size in bytes, and a stamp that changes when the content does (mtime in ns, an etag ...)."""
+
+    size: int
+    stamp: str
+
+
+class Blob(Protocol):
+    """One open file that many threads read at once."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`; raise CheckpointError when they are not there."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class Storage(Protocol):
+    """A folder of files, wherever it is. `uri` is how the user named it."""
+
+    uri: str
+
+    def files(self) -> Mapping[str, FileStat]:
+        """Return every file below the folder by its relative path, with `/` between the parts."""
+
+    def stat(self, name: str) -> FileStat:
+        """Return size and stamp as they are now; raise CheckpointError when the file is gone."""
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return `size` bytes at `offset`, or what is left of the file when that is less."""
+
+    def open(self, name: str) -> Blob:
+        """Open a file for strip-wise reading."""

@@ -1,0 +1,175 @@
+"""Lowering: from a plan's transfers to the strips that are worked on one at a time.
+
+A strip is a few whole rows of one matrix, so memory depends neither on the size of a tensor, nor of
+a shard, nor of the model. Pure, like the plan.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lingconv.encodings import Fp8, Plain
+from lingconv.errors import ResourceError
+from lingconv.model import Extent, Stored
+from lingconv.plan import OutputFile, Plan, Segment, Transfer
+
+# Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
+STRIP_BYTES = 4 << 20
+_F32_BYTES = 4
+
+
+class CopyStrip(NamedTuple):
+    """Bytes that are moved as they are."""
+
+    source: Extent
+    offset: int
+
+
+class RowStrip(NamedTuple):
+    """Rows `first` to `last` of a target matrix, decoded and encoded."""
+
+    transfer: Transfer
+    first: int
+    last: int
+
+
+Strip = CopyStrip | RowStrip
+
+
+def lower(file: OutputFile) -> list[Strip]:
+    """Return the strips that fill a file, each byte behind the header exactly once."""
+    strips: list[Strip] = []
+    copies: list[CopyStrip] = []
+    for transfer in file.transfers:
+        if transfer.copies:
+            copies += _copy_extents(transfer)
+        else:
+            step = rows_per_strip(transfer)
+            strips += [
+                RowStrip(transfer, first, min(first + step, transfer.rows))
+                for first in range(0, transfer.rows, step)
+            ]
+    return [*_cut(_join(copies)), *strips]
+
+
+def _copy_extents(transfer: Transfer) -> Iterator[CopyStrip]:
+    """Yield the byte moves of a transfer: elements, and scales where there are some."""
+    for part, target in enumerate(transfer.target.extents):
+        offset = target.offset
+        for segment in transfer.segments:
+            extent = _rows_of(segment, part)
+            yield CopyStrip(extent, offset)
+            offset += extent.nbytes
+
+
+def _rows_of(segment: Segment, part: int) -> Extent:
+    """Return the bytes of a segment in tensor `part` of its source (0 elements, 1 scales)."""
+    source = segment.source
+    extent = source.extents[part]
+    rows = source.shape[0] if source.shape else 1
+    units = rows if part == 0 else -(-rows // source.encoding.row_multiple)
+    if segment.num_rows == rows:
+        return extent
+    unit_bytes = extent.nbytes // units
+    multiple = rows // units if part == 0 else source.encoding.row_multiple
+    first = segment.first_row // multiple
+    count = -(-segment.num_rows // multiple)
+    return Extent(extent.file, extent.offset + first * unit_bytes, count * unit_bytes)
+
+
+def _join(copies: list[CopyStrip]) -> Iterator[CopyStrip]:
+    """Join moves that are neighbours in the source and in the target."""
+    last: CopyStrip | None = None
+    for copy in sorted(copies, key=lambda copy: copy.offset):
+        if last and _follows(last, copy):
+            source = last.source._replace(nbytes=last.source.nbytes + copy.source.nbytes)
+            last = CopyStrip(source, last.offset)
+        else:
+            if last:
+                yield last
+            last = copy
+    if last:
+        yield last
+
+
+def _follows(last: CopyStrip, copy: CopyStrip) -> bool:
+    return (
+        last.source.file == copy.source.file
+        and last.source.offset + last.source.nbytes == copy.source.offset
+        and last.offset + last.source.nbytes == copy.offset
+    )
+
+
+def _cut(copies: Iterator[CopyStrip]) -> Iterator[CopyStrip]:
+    """Cut moves into strips."""
+    for copy in copies:
+        for start in range(0, copy.source.nbytes, STRIP_BYTES):
+            source = Extent(
+                copy.source.file,
+                copy.source.offset + start,
+                min(STRIP_BYTES, copy.source.nbytes - start),
+            )
+            yield CopyStrip(source, copy.offset + start)
+
+
+def rows_per_strip(transfer: Transfer) -> int:
+    """Return how many rows a strip has: whole blocks, about STRIP_BYTES, at least one block."""
+    multiple = transfer.target.encoding.row_multiple
+    block_bytes = multiple * max(1, transfer.cols) * _widest(transfer)
+    return multiple * max(1, STRIP_BYTES // block_bytes)
+
+
+def _widest(transfer: Transfer) -> int:
+    """Return the bytes of an element where it is widest: source, target or in between."""
+    encodings = [transfer.target.encoding, *(s.source.encoding for s in transfer.segments)]
+    return max(_F32_BYTES if works_in_f32(transfer) else 2, *map(_element_bytes, encodings))
+
+
+def _element_bytes(encoding: Plain | Fp8) -> int:
+    return encoding.dtype.itemsize if isinstance(encoding, Plain) else 1
+
+
+def works_in_f32(transfer: Transfer) -> bool:
+    """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
+    sources = {_is_bf16_or_fp8(segment.source) for segment in transfer.segments}
+    target = transfer.target.encoding
+    if isinstance(target, Fp8):
+        return any(
+            isinstance(s.source.encoding, Fp8) or not _is_bf16_or_fp8(s.source)
+            for s in transfer.segments
+        )
+    return target.dtype != "BF16" or sources != {True}
+
+
+def _is_bf16_or_fp8(stored: Stored) -> bool:
+    encoding = stored.encoding
+    return isinstance(encoding, Fp8) or encoding.dtype == "BF16"
+
+
+def strip_memory(strip: Strip) -> int:
+    """Return the bytes of buffers that a strip needs: read, worked on, written."""
+    if isinstance(strip, CopyStrip):
+        return strip.source.nbytes
+    transfer = strip.transfer
+    elements = (strip.last - strip.first) * max(1, transfer.cols)
+    return 3 * elements * _widest(transfer)
+
+
+def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]:
+    """Return how many jobs fit the budget, and the bytes of buffers that they take together.
+
+    Raises ResourceError when the budget is too small for a single strip.
+    """
+    largest, name = 0, ""
+    for transfer in plan.transfers():
+        rows = min(rows_per_strip(transfer), transfer.rows)
+        strip = RowStrip(transfer, 0, rows)
+        need = STRIP_BYTES if transfer.copies else strip_memory(strip)
+        if need > largest:
+            largest, name = need, transfer.target.name
+    fitting = min(jobs, max_memory_bytes // max(largest, 1))
+    if fitting < 1:
+        raise ResourceError(
+            f"{name} needs buffers of {largest:,} bytes, the budget is {max_memory_bytes:,}",
+            hint="raise `--max-memory`",
+        )
+    return fitting, fitting * largest
