@@ -122,17 +122,17 @@ def synthetic_model(
     formats: str | None = None,
 ) -> Model:
     """Return the model that `synth` writes, to plan it without writing."""
-    from lingconv import synth as synthesis  # numba is not needed for anything else here
+    from lingconv import synthetic  # numba is not needed for anything else here
 
     families = load_families(formats)
-    values = synthesis.cut_config(
-        synthesis.read_config(str(config)),
+    values = synthetic.cut_config(
+        synthetic.read_config(str(config)),
         families[0],
         layers=layers,
         dense_layers=dense_layers,
         mtp=mtp,
     )
-    return recognise(synthesis.synthetic_checkpoint(values, families[0], seed), families)
+    return recognise(synthetic.synthetic_checkpoint(values, families[0], seed), families)
 
 
 def _refuse_overlap(source: Path, destination: Path) -> None:

@@ -67,6 +67,11 @@ def read_checkpoint(storage: Storage) -> Checkpoint:
     return _Reader(storage).read()
 
 
+def _is_plain_name(name: str) -> bool:
+    """Return whether `name` is a file of the folder itself, not a way out of it."""
+    return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+
+
 class _Reader:
     """Collects the parts of a Checkpoint and every fault met on the way."""
 
@@ -128,7 +133,7 @@ class _Reader:
             weight_map = {}
         good = {}
         for tensor, shard in weight_map.items():
-            if isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard:
+            if isinstance(shard, str) and _is_plain_name(shard):
                 good[tensor] = shard
             else:
                 message = f"index points outside the folder: {shard!r}"

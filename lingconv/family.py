@@ -13,6 +13,7 @@ from enum import StrEnum
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
@@ -25,7 +26,7 @@ Shape = tuple[int, ...]
 
 # No dimension of a real model comes near; it keeps a hostile config from exhausting memory.
 MAX_SYMBOL = 1 << 32
-MAX_TENSORS = 4_000_000
+MAX_REPEATS = 100_000
 
 
 class Role(StrEnum):
@@ -102,7 +103,10 @@ class Block:
 
     def layers(self, symbols: Mapping[str, Any]) -> range:
         """Return the layer numbers that this block covers."""
-        return range(_number(self.first, symbols), _number(self.end, symbols))
+        layers = range(_number(self.first, symbols), _number(self.end, symbols))
+        if len(layers) > MAX_REPEATS:
+            raise CheckpointError(f"config.json asks for {len(layers):,} layers")
+        return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +203,43 @@ class Family:
         The order is the canonical one: the layers in turn, each as the family file lists it.
         """
         for block in self.blocks:
-            rules = [
-                rule
-                for group in block.groups
-                for rule in self.tensors[group]
-                if not rule.when or symbols[rule.when]
-            ]
-            for i, layer in enumerate(block.layers(symbols)):
+            layers = block.layers(symbols)
+            entries = self._entries(block, symbols, layout) if layers else []
+            for i, layer in enumerate(layers):
                 name = block.name.format(layer=layer, i=i)
                 address = block.addresses[layout].format(layer=layer, i=i)
-                yield from _expand_block(rules, symbols, name, address, layout, mtp=block.mtp)
+                for rule, shape, name_rest, address_rest in entries:
+                    yield LogicalTensor(
+                        LogicalName(name + name_rest),
+                        rule.role,
+                        shape,
+                        PhysicalName(address + address_rest),
+                        rule.keep_dtype,
+                        block.mtp,
+                    )
+
+    def _entries(
+        self, block: Block, symbols: Mapping[str, Any], layout: str
+    ) -> list[tuple[TensorRule, Shape, str, str]]:
+        """Return what every layer of a block holds: rule, shape, rest of the name and address.
+
+        Neighbours that repeat over the same index take turns: e0.gate, e0.up, ..., e1.gate, ...
+        """
+        rules = [
+            rule
+            for group in block.groups
+            for rule in self.tensors[group]
+            if not rule.when or symbols[rule.when]
+        ]
+        entries = []
+        for repeat, members in groupby(rules, key=lambda rule: rule.repeat):
+            shaped = [(rule, rule.shape(symbols)) for rule in members]
+            for bound in _bindings(repeat, symbols):
+                entries += [
+                    (rule, shape, rule.name.format(**bound), rule.addresses[layout].format(**bound))
+                    for rule, shape in shaped
+                ]
+        return entries
 
     def key(self, symbol: str, layout: str) -> str:
         """Return the config key of a symbol in a layout."""
@@ -223,52 +254,18 @@ class Family:
         return None
 
 
-def _expand_block(
-    rules: list[TensorRule],
-    symbols: Mapping[str, Any],
-    name: str,
-    address: str,
-    layout: str,
-    *,
-    mtp: bool,
-) -> Iterator[LogicalTensor]:
-    repeat: tuple[tuple[str, str], ...] = ()
-    repeated: list[tuple[TensorRule, Shape]] = []
-    for rule in [*rules, None]:
-        if repeated and (rule is None or rule.repeat != repeat):
-            yield from _repeat(repeated, symbols, name, address, layout, mtp=mtp)
-            repeated = []
-        if rule is not None:
-            repeat = rule.repeat
-            repeated.append((rule, rule.shape(symbols)))
-
-
-def _repeat(
-    rules: list[tuple[TensorRule, Shape]],
-    symbols: Mapping[str, Any],
-    name: str,
-    address: str,
-    layout: str,
-    *,
-    mtp: bool,
-) -> Iterator[LogicalTensor]:
-    """Yield consecutive rules that repeat over the same index, index by index: e0.gate, e0.up, ..."""
-    repeat = rules[0][0].repeat
-    ((index, count),) = repeat or (("", ""),)
-    total = symbols[count] if count else 1
-    if total > MAX_TENSORS:
+def _bindings(
+    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any]
+) -> Iterator[dict[str, int]]:
+    """Yield the values of a tensor's own index: {expert: 0}, {expert: 1}, ... or {} just once."""
+    if not repeat:
+        yield {}
+        return
+    ((index, count),) = repeat
+    total = _number(count, symbols)
+    if total > MAX_REPEATS:
         raise CheckpointError(f"config.json asks for {total:,} tensors of one kind")
-    for number in range(total):
-        bound = {index: number}
-        for rule, shape in rules:
-            yield LogicalTensor(
-                LogicalName(name + rule.name.format(**bound)),
-                rule.role,
-                shape,
-                PhysicalName(address + rule.addresses[layout].format(**bound)),
-                rule.keep_dtype,
-                mtp,
-            )
+    yield from ({index: number} for number in range(total))
 
 
 def _number(value: str | int, symbols: Mapping[str, Any]) -> int:

@@ -1,13 +1,14 @@
 """What is this checkpoint? Headers only, so instant at any size."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from lingconv.encodings import quantization_config
 from lingconv.errors import Fault
-from lingconv.family import PhysicalName, Role
+from lingconv.family import Role
 from lingconv.model import Model
 
 SCHEMA = "lingconv.inspect/1"
@@ -64,9 +65,8 @@ class Report:
 def inspect_model(model: Model) -> Report:
     """Return the report on a recognised checkpoint."""
     checkpoint = model.checkpoint
-    encodings: dict[str, int] = {}
-    for stored in model.stored.values():
-        encodings[stored.encoding.label] = encodings.get(stored.encoding.label, 0) + 1
+    encodings = Counter(stored.encoding for stored in model.stored.values())
+    parameters = _parameters(model)
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.nbytes
@@ -75,11 +75,11 @@ def inspect_model(model: Model) -> Report:
         family=model.family.title,
         architecture=model.architecture,
         layout=model.layout.name,
-        encodings=encodings,
+        encodings={encoding.label: number for encoding, number in encodings.items()},
         dtypes=dtypes,
-        parameters=sum(count for _, count, mtp in _counts(model) if not mtp),
-        active_parameters=_active(model),
-        mtp_parameters=sum(count for _, count, mtp in _counts(model) if mtp),
+        parameters=sum(parameters[False].values()),
+        active_parameters=_active(parameters[False], model.symbols),
+        mtp_parameters=sum(parameters[True].values()),
         layers=model.symbols["layers"],
         dense_layers=model.symbols["dense_layers"],
         mtp_layers=model.symbols["mtp_layers"],
@@ -95,15 +95,17 @@ def inspect_model(model: Model) -> Report:
     )
 
 
-def _counts(model: Model) -> Iterator[tuple[Role, int, bool]]:
-    """Yield role, parameters and MTP membership of each tensor that is there."""
+def _parameters(model: Model) -> dict[bool, Counter[Role]]:
+    """Return the parameters of each role, in MTP layers (True) and outside of them (False)."""
+    counts: dict[bool, Counter[Role]] = {False: Counter(), True: Counter()}
     for name in model.stored:
-        tensor = model.layout.tensors[PhysicalName(name)]
-        yield tensor.role, prod(tensor.shape), tensor.mtp
+        tensor = model.layout.tensors[name]
+        counts[tensor.mtp][tensor.role] += prod(tensor.shape)
+    return counts
 
 
-def _active(model: Model) -> int:
-    """Return the parameters that one token passes through, embeddings included, MTP not."""
-    experts = sum(count for role, count, mtp in _counts(model) if role == Role.EXPERT and not mtp)
-    others = sum(count for role, count, mtp in _counts(model) if role != Role.EXPERT and not mtp)
-    return others + experts * model.symbols["experts_per_token"] // model.symbols["experts"]
+def _active(parameters: Mapping[Role, int], symbols: Mapping[str, Any]) -> int:
+    """Return the parameters that one token passes through, embeddings included."""
+    experts = parameters[Role.EXPERT]
+    chosen = experts * symbols["experts_per_token"] // symbols["experts"]
+    return sum(parameters.values()) - experts + chosen

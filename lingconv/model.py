@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint, StoredTensor
 from lingconv.dtypes import DType
-from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
+from lingconv.encodings import Encoding, Fp8, quantization_config
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES, recognise as recognise_fp8
+from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
@@ -168,7 +169,7 @@ class _Matcher:
             self._fault("shape", message, held)
             return None
         if held.dtype != DType.F8_E4M3:
-            return Stored(tensor.name, held.shape, Plain(held.dtype), (_extent(held),))
+            return Stored(tensor.name, held.shape, PLAIN[held.dtype], (_extent(held),))
         return self._find_fp8(tensor, held)
 
     def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> Stored | None:
@@ -243,15 +244,16 @@ class _Matcher:
 
 def _odd_dtypes(layout: Layout, stored: Mapping[PhysicalName, Stored]) -> Iterable[Fault]:
     """Report tensors whose dtype differs from that of most tensors of their role."""
-    by_role: dict[str, dict[str, list[str]]] = {}
+    by_role: dict[str, dict[Encoding, list[str]]] = {}
     for name, item in stored.items():
-        labels = by_role.setdefault(layout.tensors[name].role, {})
-        labels.setdefault(item.encoding.label, []).append(name)
-    for role, labels in by_role.items():
-        usual = max(labels, key=lambda label: len(labels[label]))
-        for label, names in labels.items():
-            if label != usual:
-                message = f"{len(names)} {role} tensors are {label}, {len(labels[usual])} {usual}"
+        found = by_role.setdefault(layout.tensors[name].role, {})
+        found.setdefault(item.encoding, []).append(name)
+    for role, found in by_role.items():
+        usual = max(found, key=lambda encoding: len(found[encoding]))
+        for encoding, names in found.items():
+            if encoding != usual:
+                rest = f"{len(found[usual])} are {usual.label}"
+                message = f"{len(names)} {role} tensors are {encoding.label}, {rest}"
                 yield Fault("dtype", message, tensor=names[0], fatal=False)
 
 

@@ -6,14 +6,15 @@ holds no tensor data, opens no file, and imports neither torch nor numba. `plann
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lingconv.containers.safetensors import TensorSpec, build_header
-from lingconv.dtypes import DType
-from lingconv.encodings import Fp8, encoding_from_json, encoding_to_json
+from lingconv.containers.safetensors import TensorSpec, build_header, tensor_spec
+from lingconv.dtypes import DTYPES
+from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
 from lingconv.model import Extent, Stored
 from lingconv.options import ConvertOptions
@@ -100,11 +101,24 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes, time stamps left out."""
-        value = self.to_json()
-        value["source_files"] = {name: stat.size for name, stat in self.source_files.items()}
-        del value["source"]
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over everything that decides the output's bytes; not over time stamps."""
+        encodings = _Numbers()
+        sha = hashlib.sha256()
+        for file in self.files:
+            sha.update(f"{file.name} {file.nbytes}\n".encode())
+            sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
+        rest = {
+            "schema": SCHEMA,
+            "source_files": {name: stat.size for name, stat in self.source_files.items()},
+            "family": self.family,
+            "options": self.options.to_json(),
+            "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
+            "side_files": dict(self.side_files),
+            "config": self.config,
+            "dropped": self.dropped,
+        }
+        sha.update(json.dumps(rest, sort_keys=True).encode())
+        return sha.hexdigest()
 
     @property
     def write_bytes(self) -> int:
@@ -115,9 +129,7 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes read from the source's weight files."""
         return sum(
-            extent.nbytes * segment.num_rows // max(segment.source.shape[:1] or (1,))
-            if segment.source.shape[:1] != (0,)
-            else 0
+            extent.nbytes * segment.num_rows // (segment.source.shape or (1,))[0]
             for transfer in self.transfers()
             for segment in transfer.segments
             for extent in segment.source.extents
@@ -135,23 +147,20 @@ class Plan:
 
     def encodings(self) -> dict[str, int]:
         """Return how many target matrices have each encoding, by label."""
-        counts: dict[str, int] = {}
-        for transfer in self.transfers():
-            label = transfer.target.encoding.label
-            counts[label] = counts.get(label, 0) + 1
-        return counts
+        counts = Counter(transfer.target.encoding for transfer in self.transfers())
+        return {encoding.label: count for encoding, count in counts.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values; shared parts are stored once and referred to."""
-        names = _Names()
-        files = [_file_to_json(file, names) for file in self.files]
+        encodings = _Numbers()
+        files = [_file_to_json(file, encodings) for file in self.files]
         return {
             "schema": SCHEMA,
             "source": self.source,
             "source_files": {name: list(stat) for name, stat in self.source_files.items()},
             "family": self.family,
             "options": self.options.to_json(),
-            "encodings": [encoding_to_json(encoding) for encoding in names.encodings],
+            "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
             "files": files,
             "side_files": dict(self.side_files),
             "config": self.config,
@@ -180,26 +189,42 @@ class Plan:
         )
 
 
-class _Names:
-    """Numbers encodings in order of first use, so that JSON names each one once."""
+class _Numbers:
+    """Numbers encodings in order of first use, so that each one is spelled out once."""
 
     def __init__(self) -> None:
-        self.encodings: dict[Any, int] = {}
+        self.seen: dict[Encoding, int] = {}
 
-    def number(self, encoding: Any) -> int:
-        return self.encodings.setdefault(encoding, len(self.encodings))
+    def of(self, encoding: Encoding) -> int:
+        return self.seen.setdefault(encoding, len(self.seen))
 
 
-def _file_to_json(file: OutputFile, names: _Names) -> dict[str, Any]:
+def _line(transfer: Transfer, encodings: _Numbers) -> str:
+    """Return a transfer as a line of text, for the digest."""
+    sources = " < ".join(
+        f"{_describe(segment.source, encodings)} {segment.first_row}+{segment.num_rows}"
+        for segment in transfer.segments
+    )
+    scaling = f"{transfer.scaling.min_amax!r} {transfer.scaling.power_of_two}"
+    target = _describe(transfer.target, encodings)
+    return f"{target} < {sources} | {scaling} {transfer.copies}\n"
+
+
+def _describe(stored: Stored, encodings: _Numbers) -> str:
+    places = " ".join(f"{e.file}@{e.offset}+{e.nbytes}" for e in stored.extents)
+    return f"{stored.name} {stored.shape} #{encodings.of(stored.encoding)} {places}"
+
+
+def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
     return {
         "name": file.name,
         "bytes": file.nbytes,
-        "tensors": [[spec.name, spec.dtype.value, list(spec.shape)] for spec in file.tensors],
+        "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in file.tensors],
         "transfers": [
             {
-                "target": _stored_to_json(transfer.target, names),
+                "target": _stored_to_json(transfer.target, encodings),
                 "from": [
-                    [_stored_to_json(segment.source, names), segment.first_row, segment.num_rows]
+                    [_stored_to_json(segment.source, encodings), segment.first_row, segment.num_rows]
                     for segment in transfer.segments
                 ],
                 "scaling": list(transfer.scaling),
@@ -214,7 +239,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
     return OutputFile(
         value["name"],
         value["bytes"],
-        tuple(TensorSpec(name, DType(dtype), tuple(shape)) for name, dtype, shape in value["tensors"]),
+        tuple(tensor_spec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in value["tensors"]),
         tuple(
             Transfer(
                 _stored_from_json(item["target"], encodings),
@@ -230,17 +255,11 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
     )
 
 
-def _stored_to_json(stored: Stored, names: _Names) -> list[Any]:
+def _stored_to_json(stored: Stored, encodings: _Numbers) -> list[Any]:
     extents = [list(extent) for extent in stored.extents]
-    return [stored.name, list(stored.shape), names.number(stored.encoding), extents]
+    return [stored.name, list(stored.shape), encodings.of(stored.encoding), extents]
 
 
 def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
     name, shape, number, extents = value
     return Stored(name, tuple(shape), encodings[number], tuple(Extent(*item) for item in extents))
-
-
-def fp8_encodings(plan: Plan) -> list[Fp8]:
-    """Return the encoding of every FP8 matrix of the target."""
-    found = (transfer.target.encoding for transfer in plan.transfers())
-    return [encoding for encoding in found if isinstance(encoding, Fp8)]

@@ -6,7 +6,6 @@ each target tensor is filled completely. Pure: headers in, Plan out.
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -22,6 +21,7 @@ from lingconv.options import (
     SCALE_F32,
     SCALE_UE8M0,
     ConvertOptions,
+    Fp8Options,
     Mtp,
     Pattern,
     Scheme,
@@ -61,6 +61,7 @@ class _Planner:
         self.drop = [Pattern(text) for text in options.drop]
         self.symbols = _target_symbols(model, options)
         self.layout = build_layout(model.family, self.symbols, options.layout)
+        self.fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
 
     def build(self) -> Plan:
         self._refuse_faults()
@@ -150,7 +151,7 @@ class _Planner:
         target, scaling = self._encoding(tensor, found)
         copies = all(_is_copy(segment, target) for segment in segments)
         if copies and isinstance(target, Fp8) and isinstance(found, Fp8):
-            target = replace(target, power_of_two=found.power_of_two)
+            target = self.fp8[found.power_of_two] if self.options.dtype else found
         if not copies:
             self._check_decoding(tensor, segments, target)
         return Transfer(Stored(tensor.name, tensor.shape, target, ()), segments, scaling, copies)
@@ -183,18 +184,7 @@ class _Planner:
             plain = found if isinstance(found, Plain) else Plain(DType.BF16)
             return plain, PLAIN_SCALING
         scaling = self._scaling(tensor)
-        fp8 = self.options.fp8
-        channel = fp8.scheme == Scheme.CHANNEL
-        block = (1, 0) if channel else quantization_config.DEFAULT_BLOCK
-        return (
-            Fp8(
-                *block,
-                quantization_config.suffix_of(fp8.resolved_dialect),
-                fp8.resolved_scale_dtype,
-                power_of_two=scaling.power_of_two,
-            ),
-            scaling,
-        )
+        return self.fp8[scaling.power_of_two], scaling
 
     def _quantizes(self, tensor: PhysicalTensor) -> bool:
         if not tensor.role.quantizable or len(tensor.shape) != 2:
@@ -217,10 +207,10 @@ class _Planner:
         kept = {rows.logical for tensor in self.layout.tensors.values() for rows in tensor.rows}
         reason = "left out by `--mtp`"
         by_mtp = [
-            Dropped(spec.name, extent.nbytes, reason)
+            Dropped(name, stored[name].nbytes, reason)
             for tensor in self.model.layout.tensors.values()
             if tensor.name in self.model.stored and tensor.rows[0].logical not in kept
-            for spec, extent in _specs(self.model.stored[tensor.name])
+            for name in self.model.stored[tensor.name].encoding.names(tensor.name)
         ]
         by_family = [
             Dropped(name, stored[name].nbytes, why) for name, why in self.model.dropped.items()
@@ -248,8 +238,8 @@ class _Planner:
                 source = segment.source
                 rows[source.name] = rows.get(source.name, 0) + segment.num_rows
                 if rows[source.name] == (source.shape[0] if source.shape else 1):
-                    for spec, _ in _specs(source):
-                        used[spec.name] = used.get(spec.name, 0) + 1
+                    for name in source.encoding.names(source.name):
+                        used[name] = used.get(name, 0) + 1
         wrong = [name for name in self.model.checkpoint.tensors if used.get(name) != 1]
         if wrong:
             raise AssertionError(f"not read exactly once: {wrong[:10]}")
@@ -286,6 +276,19 @@ class _Planner:
         return {key("layers", HF): symbols["mtp_layers"], key("dense_layers", HF): 0}
 
 
+def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
+    """Return the encoding that the options ask for."""
+    channel = options.scheme == Scheme.CHANNEL
+    block_rows, block_cols = (1, 0) if channel else quantization_config.DEFAULT_BLOCK
+    return Fp8(
+        block_rows,
+        block_cols,
+        quantization_config.suffix_of(options.resolved_dialect),
+        options.resolved_scale_dtype,
+        power_of_two=power_of_two,
+    )
+
+
 def _target_symbols(model: Model, options: ConvertOptions) -> dict[str, Any]:
     """Return the symbols of the target model: the source's, but for what `--mtp` changes."""
     if options.mtp == Mtp.KEEP:
@@ -317,51 +320,43 @@ def _apply_policy(policy: ScalePolicy, tensor: PhysicalTensor) -> Scaling:
     return Scaling(policy.min_amax, power_of_two=ue8m0)
 
 
-def _specs(stored: Stored) -> Iterable[tuple[TensorSpec, Extent]]:
-    return zip(stored.encoding.tensors(stored.name, stored.shape), stored.extents, strict=True)
-
-
 def pack(transfers: Iterable[Transfer], max_shard_bytes: int) -> tuple[OutputFile, ...]:
     """Cut transfers into files of at most `max_shard_bytes` of data, and give every byte a place.
 
     A tensor is never split, so one that is larger gets a file of its own.
     """
-    shards: list[list[Transfer]] = [[]]
+    shards: list[list[_Unplaced]] = [[]]
     filled = 0
     for transfer in transfers:
         target = transfer.target
-        nbytes = sum(
-            spec.nbytes for spec in target.encoding.tensors(target.name, target.shape)
-        )
+        specs = target.encoding.tensors(target.name, target.shape)
+        nbytes = sum(spec.nbytes for spec in specs)
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(transfer)
+        shards[-1].append((transfer, specs))
         filled += nbytes
     return tuple(
         _place(shard_name(index, len(shards)), shard) for index, shard in enumerate(shards)
     )
 
 
-def _place(name: str, transfers: list[Transfer]) -> OutputFile:
-    specs = [
-        transfer.target.encoding.tensors(transfer.target.name, transfer.target.shape)
-        for transfer in transfers
-    ]
-    ordered = storage_order(spec for group in specs for spec in group)
+_Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
+
+
+def _place(name: str, shard: list[_Unplaced]) -> OutputFile:
+    ordered = storage_order(spec for _, specs in shard for spec in specs)
     position = len(build_header(ordered))
     extents: dict[str, Extent] = {}
     for spec in ordered:
         extents[spec.name] = Extent(name, position, spec.nbytes)
         position += spec.nbytes
-    placed = tuple(
-        transfer._replace(
-            target=transfer.target._replace(
-                extents=tuple(extents[spec.name] for spec in group)
-            )
+    transfers = []
+    for transfer, specs in shard:
+        target = transfer.target
+        placed = tuple(extents[spec.name] for spec in specs)
+        at_place = Stored(target.name, target.shape, target.encoding, placed)
+        transfers.append(
+            Transfer(at_place, transfer.segments, transfer.scaling, transfer.copies)
         )
-        for transfer, group in zip(transfers, specs, strict=True)
-    )
-    return OutputFile(name, position, tuple(ordered), placed)
-
-
+    return OutputFile(name, position, tuple(ordered), tuple(transfers))

@@ -154,18 +154,21 @@ def strip_memory(strip: Strip) -> int:
     return 3 * elements * _widest(transfer)
 
 
+def _transfer_memory(transfer: Transfer) -> int:
+    if transfer.copies:
+        return STRIP_BYTES
+    rows = min(rows_per_strip(transfer), transfer.rows)
+    return strip_memory(RowStrip(transfer, 0, rows))
+
+
 def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]:
     """Return how many jobs fit the budget, and the bytes of buffers that they take together.
 
     Raises ResourceError when the budget is too small for a single strip.
     """
-    largest, name = 0, ""
-    for transfer in plan.transfers():
-        rows = min(rows_per_strip(transfer), transfer.rows)
-        strip = RowStrip(transfer, 0, rows)
-        need = STRIP_BYTES if transfer.copies else strip_memory(strip)
-        if need > largest:
-            largest, name = need, transfer.target.name
+    kinds = {(t.target.shape, t.target.encoding, t.copies, len(t.segments)): t
+             for t in plan.transfers()}
+    largest, name = max((_transfer_memory(t), t.target.name) for t in kinds.values())
     fitting = min(jobs, max_memory_bytes // max(largest, 1))
     if fitting < 1:
         raise ResourceError(

@@ -1,5 +1,6 @@
 """The command line: the only place that prints, and the only one that exits."""
 
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ class _Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """Run the command line and exit with the code that `lingconv.errors` documents."""
+    # Headers of a trillion parameters are a million small objects without a cycle among them; the
+    # collector would look through all of them again and again, for half of the planning time.
+    gc.set_threshold(1_000_000, 50, 50)
     terminated = False
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:

@@ -18,6 +18,8 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
 
 
 class TensorEntry(NamedTuple):
@@ -31,16 +33,17 @@ class TensorEntry(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that a file is going to hold."""
+    """A tensor that a file is going to hold; `nbytes` follows from dtype and shape."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return math.prod(self.shape) * self.dtype.bits // 8
+
+def tensor_spec(name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
+    """Return the spec of a tensor, with its size in bytes."""
+    return TensorSpec(name, dtype, shape, math.prod(shape) * dtype.bits // 8)
 
 
 class HeaderError(ValueError):
@@ -76,7 +79,7 @@ def parse_header(
     faults: list[Fault] = []
     start = 8 + len(header)
     seen: set[str] = set()
-    for name, value in _load_pairs(header):
+    for name, value in _load_entries(header):
         if name == METADATA_KEY:
             continue
         if name in seen:
@@ -93,32 +96,48 @@ def parse_header(
     return entries, faults
 
 
-def _load_pairs(header: bytes) -> list[tuple[str, Any]]:
-    """Parse the JSON object, keeping duplicate keys apart."""
+def _load_entries(header: bytes) -> Iterable[tuple[str, Any]]:
+    """Parse the JSON object; keys that occur twice come twice."""
     try:
+        entries = json.loads(header)
+        if isinstance(entries, dict) and not _may_repeat_keys(header, entries):
+            return entries.items()
         pairs = json.loads(header, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as exc:
         raise HeaderError(f"header is not JSON: {exc}") from exc
     if not isinstance(pairs, _Pairs):
         raise HeaderError("header is not a JSON object")
-    return pairs
+    return [(name, _unique(value)) for name, value in pairs]
+
+
+def _may_repeat_keys(header: bytes, entries: dict[str, Any]) -> bool:
+    """Return whether a key may occur twice, which json.loads passes over: then look closely.
+
+    Every entry spells its three fields once, so more of them than entries means repeats.
+    """
+    count = len(entries) - (METADATA_KEY in entries)
+    return any(header.count(field) != count for field in _FIELD_SPELLINGS)
 
 
 class _Pairs(list[tuple[str, Any]]):
     """A JSON object as its key-value pairs."""
 
 
-def _parse_entry(name: str, value: Any, start: int, file_bytes: int) -> TensorEntry:
+def _unique(value: Any) -> Any:
+    """Return an object as a dict, or as nothing usable when it repeats a key."""
     if not isinstance(value, _Pairs):
-        raise HeaderError("entry is not an object")
-    fields = dict(value)
-    if len(fields) != len(value) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise HeaderError("entry must have exactly dtype, shape and data_offsets")
-    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+        return value
+    return dict(value) if len(dict(value)) == len(value) else None
+
+
+def _parse_entry(name: str, value: Any, start: int, file_bytes: int) -> TensorEntry:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        raise HeaderError("entry must be an object with exactly dtype, shape and data_offsets")
+    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise HeaderError(f"unknown dtype {fields['dtype']!r}")
-    shape = _sizes(fields["shape"], "shape")
-    offsets = _sizes(fields["data_offsets"], "data_offsets")
+        raise HeaderError(f"unknown dtype {value['dtype']!r}")
+    shape = _sizes(value["shape"], "shape")
+    offsets = _sizes(value["data_offsets"], "data_offsets")
     if len(offsets) != 2:
         raise HeaderError("data_offsets must have two numbers")
     begin, end = offsets
@@ -182,7 +201,7 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     for spec in specs:
         end = position + spec.nbytes
         entries[spec.name] = {
-            "dtype": spec.dtype.value,
+            "dtype": spec.dtype,
             "shape": list(spec.shape),
             "data_offsets": [position, end],
         }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from lingconv.containers.safetensors import TensorSpec
+from lingconv.containers.safetensors import TensorSpec, tensor_spec
 from lingconv.dtypes import DType
 
 E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
@@ -75,9 +75,13 @@ class Fp8:
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """Return the physical tensors that hold a matrix: elements, then scales."""
         return (
-            TensorSpec(name, DType.F8_E4M3, shape),
-            TensorSpec(name + self.scale_suffix, self.scale_dtype, self.scale_tensor_shape(shape)),
+            tensor_spec(name, DType.F8_E4M3, shape),
+            tensor_spec(name + self.scale_suffix, self.scale_dtype, self.scale_tensor_shape(shape)),
         )
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return the names of those tensors."""
+        return (name, name + self.scale_suffix)
 
     def can_hold(self, other: object) -> bool:
         """Return whether bytes of encoding `other` are valid in this one as they are.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.containers.safetensors import TensorSpec
+from lingconv.containers.safetensors import TensorSpec, tensor_spec
 from lingconv.dtypes import DType
 
 # What can be decoded to numbers; tensors of any other dtype are only ever copied.
@@ -29,7 +29,11 @@ class Plain:
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """Return the physical tensors that hold a matrix: just itself."""
-        return (TensorSpec(name, self.dtype, shape),)
+        return (tensor_spec(name, self.dtype, shape),)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return the names of those tensors."""
+        return (name,)
 
     def can_hold(self, other: object) -> bool:
         """Return whether bytes of encoding `other` are valid in this one as they are."""
@@ -43,3 +47,7 @@ class Plain:
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Build from `to_json`'s fields."""
         return cls(DType(fields["dtype"]))
+
+
+# One value for each dtype: a large checkpoint has tens of thousands of tensors in a few of them.
+PLAIN = {dtype: Plain(dtype) for dtype in DType}

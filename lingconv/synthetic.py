@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lingconv.checkpoint import Checkpoint, StoredTensor
-from lingconv.containers.safetensors import TensorSpec
+from lingconv.containers.safetensors import tensor_spec
 from lingconv.dtypes import DType
 from lingconv.errors import UsageError
 from lingconv.family import Family, Role, presets
@@ -93,7 +93,7 @@ class SynthStorage:
         offset = 0
         for tensor in build_layout(family, symbols, HF).tensors.values():
             dtype = DType.F32 if tensor.keep_dtype else DType.BF16
-            nbytes = TensorSpec(tensor.name, dtype, tensor.shape).nbytes
+            nbytes = tensor_spec(tensor.name, dtype, tensor.shape).nbytes
             self.tensors[tensor.name] = StoredTensor(
                 tensor.name, dtype, tensor.shape, _WEIGHTS, offset, nbytes
             )
