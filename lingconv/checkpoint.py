@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lingconv.containers import safetensors
-from lingconv.dtypes import DType
+from lingconv.containers.safetensors import StoredTensor
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.local import LocalStorage
@@ -21,17 +21,6 @@ RECORD_NAME = "lingconv.json"
 MAX_JSON_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.js)
 # Weights in formats that the reader does not take here: never carried over as small files.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
-
-
-class StoredTensor(NamedTuple):
-    """A physical tensor in its file; `offset` counts from the start of the file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +162,7 @@ class _Reader:
                 message = f"is in {twin.file} too"
                 self.faults.append(Fault("duplicate tensor", message, file, entry.name))
                 continue
-            tensors[entry.name] = StoredTensor(
-                entry.name, entry.dtype, entry.shape, file, entry.offset, entry.nbytes
-            )
+            tensors[entry.name] = entry
         return True
 
     def _check_index(

@@ -20,8 +20,7 @@ class Rows(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class PhysicalTensor:
+class PhysicalTensor(NamedTuple):
     """A tensor as a layout names it, the logical rows that it is made of, and their common role."""
 
     name: PhysicalName

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lingconv.checkpoint import CONFIG_NAME, Checkpoint, StoredTensor
+from lingconv.checkpoint import CONFIG_NAME, Checkpoint
+from lingconv.containers.safetensors import StoredTensor
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, quantization_config
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES, recognise as recognise_fp8

@@ -15,7 +15,7 @@ from lingconv.encodings.plain import FLOATS
 from lingconv.dtypes import DType
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import LogicalName, PhysicalName, ScalePolicy
-from lingconv.layout import Address, PhysicalTensor, build_layout
+from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
 from lingconv.model import HF, Extent, Model, Stored
 from lingconv.options import (
     SCALE_F32,
@@ -59,8 +59,7 @@ class _Planner:
         self.ignore = [Pattern(text) for text in options.fp8.ignore]
         self.scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
         self.drop = [Pattern(text) for text in options.drop]
-        self.symbols = _target_symbols(model, options)
-        self.layout = build_layout(model.family, self.symbols, options.layout)
+        self.layout = _target_layout(model, options)
         self.fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
 
     def build(self) -> Plan:
@@ -289,19 +288,20 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
     )
 
 
-def _target_symbols(model: Model, options: ConvertOptions) -> dict[str, Any]:
-    """Return the symbols of the target model: the source's, but for what `--mtp` changes."""
-    if options.mtp == Mtp.KEEP:
-        return dict(model.symbols)
-    if options.mtp == Mtp.DROP:
-        return _resolve(model, {"mtp_layers": 0, "layers": model.symbols["layers"]})
-    if not model.symbols["mtp_layers"]:
+def _target_layout(model: Model, options: ConvertOptions) -> Layout:
+    """Return the target's layout: the source's model, but for what `--mtp` changes."""
+    if options.mtp == Mtp.KEEP and options.layout == model.layout.name:
+        return model.layout
+    overrides = {
+        Mtp.KEEP: {"layers": model.symbols["layers"]},
+        Mtp.DROP: {"mtp_layers": 0, "layers": model.symbols["layers"]},
+        Mtp.ONLY: {"layers": 0},
+    }
+    if options.mtp == Mtp.ONLY and not model.symbols["mtp_layers"]:
         raise UsageError("`--mtp only`: the source has no MTP layers")
-    return _resolve(model, {"layers": 0})
-
-
-def _resolve(model: Model, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return model.family.resolve(model.checkpoint.config, model.layout.name, overrides)
+    config, layout = model.checkpoint.config, model.layout.name
+    symbols = model.family.resolve(config, layout, overrides[Mtp(options.mtp)])
+    return build_layout(model.family, symbols, options.layout)
 
 
 def _is_copy(segment: Segment, target: Encoding) -> bool:

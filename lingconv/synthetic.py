@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lingconv.checkpoint import Checkpoint, StoredTensor
-from lingconv.containers.safetensors import tensor_spec
+from lingconv.checkpoint import Checkpoint
+from lingconv.containers.safetensors import StoredTensor, tensor_spec
 from lingconv.dtypes import DType
 from lingconv.errors import UsageError
 from lingconv.family import Family, Role, presets

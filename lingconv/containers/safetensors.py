@@ -22,12 +22,13 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 _FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
 
 
-class TensorEntry(NamedTuple):
-    """A tensor of one file: `offset` counts from the start of the file, sizes are in bytes."""
+class StoredTensor(NamedTuple):
+    """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    file: str
     offset: int
     nbytes: int
 
@@ -69,13 +70,13 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
 
 def parse_header(
     header: bytes, file_bytes: int, file: str
-) -> tuple[list[TensorEntry], list[Fault]]:
+) -> tuple[list[StoredTensor], list[Fault]]:
     """Return the tensors that a header describes, sorted by offset, and what is wrong with it.
 
     Only entries that lie inside the file and whose size fits dtype and shape are returned. Raises
     HeaderError when the JSON itself is unusable.
     """
-    entries: list[TensorEntry] = []
+    entries: list[StoredTensor] = []
     faults: list[Fault] = []
     start = 8 + len(header)
     seen: set[str] = set()
@@ -87,7 +88,7 @@ def parse_header(
             continue
         seen.add(name)
         try:
-            entries.append(_parse_entry(name, value, start, file_bytes))
+            entries.append(_parse_entry(name, value, file, start, file_bytes))
         except HeaderError as exc:
             faults.append(Fault("header", str(exc), file, name))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
@@ -130,7 +131,9 @@ def _unique(value: Any) -> Any:
     return dict(value) if len(dict(value)) == len(value) else None
 
 
-def _parse_entry(name: str, value: Any, start: int, file_bytes: int) -> TensorEntry:
+def _parse_entry(
+    name: str, value: Any, file: str, start: int, file_bytes: int
+) -> StoredTensor:
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise HeaderError("entry must be an object with exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -149,7 +152,7 @@ def _parse_entry(name: str, value: Any, start: int, file_bytes: int) -> TensorEn
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or bits // 8 != end - begin:
         raise HeaderError(f"{dtype} {list(shape)} does not take {end - begin:,} bytes")
-    return TensorEntry(name, dtype, shape, start + begin, end - begin)
+    return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
@@ -162,7 +165,7 @@ def _sizes(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _check_coverage(
-    entries: Sequence[TensorEntry], start: int, file_bytes: int, file: str
+    entries: Sequence[StoredTensor], start: int, file_bytes: int, file: str
 ) -> list[Fault]:
     """Report overlaps and holes: the data must be covered exactly once."""
     faults = []
