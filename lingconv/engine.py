@@ -17,8 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lingconv.checkpoint import RECORD_NAME
 from lingconv.errors import (
@@ -33,8 +34,12 @@ from lingconv.journal import RunFolder, replace_file, run_identity
 from lingconv.plan import OutputFile, Plan
 from lingconv.sidecars import last_files
 from lingconv.storage import Storage
-from lingconv.strips import Strip, lower, peak_memory
+from lingconv.storage.output import OutputBlob
+from lingconv.strips import RowStrip, Strip, lower, peak_memory
 from lingconv.version import __version__
+
+if TYPE_CHECKING:
+    from lingconv.transcode import Transcoder
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 _SAME_COMMAND = "run the same command again: it goes on where it stopped"
@@ -81,8 +86,8 @@ class Resources:
 
     @property
     def resolved_jobs(self) -> int:
-        """Threads: as many as asked for, else one for each processor this process may use."""
-        return self.jobs or len(os.sched_getaffinity(0))
+        """Threads: as many as asked for, else two for each processor: half wait for the disk."""
+        return self.jobs or 2 * len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +129,8 @@ def execute(
             check_disk(destination, sum(file.nbytes for file in todo))
         progress.begin(plan, len(plan.files) - len(todo), jobs)
         _carry_side_files(plan, storage, folder)
-        run = _Run(plan, storage, folder, progress)
-        if headers_only:
-            run.write_headers(todo)
-        else:
-            run.fill(todo, jobs)
+        run = _Run(plan, storage, folder, progress, sparse=headers_only)
+        run.fill(todo, jobs)
         for name, data in last_files(plan, _source_record(storage), __version__).items():
             replace_file(folder.root / name, data)
         folder.complete()
@@ -224,10 +226,9 @@ class _OpenFile:
             self.blobs = {name: storage.open(name) for name in sorted(self.sources)}
             for blob in self.blobs.values():
                 opening.callback(blob.close)
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            opening.callback(os.close, self.fd)
-            os.ftruncate(self.fd, file.nbytes)
-            os.pwrite(self.fd, file.header(), 0)
+            self.output = OutputBlob(path, file.nbytes)
+            opening.callback(self.output.close)
+            self.output.write(memoryview(file.header()), 0)
             self._resources = opening.pop_all()
 
     @property
@@ -246,10 +247,43 @@ class _OpenFile:
         self._resources.close()
 
 
+class _Worker:
+    """What one thread needs to fill strips. numba is loaded when the first rows need it."""
+
+    def __init__(self, *, allow_nonfinite: bool) -> None:
+        from lingconv.buffers import Arena
+
+        self._allow_nonfinite = allow_nonfinite
+        self._arena = Arena()
+
+    @cached_property
+    def _transcoder(self) -> "Transcoder":
+        from lingconv.transcode import Transcoder
+
+        return Transcoder(self._arena, allow_nonfinite=self._allow_nonfinite)
+
+    def fill(self, strip: Strip, file: _OpenFile) -> int:
+        """Fill one strip; return how many bytes were written."""
+        if isinstance(strip, RowStrip):
+            return self._transcoder.run(strip, file.blobs, file.output)
+        data = memoryview(self._arena.take("read", (strip.source.nbytes,), "u1"))
+        file.blobs[strip.source.file].read_into(strip.source.offset, data)
+        return file.output.write(data, strip.offset)
+
+
 class _Run:
     """The threads of one execution and what they share, guarded by one lock."""
 
-    def __init__(self, plan: Plan, storage: Storage, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        storage: Storage,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        sparse: bool,
+    ) -> None:
+        self._sparse = sparse
         self._plan = plan
         self._storage = storage
         self._folder = folder
@@ -263,7 +297,10 @@ class _Run:
         """Fill `files` with `jobs` threads; raise the first error that any of them met."""
         self._waiting = iter(files)
         try:
-            if jobs == 1:
+            if self._sparse:
+                while (file := self._begin_file()) is not None:
+                    self._finish(file)
+            elif jobs == 1:
                 self._work()
             else:
                 self._work_in_threads(jobs)
@@ -272,12 +309,6 @@ class _Run:
                 file.close()
         if self._error is not None:
             raise self._error
-
-    def write_headers(self, files: list[OutputFile]) -> None:
-        """Write sparse files."""
-        self._waiting = iter(files)
-        while (file := self._begin_file()) is not None:
-            self._finish(file)
 
     def _work_in_threads(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
@@ -292,14 +323,12 @@ class _Run:
 
     def _work(self) -> None:
         """Take strips until there are none, or somebody failed."""
-        from lingconv.transcode import Transcoder  # numba is not needed to plan
-
-        transcoder = Transcoder(allow_nonfinite=self._plan.options.allow_nonfinite)
+        worker = _Worker(allow_nonfinite=self._plan.options.allow_nonfinite)
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, strip = taken
-                written = transcoder.run(strip, file.blobs, file.fd)
+                written = worker.fill(strip, file)
                 self._progress.advance(file.file.name, written)
                 if self._release(file):
                     self._finish(file)
@@ -327,6 +356,8 @@ class _Run:
         if file is None:
             return None
         opened = _OpenFile(file, self._folder.partial(file.name), self._storage)
+        if not self._sparse:
+            opened.output.allocate(file.nbytes)
         self._open.append(opened)
         self._progress.file_begins(file.name, file.nbytes)
         return opened
@@ -339,7 +370,7 @@ class _Run:
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
-        os.fsync(file.fd)
+        file.output.sync()
         _check_unchanged(self._plan, self._storage, file.sources)
         with self._lock:
             self._open.remove(file)

@@ -1,16 +1,15 @@
-"""One strip: read rows, decode them, encode them, write them.
+"""One strip of rows: read, decode, encode, write.
 
 Rows travel as BF16 bits (uint16) where that loses nothing, else as float32 (`strips.works_in_f32`).
-Two tables say how to get there and back; every buffer comes from the worker's arena and is reused,
-because fresh memory costs page faults.
+Two tables say how to get there and back.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Plain
 from lingconv.errors import CheckpointError
@@ -18,48 +17,28 @@ from lingconv.kernels import numeric
 from lingconv.model import Stored
 from lingconv.plan import Scaling, Segment
 from lingconv.storage import Blob
-from lingconv.strips import CopyStrip, RowStrip, Strip, works_in_f32
-
-Array = np.ndarray[Any, Any]
+from lingconv.storage.output import OutputBlob
+from lingconv.strips import RowStrip, works_in_f32
 
 _BF16_BITS = np.dtype(np.uint16)
 _F32 = np.dtype(np.float32)
 
 
-class Arena:
-    """A worker's reusable buffers, one for each purpose."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-
-    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return an array for `purpose`; what it held before is gone."""
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        held = self._buffers.get(purpose)
-        if held is None or held.size < nbytes:
-            held = self._buffers[purpose] = np.empty(nbytes, np.uint8)
-        return held[:nbytes].view(dtype).reshape(shape)
-
-
 class Transcoder:
-    """Fills one strip at a time; one Transcoder per thread."""
+    """Fills strips of rows, one at a time; one Transcoder per thread."""
 
-    def __init__(self, *, allow_nonfinite: bool) -> None:
+    def __init__(self, arena: Arena, *, allow_nonfinite: bool) -> None:
         self._allow_nonfinite = allow_nonfinite
-        self._arena = Arena()
+        self._arena = arena
         self._blobs: Mapping[str, Blob] = {}
 
-    def run(self, strip: Strip, blobs: Mapping[str, Blob], fd: int) -> int:
-        """Fill one strip of the file `fd` from `blobs`; return how many bytes were written."""
+    def run(self, strip: RowStrip, blobs: Mapping[str, Blob], output: OutputBlob) -> int:
+        """Fill one strip of the file `output` from `blobs`; return how many bytes were written."""
         self._blobs = blobs
-        if isinstance(strip, CopyStrip):
-            data = self._arena.take("read", (strip.source.nbytes,), np.uint8)
-            self._read(strip.source.file, strip.source.offset, data)
-            return write_at(fd, data, strip.offset)
-        return self._write_rows(strip, self._decode_rows(strip), fd)
+        return self._write_rows(strip, self._decode_rows(strip), output)
 
     def _read(self, file: str, offset: int, into: Array) -> None:
-        self._blobs[file].read_into(offset, memoryview(into.reshape(-1).view(np.uint8)))
+        self._blobs[file].read_into(offset, as_bytes(into))
 
     def _decode_rows(self, strip: RowStrip) -> Array:
         """Return the strip's rows as numbers, from all the segments that hold some of them."""
@@ -134,18 +113,18 @@ class Transcoder:
         self._read(extent.file, extent.offset + top * width * raw.itemsize, raw)
         return decode_scales(raw, encoding.scale_dtype)
 
-    def _write_rows(self, strip: RowStrip, values: Array, fd: int) -> int:
+    def _write_rows(self, strip: RowStrip, values: Array, output: OutputBlob) -> int:
         target = strip.transfer.target
         encoding = target.encoding
         if isinstance(encoding, Fp8):
-            return self._write_fp8(strip, encoding, values, fd)
+            return self._write_fp8(strip, encoding, values, output)
         written, nonfinite = _ENCODERS[encoding.dtype, values.dtype](self, values)
         if nonfinite:
             self._refuse_nonfinite(_segment_of(strip).source, strip.first)
         row_bytes = written.itemsize * strip.transfer.cols
-        return write_at(fd, written, target.extents[0].offset + strip.first * row_bytes)
+        return output.write(as_bytes(written), target.extents[0].offset + strip.first * row_bytes)
 
-    def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, fd: int) -> int:
+    def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: OutputBlob) -> int:
         elements, scale_extent = strip.transfer.target.extents
         rows, cols = values.shape
         block_rows, block_cols = encoding.block(strip.transfer.rows, cols)
@@ -166,7 +145,8 @@ class Transcoder:
             self._refuse_nonfinite(_segment_of(strip).source, strip.first + bad_row)
         raw = encode_scales(scales, encoding.scale_dtype)
         offset = scale_extent.offset + strip.first // block_rows * raw.shape[1] * raw.itemsize
-        return write_at(fd, codes, elements.offset + strip.first * cols) + write_at(fd, raw, offset)
+        written = output.write(as_bytes(codes), elements.offset + strip.first * cols)
+        return written + output.write(as_bytes(raw), offset)
 
     def _encode_same(self, values: Array) -> tuple[Array, int]:
         return values, 0
@@ -239,12 +219,3 @@ def decode_scales(raw: Array, dtype: DType) -> Array:
         bits[raw == 255] = 0x7FC00000
         return bits.view(np.float32)
     return raw
-
-
-def write_at(fd: int, data: Array, offset: int) -> int:
-    """Write all of `data` at `offset`; return its size in bytes."""
-    view = memoryview(data.reshape(-1).view(np.uint8))
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
-    return len(view)

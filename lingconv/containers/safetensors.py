@@ -18,6 +18,8 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Data and large tensors start at multiples of this: a disk block, a page.
+BLOCK_BYTES = 4096
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
 
@@ -186,18 +188,25 @@ def _check_coverage(
 
 
 def storage_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Return the order in which a file holds its tensors: widest dtype first, else as given.
+    """Return the order in which a file holds its tensors: whole blocks first, then the rest.
 
-    Readers map a file and view it as a dtype, which needs aligned offsets; the format has no
-    padding, so falling item size is what aligns every tensor whatever its shape.
+    Readers map a file and view it as a dtype, which needs aligned offsets, and the format has no
+    padding. Tensors of whole blocks keep each other aligned, to any dtype and to the disk; behind
+    them, falling item size aligns whatever is left.
     """
-    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    return sorted(specs, key=_storage_rank)
+
+
+def _storage_rank(spec: TensorSpec) -> tuple[bool, int]:
+    if spec.nbytes % BLOCK_BYTES == 0:
+        return False, 0
+    return True, -spec.dtype.itemsize
 
 
 def build_header(specs: Iterable[TensorSpec]) -> bytes:
     """Return the length prefix and header of a file that holds `specs` in that order.
 
-    Padded with spaces to a multiple of 8, so that the data starts aligned.
+    Padded with spaces to whole blocks, so that the data starts aligned.
     """
     entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
     position = 0
@@ -210,7 +219,7 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
         }
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % BLOCK_BYTES)
     if len(header) > MAX_HEADER_BYTES:
         raise HeaderError(f"header of {len(header):,} bytes is over the format's limit of 100 MB")
     return struct.pack("<Q", len(header)) + header

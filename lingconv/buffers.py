@@ -1,0 +1,37 @@
+"""Reusable buffers: memory that is touched for the first time costs page faults, so once is enough."""
+
+import mmap
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Arena:
+    """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return an array for `purpose`; what it held before is gone."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        held = self._buffers.get(purpose)
+        if held is None or held.size < nbytes:
+            held = self._buffers[purpose] = _aligned_buffer(nbytes)
+        return held[:nbytes].view(dtype).reshape(shape)
+
+
+def _aligned_buffer(nbytes: int) -> Array:
+    """Return fresh bytes at a page boundary, in huge pages where the system gives them."""
+    pages = mmap.mmap(-1, max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE)
+    with suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
+
+
+def as_bytes(array: Array) -> memoryview:
+    """Return the bytes of a contiguous array, without a copy."""
+    return memoryview(array.reshape(-1).view(np.uint8))

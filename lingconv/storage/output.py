@@ -1,0 +1,76 @@
+"""Output files of this machine: allocated at once, filled in any order by many threads.
+
+Aligned strips bypass the page cache (O_DIRECT). A conversion writes each byte once and reads none
+of them back; through the cache, the same bytes cost a copy, fresh pages (dear on virtual machines)
+and the whole write-back again before the rename. What is not aligned, or not supported, goes
+through the cache as usual; the two never share a page, because only whole pages go direct.
+"""
+
+import ctypes
+import errno
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lingconv.containers.safetensors import BLOCK_BYTES
+
+class OutputBlob:
+    """A file of a known size that is being filled."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(path, flags, 0o644)
+        self._direct_fd = -1
+        try:
+            os.ftruncate(self._fd, nbytes)
+            with suppress(OSError):
+                self._direct_fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def allocate(self, nbytes: int) -> None:
+        """Reserve the disk space, so that a full disk shows before the work, not in its midst."""
+        fallocate = _libc_fallocate()
+        if fallocate is not None and fallocate(self._fd, 0, 0, nbytes) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(code, os.strerror(code))
+
+    def write(self, data: memoryview, offset: int) -> int:
+        """Write all of `data` (bytes) at `offset`; return its size."""
+        aligned = not (offset | len(data)) % BLOCK_BYTES
+        done = self._write_direct(data, offset) if aligned and self._direct_fd >= 0 else 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+        return len(data)
+
+    def _write_direct(self, data: memoryview, offset: int) -> int:
+        """Return how much was written past the cache: all, or less where the system balks."""
+        try:
+            return os.pwrite(self._direct_fd, data, offset)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            return 0  # a buffer that is not aligned, or a file system without direct I/O
+
+    def sync(self) -> None:
+        """Return when everything is on disk."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+@cache
+def _libc_fallocate() -> Any:
+    """Return fallocate(2), which Python lacks: posix_fallocate writes zeros where it must."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return function
