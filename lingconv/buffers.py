@@ -1,4 +1,4 @@
-"""Reusable buffers: memory that is touched for the first time costs page faults, so once is enough."""
+"""Reusable buffers: memory costs page faults when it is touched for the first time, so: once."""
 
 import mmap
 from contextlib import suppress
@@ -21,7 +21,8 @@ class Arena:
         held = self._buffers.get(purpose)
         if held is None or held.size < nbytes:
             held = self._buffers[purpose] = _aligned_buffer(nbytes)
-        return held[:nbytes].view(dtype).reshape(shape)
+        array: Array = held[:nbytes].view(dtype).reshape(shape)
+        return array
 
 
 def _aligned_buffer(nbytes: int) -> Array:
@@ -34,4 +35,4 @@ def _aligned_buffer(nbytes: int) -> Array:
 
 def as_bytes(array: Array) -> memoryview:
     """Return the bytes of a contiguous array, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data

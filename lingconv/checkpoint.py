@@ -188,9 +188,7 @@ class _Reader:
             message = f"`total_size` is {stated!r}, the tensors have {actual:,} bytes"
             self.faults.append(Fault("index", message, name, fatal=False))
 
-    def _sort_other_files(
-        self, shards: list[str]
-    ) -> tuple[dict[str, FileStat], dict[str, str]]:
+    def _sort_other_files(self, shards: list[str]) -> tuple[dict[str, FileStat], dict[str, str]]:
         """Split the files that are not read into those to carry over and those to leave behind."""
         own = {CONFIG_NAME, RECORD_NAME, safetensors.INDEX_NAME, *shards}
         side_files: dict[str, FileStat] = {}

@@ -121,9 +121,10 @@ def execute(
     progress = progress or Silent()
     started = time.monotonic()
     jobs, _ = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
-    with _explained(destination), RunFolder(
-        destination, run_identity(plan, __version__), fresh=fresh
-    ) as folder:
+    with (
+        _explained(destination),
+        RunFolder(destination, run_identity(plan, __version__), fresh=fresh) as folder,
+    ):
         todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
         if not headers_only:
             check_disk(destination, sum(file.nbytes for file in todo))
@@ -266,7 +267,7 @@ class _Worker:
         """Fill one strip; return how many bytes were written."""
         if isinstance(strip, RowStrip):
             return self._transcoder.run(strip, file.blobs, file.output)
-        data = memoryview(self._arena.take("read", (strip.source.nbytes,), "u1"))
+        data = self._arena.take("read", (strip.source.nbytes,), "u1").data
         file.blobs[strip.source.file].read_into(strip.source.offset, data)
         return file.output.write(data, strip.offset)
 

@@ -1,7 +1,7 @@
 """The state of a run in its target folder: who is writing, what was planned, what is finished.
 
     DST/.lingconv/lock           held while a run writes (released by the system, whatever happens)
-    DST/.lingconv/run.json       the identity of the run: source files, options, plan digest, outputs
+    DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
     DST/.lingconv/journal.jsonl  a line for each finished weight file
 
 Crash-only: a file under its final name is finished, because only a rename puts it there, after its
@@ -145,7 +145,7 @@ class RunFolder:
 
     def finish(self, name: str) -> None:
         """Give a file, whose data is on disk, its final name, and note it."""
-        os.replace(self.partial(name), self.root / name)
+        self.partial(name).replace(self.root / name)
         sync_folder(self.root)
         line = json.dumps({"file": name, "stat": _stat(self.root / name)}) + "\n"
         journal = os.open(
@@ -173,7 +173,7 @@ def replace_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
     sync_folder(path.parent)
 
 

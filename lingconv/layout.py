@@ -13,11 +13,11 @@ from lingconv.family import Family, LogicalName, LogicalTensor, PhysicalName, Ro
 
 
 class Rows(NamedTuple):
-    """The logical tensor that fills rows `start` to `start + count` of a physical tensor."""
+    """The logical tensor that fills rows `start` to `start + num_rows` of a physical tensor."""
 
     logical: LogicalName
     start: int
-    count: int
+    num_rows: int
 
 
 class PhysicalTensor(NamedTuple):
@@ -32,11 +32,11 @@ class PhysicalTensor(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where a logical tensor lives: `count` rows of physical tensor `name` from row `start`."""
+    """Where a logical tensor lives: `num_rows` rows of physical tensor `name` from row `start`."""
 
     name: PhysicalName
     start: int
-    count: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Layout:
     def addresses(self) -> dict[LogicalName, Address]:
         """Return where each logical tensor lives: the inverse of `tensors`."""
         return {
-            rows.logical: Address(tensor.name, rows.start, rows.count)
+            rows.logical: Address(tensor.name, rows.start, rows.num_rows)
             for tensor in self.tensors.values()
             for rows in tensor.rows
         }

@@ -14,7 +14,8 @@ from lingconv.checkpoint import CONFIG_NAME, Checkpoint
 from lingconv.containers.safetensors import StoredTensor
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, quantization_config
-from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES, recognise as recognise_fp8
+from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
+from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
@@ -202,7 +203,7 @@ class _Matcher:
         return Stored(tensor.name, held.shape, encoding, (_extent(held), _extent(scale)))
 
     def _contradicts(self, encoding: Fp8) -> bool:
-        """Whether the config states another block; one that covers the same elements is no other."""
+        """Whether the config states another block."""
         return self.stated is not None and (encoding.block_rows, encoding.block_cols) != self.block
 
     def _sort_rest(self) -> None:
@@ -229,14 +230,10 @@ class _Matcher:
         fp8 = [item.name for item in self.stored.values() if isinstance(item.encoding, Fp8)]
         if fp8 and self.stated is None and not self.faults:
             message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
-            self.faults.append(
-                Fault("quantization config", message, CONFIG_NAME, fatal=False)
-            )
+            self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         if self.stated and not fp8:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
-            self.faults.append(
-                Fault("quantization config", message, CONFIG_NAME, fatal=False)
-            )
+            self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         self.faults += _odd_dtypes(self.layout, self.stored)
 
     def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:

@@ -224,7 +224,11 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
             {
                 "target": _stored_to_json(transfer.target, encodings),
                 "from": [
-                    [_stored_to_json(segment.source, encodings), segment.first_row, segment.num_rows]
+                    [
+                        _stored_to_json(segment.source, encodings),
+                        segment.first_row,
+                        segment.num_rows,
+                    ]
                     for segment in transfer.segments
                 ],
                 "scaling": list(transfer.scaling),
@@ -239,7 +243,10 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
     return OutputFile(
         value["name"],
         value["bytes"],
-        tuple(tensor_spec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in value["tensors"]),
+        tuple(
+            tensor_spec(name, DTYPES[dtype], tuple(shape))
+            for name, dtype, shape in value["tensors"]
+        ),
         tuple(
             Transfer(
                 _stored_from_json(item["target"], encodings),

@@ -5,14 +5,14 @@ each target tensor is filled completely. Pure: headers in, Plan out.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from lingconv.containers.safetensors import TensorSpec, build_header, shard_name, storage_order
+from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
 from lingconv.encodings.plain import FLOATS
-from lingconv.dtypes import DType
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import LogicalName, PhysicalName, ScalePolicy
 from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
@@ -103,7 +103,7 @@ class _Planner:
         """Refuse patterns that match nothing: a typing error would go unnoticed."""
         quantizable = [t.name for t in self.layout.tensors.values() if t.role.quantizable]
         extra = [fault.tensor for fault in self.model.faults if fault.kind == "extra tensor"]
-        checks = [
+        checks: list[tuple[str, Pattern, Sequence[str]]] = [
             *(("ignore", pattern, [*self.layout.tensors]) for pattern in self.ignore),
             *(("scale", pattern, quantizable) for pattern, _ in self.scale_rules),
             *(("drop", pattern, extra) for pattern in self.drop),
@@ -140,9 +140,9 @@ class _Planner:
             source = self.model.stored[address.name]
             last = segments[-1] if segments else None
             if last and last.source is source and last.first_row + last.num_rows == address.start:
-                segments[-1] = Segment(source, last.first_row, last.num_rows + address.count)
+                segments[-1] = Segment(source, last.first_row, last.num_rows + address.num_rows)
             else:
-                segments.append(Segment(source, address.start, address.count))
+                segments.append(Segment(source, address.start, address.num_rows))
         return tuple(segments)
 
     def _transfer(self, tensor: PhysicalTensor, segments: tuple[Segment, ...]) -> Transfer:
@@ -223,7 +223,7 @@ class _Planner:
             Dropped(name, files[name].size, why)
             for name, why in self.model.checkpoint.ignored.items()
         ]
-        return tuple([*by_mtp, *by_family, *by_user, *ignored])
+        return (*by_mtp, *by_family, *by_user, *ignored)
 
     def _check_ledger(self, transfers: list[Transfer], dropped: Iterable[Dropped]) -> None:
         """Every source tensor is read in full once, or dropped; every target is filled."""
@@ -244,7 +244,7 @@ class _Planner:
             raise AssertionError(f"not read exactly once: {wrong[:10]}")
 
     def _config(self, transfers: list[Transfer]) -> dict[str, Any]:
-        """Return config.json for the target; keys that lingconv does not know stay where they are."""
+        """Return config.json for the target; unknown keys stay, in their order."""
         config = dict(self.model.checkpoint.config)
         config.update(self._mtp_keys())
         dtype = self.options.dtype
@@ -356,7 +356,5 @@ def _place(name: str, shard: list[_Unplaced]) -> OutputFile:
         target = transfer.target
         placed = tuple(extents[spec.name] for spec in specs)
         at_place = Stored(target.name, target.shape, target.encoding, placed)
-        transfers.append(
-            Transfer(at_place, transfer.segments, transfer.scaling, transfer.copies)
-        )
+        transfers.append(Transfer(at_place, transfer.segments, transfer.scaling, transfer.copies))
     return OutputFile(name, position, tuple(ordered), tuple(transfers))

@@ -9,7 +9,9 @@ from lingconv.containers.safetensors import INDEX_NAME, SINGLE_NAME
 from lingconv.plan import Plan
 
 
-def last_files(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -> dict[str, bytes]:
+def last_files(
+    plan: Plan, source_record: Mapping[str, Any] | None, version: str
+) -> dict[str, bytes]:
     """Return the files that make a checkpoint complete, in the order they are to be written."""
     files = {}
     if [file.name for file in plan.files] != [SINGLE_NAME]:

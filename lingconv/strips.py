@@ -166,8 +166,9 @@ def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]
 
     Raises ResourceError when the budget is too small for a single strip.
     """
-    kinds = {(t.target.shape, t.target.encoding, t.copies, len(t.segments)): t
-             for t in plan.transfers()}
+    kinds = {
+        (t.target.shape, t.target.encoding, t.copies, len(t.segments)): t for t in plan.transfers()
+    }
     largest, name = max((_transfer_memory(t), t.target.name) for t in kinds.values())
     fitting = min(jobs, max_memory_bytes // max(largest, 1))
     if fitting < 1:

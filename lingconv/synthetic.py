@@ -159,9 +159,7 @@ class SynthBlob:
         cols = tensor.shape[-1]
         is_norm = role == Role.NORM
         mean, deviation = (1.0, _NORM_DEVIATION) if is_norm else (0.0, _DEVIATION)
-        normal_rows(
-            target, start // target.itemsize, cols, seed, self._table, mean, deviation
-        )
+        normal_rows(target, start // target.itemsize, cols, seed, self._table, mean, deviation)
 
     def _balanced(self, count: int, seed: int) -> np.ndarray[Any, Any]:
         """Return a bias with mean zero: each value comes with its opposite."""
@@ -173,7 +171,7 @@ class SynthBlob:
 def _small_files(config: Mapping[str, Any]) -> dict[str, bytes]:
     """Return a byte-level BPE tokenizer without merges, and generation_config.json."""
     vocab = [*_SPECIAL_TOKENS, *_byte_letters()]
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

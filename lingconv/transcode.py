@@ -5,13 +5,13 @@ Two tables say how to get there and back.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
-from lingconv.encodings import Fp8, Plain
+from lingconv.encodings import Fp8
 from lingconv.errors import CheckpointError
 from lingconv.kernels import numeric
 from lingconv.model import Stored
@@ -93,8 +93,7 @@ class Transcoder:
     def _decode_fp8(self, source: Stored, first: int, values: Array) -> int:
         codes = self._arena.take("read", values.shape, np.uint8)
         self._read_plain(source, first, codes)
-        encoding = source.encoding
-        assert isinstance(encoding, Fp8)
+        encoding = cast("Fp8", source.encoding)
         block_rows, block_cols = encoding.block(*source.shape)
         top = first // block_rows
         bottom = -(-(first + values.shape[0]) // block_rows)

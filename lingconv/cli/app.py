@@ -29,7 +29,9 @@ def _print_version(value: bool) -> None:
 def lingconv(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Converts, quantizes and checks very large checkpoints, streamed in bounded memory."""

@@ -42,7 +42,10 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
             [
                 ("family", f"{report.family}  ({report.architecture})"),
                 ("layout", report.layout),
-                ("encoding", ", ".join(f"{n:,} x {label}" for label, n in report.encodings.items())),
+                (
+                    "encoding",
+                    ", ".join(f"{n:,} x {label}" for label, n in report.encodings.items()),
+                ),
                 (
                     "parameters",
                     f"{count(report.parameters)}, {count(report.active_parameters)} active"
@@ -50,8 +53,8 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
                 ),
                 (
                     "layers",
-                    f"{report.dense_layers} dense + {moe_layers} MoE"
-                    f" ({report.experts} experts) + {report.mtp_layers} MTP",
+                    f"{report.dense_layers} dense + {moe_layers} MoE ({report.experts} experts)"
+                    + f" + {report.mtp_layers} MTP",
                 ),
                 ("rotary", f"{report.rotary_dim} dimensions"),
                 ("tensors", f"{report.tensors:,} in {report.shards} shards"),

@@ -1,6 +1,5 @@
 """The options that several commands share, and what they add up to."""
 
-
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,6 @@ import typer
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
 from lingconv.engine import Resources
-
 from lingconv.options import SCALE_F32, Fp8Options, Mtp, Scheme
 
 FP8 = "FP8"
@@ -22,7 +20,8 @@ Formats = Annotated[
     str | None, typer.Option("--formats", metavar="PATH", help="Family file or folder of your own.")
 ]
 MaxShardSize = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", help="5GB, 10GiB ...", rich_help_panel=OUTPUT)
+    str,
+    typer.Option("--max-shard-size", metavar="SIZE", help="5GB, 10GiB ...", rich_help_panel=OUTPUT),
 ]
 MtpOption = Annotated[
     Mtp, typer.Option("--mtp", help="What to do with MTP layers.", rich_help_panel=OUTPUT)
@@ -130,9 +129,7 @@ def _set_verbose(value: bool) -> bool:
     return value
 
 
-Json = Annotated[
-    bool, typer.Option("--json", callback=_set_json, help="Print one JSON document.")
-]
+Json = Annotated[bool, typer.Option("--json", callback=_set_json, help="Print one JSON document.")]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Print the essential word only.")
 ]

@@ -24,7 +24,7 @@ class Output:
         self.verbose = False
 
     def result(self, text: Sequence[str], value: Mapping[str, Any], essence: str) -> None:
-        """Print a command's result: lines for people, one document with `--json`, one word with -q."""
+        """Print a command's result: lines for people, a document (`--json`) or one word (-q)."""
         if self.json:
             lines = [json.dumps(value, indent=2)]
         else:

@@ -8,7 +8,6 @@ import typer
 
 from lingconv import api
 from lingconv.cli.options import (
-
     OUTPUT,
     AllowNonfinite,
     AllowRequantize,
@@ -45,7 +44,9 @@ SCHEMA = "lingconv.dry-run/1"
 To = Annotated[str, typer.Option("--to", help="Layout: `hf`.", rich_help_panel=OUTPUT)]
 DType = Annotated[
     TargetDType | None,
-    typer.Option("--dtype", help="What to store weights in; kept by default.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--dtype", help="What to store weights in; kept by default.", rich_help_panel=OUTPUT
+    ),
 ]
 
 
@@ -134,15 +135,20 @@ def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
         f"{plan.source} -> {summary['destination']}",
         *columns(
             [
-                ("encodings", ", ".join(f"{n:,} x {label}" for label, n in plan.encodings().items())),
+                (
+                    "encodings",
+                    ", ".join(f"{n:,} x {label}" for label, n in plan.encodings().items()),
+                ),
                 ("read", file_size(plan.read_bytes)),
                 ("write", f"{file_size(plan.write_bytes)} in {len(plan.files)} weight files"),
                 (
                     "disk",
-                    f"{file_size(summary['free_bytes'])} free"
-                    + ("" if enough else ": NOT ENOUGH"),
+                    f"{file_size(summary['free_bytes'])} free" + ("" if enough else ": NOT ENOUGH"),
                 ),
-                ("memory", f"{memory_size(summary['buffer_bytes'])} of buffers, {summary['jobs']} jobs"),
+                (
+                    "memory",
+                    f"{memory_size(summary['buffer_bytes'])} of buffers, {summary['jobs']} jobs",
+                ),
                 ("plan", plan.digest),
             ]
         ),
@@ -163,5 +169,3 @@ def _dropped_lines(plan: Plan) -> list[str]:
         f"  left out: {len(sizes)} with {file_size(sum(sizes))} ({reason})"
         for reason, sizes in reasons.items()
     ]
-
-

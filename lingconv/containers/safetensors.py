@@ -133,9 +133,7 @@ def _unique(value: Any) -> Any:
     return dict(value) if len(dict(value)) == len(value) else None
 
 
-def _parse_entry(
-    name: str, value: Any, file: str, start: int, file_bytes: int
-) -> StoredTensor:
+def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) -> StoredTensor:
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise HeaderError("entry must be an object with exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -174,9 +172,7 @@ def _check_coverage(
     position = start
     for entry in entries:
         if entry.offset < position:
-            faults.append(
-                Fault("header", "data overlaps the tensor before it", file, entry.name)
-            )
+            faults.append(Fault("header", "data overlaps the tensor before it", file, entry.name))
         elif entry.offset > position:
             hole = entry.offset - position
             faults.append(Fault("header", f"hole of {hole:,} bytes before it", file, entry.name))

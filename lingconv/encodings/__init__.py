@@ -19,6 +19,5 @@ def encoding_to_json(encoding: Encoding) -> dict[str, object]:
 
 def encoding_from_json(value: dict[str, object]) -> Encoding:
     """Return the encoding that `encoding_to_json` described."""
-    fields = dict(value)
-    kinds = {Plain.kind: Plain.from_json, Fp8.kind: Fp8.from_json}
-    return kinds[str(fields.pop("kind"))](fields)
+    kinds: dict[object, type[Plain | Fp8]] = {kind.kind: kind for kind in (Plain, Fp8)}
+    return kinds[value["kind"]].from_json(value)

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from lingconv.containers.safetensors import TensorSpec, tensor_spec
-from lingconv.dtypes import DType
+from lingconv.dtypes import DTYPES, DType
 
 E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -112,7 +112,7 @@ class Fp8:
             block_rows=fields["block"][0],
             block_cols=fields["block"][1],
             scale_suffix=fields["scale_suffix"],
-            scale_dtype=DType(fields["scale_dtype"]),
+            scale_dtype=DTYPES[fields["scale_dtype"]],
             scale_shape=ScaleShape(fields["scale_shape"]),
             power_of_two=fields["power_of_two"],
         )

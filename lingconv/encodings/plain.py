@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from lingconv.containers.safetensors import TensorSpec, tensor_spec
-from lingconv.dtypes import DType
+from lingconv.dtypes import DTYPES, DType
 
 # What can be decoded to numbers; tensors of any other dtype are only ever copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)
@@ -46,7 +46,7 @@ class Plain:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Build from `to_json`'s fields."""
-        return cls(DType(fields["dtype"]))
+        return cls(DTYPES[fields["dtype"]])
 
 
 # One value for each dtype: a large checkpoint has tens of thousands of tensors in a few of them.

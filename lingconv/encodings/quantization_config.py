@@ -47,7 +47,7 @@ def read(config: Mapping[str, Any]) -> Stated | None:
     if stated is None:
         return None
     if not isinstance(stated, dict):
-        raise ValueError(f"`{KEY}` is not an object")
+        raise ValueError(f"`{KEY}` is not an object")  # noqa: TRY004 - bad data, not a bad call
     method = stated.get("quant_method")
     readers = {FP8: _read_fp8, COMPRESSED_TENSORS: _read_compressed_tensors}
     if method not in readers:

@@ -13,9 +13,9 @@ halve the lanes: hence the uint32() around each step.
 from typing import Any, Final
 
 import numpy as np
-from numpy import float32, uint8, uint16, uint32
 from numba import njit, types
 from numba.extending import overload
+from numpy import float32, uint8, uint16, uint32
 
 from lingconv.encodings.fp8 import E4M3_MAX
 
@@ -40,6 +40,7 @@ _MAX_FINITE_POWER_BITS: Final = 0x7F000000  # 2^127
 
 @njit
 def float_bits(value: Any) -> Any:
+    """Return the bits of a float32."""
     return float32(value).view(np.uint32)
 
 
@@ -244,7 +245,7 @@ def store(out: Any, index: Any, bits: Any) -> Any:
 
 
 @overload(store)
-def store_overload(out: Any, index: Any, bits: Any) -> Any:
+def _store_overload(out: Any, index: Any, bits: Any) -> Any:
     return _store_bf16_body if out.dtype == types.uint16 else _store_f32_body
 
 
@@ -285,7 +286,7 @@ def dequantize(
                 bits = float_bits(_load_e4m3(line[col]) * scale)
                 worst = max(worst, uint32(bits & uint32(_MAGNITUDE)))
                 store(out, col, uint32(bits ^ _sign_of(line[col])))
-            nonfinite += worst >= uint32(_EXPONENT)
+            nonfinite += int(worst >= uint32(_EXPONENT))
     return nonfinite
 
 

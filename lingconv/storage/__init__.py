@@ -15,7 +15,7 @@ class Blob(Protocol):
     """One open file that many threads read at once."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes at `offset`; raise CheckpointError when they are not there."""
+        """Fill `buffer` from `offset`; raise CheckpointError when the file ends before."""
 
     def close(self) -> None:
         """Release the file."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from lingconv.containers.safetensors import BLOCK_BYTES
 
+
 class OutputBlob:
     """A file of a known size that is being filled."""
 

@@ -1,0 +1,39 @@
+# Each target sets up its own .venv; only Python 3.11+, make and a package index are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, and show the result
+	$(BIN)/python -m lingconv.demo
+
+test: $(VENV)/.installed-dev  ## run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . > dist.log 2>&1 || { cat dist.log; exit 1; }
+	rm -f dist.log
+	$(BIN)/check-wheel-contents dist/*.whl
+
+bench: $(VENV)/.installed  ## measure side by side with cp; needs about 45 GB of disk and 15 minutes
+	$(BIN)/python -m benchmarks.conveyor
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) dist demo-out .bench
