@@ -54,7 +54,7 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
                 (
                     "layers",
                     f"{report.dense_layers} dense + {moe_layers} MoE ({report.experts} experts)"
-                    + f" + {report.mtp_layers} MTP",
+                    f" + {report.mtp_layers} MTP",
                 ),
                 ("rotary", f"{report.rotary_dim} dimensions"),
                 ("tensors", f"{report.tensors:,} in {report.shards} shards"),

@@ -1,0 +1,131 @@
+"""The main job on a tiny Ling model, with what a person wants to see of it.
+
+Run by `make demo`: makes a model, quantizes it to FP8, converts it back, and measures with the real
+safetensors library and torch, not with lingconv's own reader, what that did to the weights.
+"""
+
+import math
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+import lingconv
+from lingconv.cli.units import file_size
+
+OUT = Path("demo-out")
+
+
+@dataclass(slots=True)
+class Damage:
+    """Sums over the tensors of one kind."""
+
+    tensors: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    worst: float = 0.0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, stored_bytes: int) -> None:
+        """Count one tensor: `before` and `after` are its values, before and after the round trip."""
+        difference = before.double() - after.double()
+        self.tensors += 1
+        self.bytes_before += before.nbytes
+        self.bytes_after += stored_bytes
+        self.signal += before.double().square().sum().item()
+        self.noise += difference.square().sum().item()
+        self.worst = max(self.worst, difference.abs().max().item())
+
+    @property
+    def snr(self) -> str:
+        """Signal to noise, in decibels."""
+        return f"{10 * math.log10(self.signal / self.noise):.1f} dB" if self.noise else "exact"
+
+
+def main() -> None:
+    """Make, quantize, convert back, compare, and show."""
+    console = Console()
+    shutil.rmtree(OUT, ignore_errors=True)
+    source, fp8, back = OUT / "tiny-bf16", OUT / "tiny-fp8", OUT / "tiny-bf16-again"
+    console.print("[bold]1.[/] a tiny Ling 2.0: lingconv synth tiny", source)
+    lingconv.synth("tiny", source, lingconv.ConvertOptions(max_shard_bytes=2_000_000), mtp=1)
+    report = lingconv.inspect(source)
+    console.print(
+        f"   {report.family}: {report.layers} layers + {report.mtp_layers} MTP,"
+        f" {report.experts} experts, {report.tensors} tensors, {file_size(report.tensor_bytes)}"
+    )
+    console.print("[bold]2.[/] to FP8: lingconv quantize", source, fp8, "--fp8")
+    lingconv.quantize(source, fp8)
+    after = lingconv.inspect(fp8)
+    console.print(
+        "   "
+        + ", ".join(f"{number} x {label}" for label, number in after.encodings.items())
+        + f": {file_size(after.tensor_bytes)}, nothing odd: {not after.faults}"
+    )
+    console.print("[bold]3.[/] and back: lingconv convert", fp8, back, "--dtype bf16")
+    lingconv.convert(fp8, back, lingconv.ConvertOptions(dtype="bf16"))
+    console.print("[bold]4.[/] what it did to the weights, read with safetensors and torch:\n")
+    console.print(_table(_compare(source, fp8, back)))
+    console.print(f"\nThe three checkpoints are in {OUT}/. Next: lingconv --help, README.md")
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+def _compare(source: Path, fp8: Path, back: Path) -> dict[str, Damage]:
+    before, stored, after = _tensors(source), _tensors(fp8), _tensors(back)
+    if before.keys() != after.keys():
+        raise RuntimeError("the round trip lost or invented tensors")
+    kinds: dict[str, Damage] = defaultdict(Damage)
+    for name, values in before.items():
+        parts = [stored[name], stored.get(name + "_scale_inv")]
+        stored_bytes = sum(part.nbytes for part in parts if part is not None)
+        kinds[_kind(name)].add(values, after[name], stored_bytes)
+    return kinds
+
+
+def _kind(name: str) -> str:
+    for mark, kind in (
+        ("mlp.experts", "experts"),
+        ("shared_experts", "shared experts"),
+        ("mlp.gate.", "router"),
+        ("norm", "norms"),
+        ("attention", "attention"),
+        ("mlp", "dense feed-forward"),
+        ("eh_proj", "MTP projection"),
+    ):
+        if mark in name:
+            return kind
+    return "embedding and head"
+
+
+def _table(kinds: dict[str, Damage]) -> Table:
+    table = Table(title="BF16 -> FP8 (128x128 blocks) -> BF16", title_justify="left")
+    table.add_column("kind")
+    for heading in ("tensors", "BF16", "FP8", "signal to noise", "worst element"):
+        table.add_column(heading, justify="right")
+    for kind, damage in sorted(kinds.items(), key=lambda item: -item[1].bytes_before):
+        table.add_row(
+            kind,
+            str(damage.tensors),
+            file_size(damage.bytes_before),
+            file_size(damage.bytes_after),
+            damage.snr,
+            f"{damage.worst:.2e}" if damage.worst else "0",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
