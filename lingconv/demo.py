@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -33,7 +34,7 @@ class Damage:
     worst: float = 0.0
 
     def add(self, before: torch.Tensor, after: torch.Tensor, stored_bytes: int) -> None:
-        """Count one tensor: `before` and `after` are its values, before and after the round trip."""
+        """Count one tensor by its values before and after the round trip."""
         difference = before.double() - after.double()
         self.tensors += 1
         self.bytes_before += before.nbytes
@@ -78,7 +79,7 @@ def main() -> None:
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return tensors
 
@@ -111,9 +112,9 @@ def _kind(name: str) -> str:
 
 
 def _table(kinds: dict[str, Damage]) -> Table:
-    table = Table(title="BF16 -> FP8 (128x128 blocks) -> BF16", title_justify="left")
-    table.add_column("kind")
-    for heading in ("tensors", "BF16", "FP8", "signal to noise", "worst element"):
+    table = Table(title="BF16 -> FP8 (128x128 blocks) -> BF16", title_justify="left", box=SIMPLE)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("tensors", "BF16", "FP8", "SNR", "worst error"):
         table.add_column(heading, justify="right")
     for kind, damage in sorted(kinds.items(), key=lambda item: -item[1].bytes_before):
         table.add_row(

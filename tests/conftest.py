@@ -1,0 +1,35 @@
+"""Fixtures: the golden checkpoints, a clean environment, checkpoints to break."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    """Keep a developer's shell from changing a result."""
+    for name in [*os.environ]:
+        if name.startswith(("LINGCONV_", "HF_")) or name in ("NO_COLOR", "FORCE_COLOR"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The tiny Ling 2.0 in BF16: 1 dense, 1 MoE and 1 MTP layer, 3 shards."""
+    return DATA / "tiny-ling-v2"
+
+
+@pytest.fixture(scope="session")
+def golden_channel():
+    """The same, quantized by llm-compressor with scheme FP8_DYNAMIC."""
+    return DATA / "tiny-ling-v2-fp8-channel"
+
+
+@pytest.fixture(scope="session")
+def golden_block():
+    """The same, quantized by llm-compressor with scheme FP8_BLOCK."""
+    return DATA / "tiny-ling-v2-fp8-block-ct"
