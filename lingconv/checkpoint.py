@@ -139,7 +139,12 @@ class _Reader:
             return sorted(present)
         named = sorted(set(weight_map.values()))
         self.faults += [
-            Fault("missing file", "the index names this shard, and it is not there", name)
+            Fault(
+                "missing file",
+                "the index names this shard, and it is not there",
+                name,
+                hint="fetch the missing shards again",
+            )
             for name in named
             if name not in self.files
         ]

@@ -21,8 +21,10 @@ from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
 from lingconv.layout import Layout, PhysicalTensor, build_layout
+from lingconv.patterns import Pattern
 
 HF = "hf"
+_WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
 
 
 class Extent(NamedTuple):
@@ -135,6 +137,7 @@ class _Matcher:
         self.dropped: dict[str, str] = {}
         self.used: set[str] = set()
         self.stated = self._read_stated(checkpoint.config)
+        self.has_mtp = any(t.mtp and t.name in self.tensors for t in layout.tensors.values())
         self.block = self.stated.block if self.stated else quantization_config.DEFAULT_BLOCK
 
     def match(self) -> None:
@@ -155,15 +158,9 @@ class _Matcher:
     def _find(self, tensor: PhysicalTensor) -> Stored | None:
         held = self.tensors.get(tensor.name)
         if held is None:
-            hint = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
-            self.faults.append(
-                Fault(
-                    "missing tensor",
-                    f"is missing, expected {list(tensor.shape)}",
-                    tensor=tensor.name,
-                    hint=hint if tensor.mtp else "",
-                )
-            )
+            message = f"is missing, expected {list(tensor.shape)}"
+            hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
+            self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
             return None
         self.used.add(held.name)
         if held.shape != tensor.shape:
@@ -234,23 +231,32 @@ class _Matcher:
         if self.stated and not fp8:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
-        self.faults += _odd_dtypes(self.layout, self.stored)
+        kept = [Pattern(text) for text in (self.stated.kept_modules if self.stated else ())]
+        self.faults += _odd_dtypes(self.layout, self.stored, kept)
 
     def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:
         self.faults.append(Fault(kind, message, held.file, held.name, hint=hint))
 
 
-def _odd_dtypes(layout: Layout, stored: Mapping[PhysicalName, Stored]) -> Iterable[Fault]:
-    """Report tensors whose dtype differs from that of most tensors of their role."""
+def _odd_dtypes(
+    layout: Layout, stored: Mapping[PhysicalName, Stored], kept: Sequence[Pattern]
+) -> Iterable[Fault]:
+    """Report tensors whose dtype differs from that of most of their role, unannounced by `kept`."""
     by_role: dict[str, dict[Encoding, list[str]]] = {}
     for name, item in stored.items():
         found = by_role.setdefault(layout.tensors[name].role, {})
         found.setdefault(item.encoding, []).append(name)
     for role, found in by_role.items():
-        usual = max(found, key=lambda encoding: len(found[encoding]))
-        for encoding, names in found.items():
-            if encoding != usual:
-                rest = f"{len(found[usual])} are {usual.label}"
+        if len(found) == 1:
+            continue
+        unannounced = {
+            encoding: [name for name in names if not any(p.matches(name) for p in kept)]
+            for encoding, names in found.items()
+        }
+        usual = max(unannounced, key=lambda encoding: len(unannounced[encoding]))
+        for encoding, names in unannounced.items():
+            if encoding != usual and names:
+                rest = f"{len(unannounced[usual])} are {usual.label}"
                 message = f"{len(names)} {role} tensors are {encoding.label}, {rest}"
                 yield Fault("dtype", message, tensor=names[0], fatal=False)
 

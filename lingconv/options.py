@@ -4,8 +4,6 @@ Everything here changes the output and is therefore part of a run's identity. Th
 progress do not, and live with the engine.
 """
 
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -45,30 +43,6 @@ class Mtp(StrEnum):
 SCALE_F32 = "f32"
 SCALE_UE8M0 = "ue8m0"
 SCALE_DTYPES = {"f32": DType.F32, "bf16": DType.BF16, "e8m0": DType.F8_E8M0}
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """A name pattern: exact, a shell glob, or `re:` and a regular expression.
-
-    The last is compared as compressed-tensors compares it: from the start of the name, and the rest
-    may follow. Module paths and weight names are both accepted.
-    """
-
-    text: str
-
-    def matches(self, name: str) -> bool:
-        """Return whether a physical weight name, or its module's path, fits."""
-        names = (name, name.removesuffix(".weight"))
-        if self.text.startswith("re:"):
-            return any(self._regex().match(candidate) for candidate in names)
-        return any(fnmatch.fnmatchcase(candidate, self.text) for candidate in names)
-
-    def _regex(self) -> re.Pattern[str]:
-        try:
-            return re.compile(self.text.removeprefix("re:"))
-        except re.error as exc:
-            raise UsageError(f"pattern `{self.text}` is not a regular expression: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from lingconv.options import (
     ConvertOptions,
     Fp8Options,
     Mtp,
-    Pattern,
     Scheme,
     TargetDType,
 )
+from lingconv.patterns import Pattern
 from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Segment, Transfer
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)

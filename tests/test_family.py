@@ -142,6 +142,10 @@ def test_own_family_files(tmp_path, family):
         load_families(str(tmp_path))
     with pytest.raises(ValueError, match="no rule `nope`"):
         parse_family(
-            {"family": {"name": "", "title": "", "architectures": {}}, "tensor": [], "block": [],
-             "symbols": {"x": {"rule": "nope"}}}
+            {
+                "family": {"name": "", "title": "", "architectures": {}},
+                "tensor": [],
+                "block": [],
+                "symbols": {"x": {"rule": "nope"}},
+            }
         )

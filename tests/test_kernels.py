@@ -10,7 +10,20 @@ from lingconv.kernels import numeric
 from lingconv.kernels.random import normal_rows, normal_table
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 2**-126, -(2**-133), 2**-133, 448.0, 464.0, 3.3e38, 1e-30, -65504.0]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    2**-126,
+    -(2**-133),
+    2**-133,
+    448.0,
+    464.0,
+    3.3e38,
+    1e-30,
+    -65504.0,
+]
 
 
 def bf16_bits(values):
@@ -126,7 +139,12 @@ def test_dequantize_equals_torch(dtype, data):
     top = first // block_rows
     target = np.empty((rows - first, cols), np.uint16 if dtype == torch.bfloat16 else np.float32)
     nonfinite = numeric.dequantize(
-        codes[first:], scales[top:], target, block_rows, block_cols or cols, first - top * block_rows
+        codes[first:],
+        scales[top:],
+        target,
+        block_rows,
+        block_cols or cols,
+        first - top * block_rows,
     )
     expected = reference_dequantize(
         torch.from_numpy(codes).view(E4M3), torch.from_numpy(scales), block_rows, block_cols, dtype

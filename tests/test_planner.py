@@ -68,7 +68,9 @@ def _ranges(file):
             yield strip.offset, strip.offset + strip.source.nbytes
             continue
         target = strip.transfer.target
-        for spec, extent in zip(target.encoding.tensors(target.name, target.shape), target.extents, strict=True):
+        for spec, extent in zip(
+            target.encoding.tensors(target.name, target.shape), target.extents, strict=True
+        ):
             rows_per_unit = -(-strip.transfer.rows // spec.shape[0])
             unit = extent.nbytes // spec.shape[0]
             first, last = strip.first // rows_per_unit, -(-strip.last // rows_per_unit)
@@ -133,7 +135,10 @@ def test_unknown_config_keys_stay_in_order(model):
     keys = list(model.checkpoint.config)
     assert list(build_plan(model, ConvertOptions(dtype="f16")).config) == keys
     assert build_plan(model, ConvertOptions(dtype="f16")).config["torch_dtype"] == "float16"
-    assert list(build_plan(model, ConvertOptions(dtype="fp8")).config) == [*keys, "quantization_config"]
+    assert list(build_plan(model, ConvertOptions(dtype="fp8")).config) == [
+        *keys,
+        "quantization_config",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def test_a_header_that_does_not_fit_its_file(prefix, size, says):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 near_entries = st.fixed_dictionaries(
@@ -117,11 +119,15 @@ near_entries = st.fixed_dictionaries(
     header=st.dictionaries(st.text(max_size=6), near_entries | json_values, max_size=5),
     data_bytes=st.integers(0, 99),
 )
-def test_no_header_gets_past_the_parser_that_the_real_library_refuses(header, data_bytes, tmp_path_factory):
+def test_no_header_gets_past_the_parser_that_the_real_library_refuses(
+    header, data_bytes, tmp_path_factory
+):
     text = json.dumps(header).encode()
     entries, faults = parse_header(text, 8 + len(text) + data_bytes, "f")
     for item in entries:
-        assert 8 + len(text) <= item.offset <= item.offset + item.nbytes <= 8 + len(text) + data_bytes
+        assert (
+            8 + len(text) <= item.offset <= item.offset + item.nbytes <= 8 + len(text) + data_bytes
+        )
     if not faults:
         path = tmp_path_factory.mktemp("fuzz") / "f.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data_bytes))
@@ -154,7 +160,9 @@ specs = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(specs=specs)
-def test_written_headers_open_in_the_real_library_with_every_tensor_aligned(specs, tmp_path_factory):
+def test_written_headers_open_in_the_real_library_with_every_tensor_aligned(
+    specs, tmp_path_factory
+):
     ordered = storage_order(specs)
     header = build_header(ordered)
     assert len(header) % BLOCK_BYTES == 0

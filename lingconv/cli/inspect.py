@@ -30,7 +30,7 @@ def inspect(
 
 def _hint(faults: list[Fault]) -> str:
     hints = [fault.hint for fault in faults if fault.hint]
-    return hints[0] if hints else "fetch the damaged files again"
+    return hints[0] if hints else "mend or fetch again what is named above"
 
 
 def _lines(report: Report, *, verbose: bool) -> list[str]:

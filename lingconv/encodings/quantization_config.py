@@ -21,10 +21,11 @@ _SUFFIX = {FP8: "_scale_inv", COMPRESSED_TENSORS: "_scale"}
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What a config says: the block (rows, cols; 0 for all) and whether scales are ue8m0."""
+    """What a config says: the block (rows, cols; 0 for all), the modules kept, ue8m0 or not."""
 
     method: str
     block: tuple[int, int]
+    kept_modules: tuple[str, ...]
     power_of_two: bool = False
 
 
@@ -62,14 +63,16 @@ def _read_fp8(stated: Mapping[str, Any]) -> Stated:
     if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise ValueError(f"`fmt` is {stated['fmt']!r}, not e4m3")
     block = stated.get("weight_block_size")
-    return Stated(FP8, _block(block) if block else (0, 0), stated.get("scale_fmt") == "ue8m0")
+    kept = stated.get("modules_to_not_convert") or stated.get("ignored_layers")
+    ue8m0 = stated.get("scale_fmt") == "ue8m0"
+    return Stated(FP8, _block(block) if block else (0, 0), _names(kept), ue8m0)
 
 
 def _read_compressed_tensors(stated: Mapping[str, Any]) -> Stated:
     blocks = {_read_group(group["weights"]) for group in stated["config_groups"].values()}
     if len(blocks) != 1:
         raise ValueError("`config_groups` mix several weight schemes")
-    return Stated(COMPRESSED_TENSORS, blocks.pop())
+    return Stated(COMPRESSED_TENSORS, blocks.pop(), _names(stated.get("ignore")))
 
 
 def _read_group(weights: Mapping[str, Any]) -> tuple[int, int]:
@@ -81,6 +84,10 @@ def _read_group(weights: Mapping[str, Any]) -> tuple[int, int]:
     if weights["strategy"] not in blocks:
         raise ValueError(f"weight strategy {weights['strategy']!r} is not read")
     return blocks[weights["strategy"]]
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(str(name) for name in value) if isinstance(value, list) else ()
 
 
 def _block(value: Any) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Side-by-side measurements; ratios, not seconds, are what carries over to another machine."""

@@ -1,0 +1,228 @@
+"""The conveyor against `cp -r`: the same bytes, the same run, page cache warm for both.
+
+Run by `make bench`. Prints a table and writes it, with the machine, to docs/performance.md.
+A cut of Ling-mini-2.0 (real dimensions, 1 dense + 3 MoE layers, 6.3 GB) is converted in several
+ways; before each timed run the source is read once and everything dirty is written out. Ours are
+whole commands, interpreter start included, durable on disk when they end; `cp` leaves that to the
+system. Nothing is remembered between runs but the compiled kernels.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINGCONV = [sys.executable, "-m", "lingconv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One timed command."""
+
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table."""
+
+    job: str
+    ours: str
+    yardstick: str
+    ratio: str
+    bound: str
+
+
+def run(command: list[str | Path]) -> Run:
+    """Run a command to its end; return its time and its peak resident memory."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    error = process.stderr.read() if process.stderr else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - started
+    if process.returncode:
+        raise RuntimeError(f"{command}: {error.decode()}")
+    return Run(seconds, usage.ru_maxrss * 1024)
+
+
+def warm(folder: Path) -> None:
+    """Read a folder into the page cache, and let the disk catch up."""
+    os.sync()
+    subprocess.run(["sh", "-c", f"cat {folder}/*.safetensors > /dev/null"], check=True)
+
+
+def side_by_side(
+    source: Path,
+    copied: Path,
+    work: Path,
+    command: Callable[[Path], list[str | Path]],
+    rounds: int,
+) -> tuple[list[Run], list[Run]]:
+    """Time a conversion of `source` and `cp -r` of `copied`, turn by turn."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        for times, make, warmed in (
+            (theirs, lambda out: ["cp", "-r", copied, out], copied),
+            (ours, command, source),
+        ):
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            warm(warmed)
+            times.append(run(make(out)))
+    shutil.rmtree(work / "out")
+    return ours, theirs
+
+
+def compare(job: str, ours: list[Run], theirs: list[Run]) -> list[Line]:
+    """Return the lines for time and for memory."""
+    mine, cp = (statistics.median(r.seconds for r in runs) for runs in (ours, theirs))
+    spread = "-".join(f"{f(r.seconds for r in theirs):.1f}" for f in (min, max))
+    own_spread = "-".join(f"{f(r.seconds for r in ours):.1f}" for f in (min, max))
+    peak = max(r.peak_rss_bytes for r in ours) / 2**30
+    return [
+        Line(
+            job,
+            f"{mine:.2f} s ({own_spread})",
+            f"cp {cp:.2f} s ({spread})",
+            f"{mine / cp:.2f}",
+            "1.0",
+        ),
+        Line("... its peak RSS", f"{peak:.2f} GiB", "", "", "1.2 GiB"),
+    ]
+
+
+def conveyor(work: Path, rounds: int) -> list[Line]:
+    """Measure the four jobs on a cut of Ling-mini-2.0."""
+    source, fp8, bf16 = work / "bf16", work / "fp8", work / "bf16-again"
+    synth = [*LINGCONV, "synth", "ling-mini-2.0", source, "--layers", "4"]
+    run([*synth, "--max-shard-size", "1.4GB"])
+    run([*LINGCONV, "quantize", source, fp8, "--fp8"])
+    lines = compare(
+        "BF16 -> FP8 block",
+        *side_by_side(
+            source, source, work, lambda out: [*LINGCONV, "quantize", source, out, "--fp8"], rounds
+        ),
+    )
+    run([*LINGCONV, "convert", fp8, bf16, "--dtype", "bf16"])
+    lines += compare(
+        "FP8 -> BF16",
+        *side_by_side(
+            fp8, bf16, work, lambda out: [*LINGCONV, "convert", fp8, out, "--dtype", "bf16"], rounds
+        ),
+    )
+    shutil.rmtree(bf16)
+    lines += compare(
+        "BF16 -> BF16, shards of 2 GB",
+        *side_by_side(
+            source,
+            source,
+            work,
+            lambda out: [*LINGCONV, "convert", source, out, "--max-shard-size", "2GB"],
+            rounds,
+        ),
+    )
+    return lines
+
+
+def large(work: Path) -> list[Line]:
+    """Measure memory on one dense and one MoE layer of Ling-1T's dimensions."""
+    source, out = work / "ling-1t-cut", work / "out"
+    cut = ["--layers", "2", "--dense-layers", "1"]
+    run([*LINGCONV, "synth", "ling-1t", source, *cut])
+    nbytes = sum(path.stat().st_size for path in source.iterdir())
+    done = run([*LINGCONV, "quantize", source, out, "--fp8"])
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    peak = f"{done.peak_rss_bytes / 2**30:.2f} GiB"
+    job = f"peak RSS, 2 layers of Ling-1T ({nbytes / 1e9:.1f} GB) to FP8"
+    return [Line(job, peak, f"{nbytes / done.seconds / 1e9:.2f} GB/s in", "", "as above + 10 %")]
+
+
+def planning(work: Path, rounds: int) -> list[Line]:
+    """Measure planning and inspecting the full Ling-1T, and the start of the program."""
+    full, shards = work / "ling-1t", "13GB"
+    run([*LINGCONV, "synth", "ling-1t", full, "--headers-only", "--max-shard-size", shards])
+    plan = [run([*LINGCONV, "plan", full, work / "out", "--dtype", "fp8"]) for _ in range(rounds)]
+    look = [run([*LINGCONV, "inspect", full]) for _ in range(rounds)]
+    start = [run([*LINGCONV, "--help"]) for _ in range(rounds)]
+    count = len(list(full.glob("*.safetensors")))
+    shutil.rmtree(full)
+
+    def seconds(runs: list[Run]) -> str:
+        return f"{statistics.median(r.seconds for r in runs):.2f} s"
+
+    peak = max(r.peak_rss_bytes for r in plan) / 1e6
+    return [
+        Line("plan of the full Ling-1T", seconds(plan), "", "", "3 s"),
+        Line("... its peak RSS", f"{peak:.0f} MB", "", "", "500 MB"),
+        Line(f"inspect of Ling-1T in {count} shards", seconds(look), "", "", "1 s"),
+        Line("lingconv --help", seconds(start), "", "", "0.3 s"),
+    ]
+
+
+def machine() -> str:
+    """Return the machine in words."""
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB of memory,"
+        f" Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    )
+
+
+def as_markdown(lines: list[Line]) -> str:
+    """Return the table."""
+    rows = [f"| {x.job} | {x.ours} | {x.yardstick} | {x.ratio} | {x.bound} |" for x in lines]
+    return "\n".join(
+        ["| job | lingconv | beside it | ratio | bound |", "|---|--:|--:|--:|--:|", *rows]
+    )
+
+
+def publish(table: str) -> None:
+    """Put the table between the marks in docs/performance.md."""
+    path = ROOT / "docs" / "performance.md"
+    before, _, rest = path.read_text().partition("<!-- bench: begin -->\n")
+    _, _, after = rest.partition("<!-- bench: end -->")
+    middle = f"{machine()}.\n\n{table}\n"
+    path.write_text(f"{before}<!-- bench: begin -->\n{middle}<!-- bench: end -->{after}")
+
+
+def main() -> None:
+    """Measure, print, publish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 45 GB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-publish", action="store_true")
+    options = parser.parse_args()
+    shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True)
+    try:
+        lines = planning(options.work, options.rounds)
+        lines = [*conveyor(options.work, options.rounds), *lines]
+        lines += large(options.work)
+    finally:
+        shutil.rmtree(options.work)
+    table = as_markdown(lines)
+    print(f"{machine()}\n\n{table}")
+    if not options.no_publish:
+        publish(table)
+
+
+if __name__ == "__main__":
+    main()

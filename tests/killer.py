@@ -1,0 +1,80 @@
+"""Kills conversions at random instants and checks what is left. Run as a program by test_engine.py.
+
+One process loads everything once and forks a real process for each run, so that a hundred runs are
+killed in seconds. Prints a JSON object with what it saw.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import lingconv
+import lingconv.transcode
+from tests.support import tree_digest
+
+OPTIONS = lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000)
+
+
+def convert(source, target):
+    lingconv.convert(source, target, OPTIONS, resources=lingconv.Resources(jobs=2))
+
+
+def in_child(source, target):
+    """Start a conversion in a process of its own; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        convert(source, target)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def finished_files(target):
+    """Return the weight files under their final names, each with what would change if rewritten."""
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in target.glob("*.safetensors")
+    }
+
+
+def main(source, work, rounds):
+    undisturbed = work / "undisturbed"
+    convert(source, undisturbed)  # compiles the kernels, too
+    started = time.monotonic()
+    convert(source, work / "timed")
+    duration = time.monotonic() - started
+    expected = tree_digest(undisturbed)
+    rng = random.Random(20)
+    seen = {"killed": 0, "resumed": 0, "rewritten": 0, "different": 0, "failed": 0, "stages": 0}
+    stages = set()
+    for number in range(rounds):
+        target = work / f"run-{number}"
+        child = in_child(source, target)
+        time.sleep(rng.uniform(0, 1.3 * duration))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        seen["killed"] += os.WIFSIGNALED(status)
+        before = finished_files(target)
+        stages.add(len(before))
+        seen["resumed"] += (
+            0 < len(before) < len([n for n in expected if n.endswith(".safetensors")])
+        )
+        _, status = os.waitpid(in_child(source, target), 0)
+        seen["failed"] += status != 0
+        after = finished_files(target)
+        seen["rewritten"] += sum(after[name] != stat for name, stat in before.items())
+        seen["different"] += tree_digest(target) != expected
+    seen["stages"] = len(stages)
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,320 @@
+"""Broken, inconsistent and hostile checkpoints: refused with file and tensor, all at once."""
+
+import json
+
+import pytest
+import torch
+
+from lingconv import CheckpointError, ConvertOptions, UsageError, inspect, plan
+from tests.support import INDEX, copy_checkpoint, edit_json, read_header, rewrite, write_raw
+
+SHARD_2 = "model-00002-of-00003.safetensors"
+NORM = "model.layers.1.post_attention_layernorm.weight"
+WEIGHT = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+@pytest.fixture
+def source(golden, tmp_path):
+    return copy_checkpoint(golden, tmp_path / "in")
+
+
+@pytest.fixture
+def fp8(golden_block, tmp_path):
+    return copy_checkpoint(golden_block, tmp_path / "in")
+
+
+def refusal(folder, **options):
+    """Return the lines that a refused plan gives; `inspect` must report the same faults."""
+    with pytest.raises(CheckpointError) as caught:
+        plan(folder, ConvertOptions(**options))
+    found = [str(fault) for fault in inspect(folder).faults if fault.fatal]
+    assert found == list(caught.value.details)
+    assert not inspect(folder).sound
+    return list(caught.value.details)
+
+
+def test_truncated_shard(source):
+    data = (source / SHARD_2).read_bytes()
+    (source / SHARD_2).write_bytes(data[:-100])
+    lines = refusal(source)
+    assert any(SHARD_2 in line and "truncated" in line for line in lines)
+    (source / SHARD_2).write_bytes(data[:50])
+    assert any(f"{SHARD_2}: truncated: header says" in line for line in refusal(source))
+    (source / SHARD_2).write_bytes(b"")
+    assert any(f"{SHARD_2}: file of 0 bytes" in line for line in refusal(source))
+
+
+def test_missing_shard(source):
+    (source / SHARD_2).unlink()
+    lines = refusal(source)
+    assert lines[0] == f"{SHARD_2}: the index names this shard, and it is not there"
+    assert any(f"{NORM}: is missing, expected [256]" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "path", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None]
+)
+def test_index_that_points_outside(source, path):
+    edit_json(source / INDEX, lambda index: index["weight_map"].update({NORM: path}))
+    assert any(
+        line.startswith(f"{INDEX}: {NORM}: index points outside") for line in refusal(source)
+    )
+
+
+def test_index_that_names_the_wrong_shard(source):
+    wrong = "model-00001-of-00003.safetensors"
+    edit_json(source / INDEX, lambda index: index["weight_map"].update({NORM: wrong}))
+    assert refusal(source) == [f"{INDEX}: {NORM}: index says {wrong}, but it is in {SHARD_2}"]
+
+
+def test_index_that_lacks_a_tensor_or_has_one_too_many(source):
+    edit_json(source / INDEX, lambda index: index["weight_map"].pop(NORM))
+    assert any("loaders skip it" in line and NORM in line for line in refusal(source))
+    edit_json(
+        source / INDEX, lambda index: index["weight_map"].update({NORM: SHARD_2, "ghost": SHARD_2})
+    )
+    assert any(
+        f"{INDEX}: ghost: index says {SHARD_2}, but it is not there" in s for s in refusal(source)
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": 3}', '{"weight_map": []}'])
+def test_index_that_is_none(source, text):
+    (source / INDEX).write_text(text)
+    assert any(line.startswith(INDEX) for line in refusal(source))
+
+
+def test_wrong_total_size_is_odd_but_harmless(source):
+    edit_json(source / INDEX, lambda index: index["metadata"].update(total_size=5))
+    (fault,) = inspect(source).faults
+    assert not fault.fatal
+    assert "`total_size` is 5, the tensors have 6,305,600 bytes" in fault.message
+    assert plan(source).warnings == (str(fault),)
+
+
+def test_two_shards_with_the_same_tensor(source):
+    header, data = read_header(source / SHARD_2)
+    begin, end = header[NORM]["data_offsets"]
+    extra = "model-00004-of-00003.safetensors"
+    write_raw(
+        source / extra, {NORM: {**header[NORM], "data_offsets": [0, end - begin]}}, data[begin:end]
+    )
+    edit_json(source / INDEX, lambda index: index["weight_map"].update(extra=extra))
+    assert any(line == f"{extra}: {NORM}: is in {SHARD_2} too" for line in refusal(source))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": "F128"}, "unknown dtype 'F128'"),
+        ({"data_offsets": [0, 10**15]}, "outside"),
+        ({"shape": [512]}, "does not take"),
+    ],
+)
+def test_broken_header_entry(source, change, says):
+    header, data = read_header(source / SHARD_2)
+    header[NORM].update(change)
+    write_raw(source / SHARD_2, header, data)
+    assert any(line.startswith(f"{SHARD_2}: {NORM}: ") and says in line for line in refusal(source))
+
+
+def test_overlapping_tensors(source):
+    header, data = read_header(source / SHARD_2)
+    begin, end = header[NORM]["data_offsets"]
+    header[NORM]["data_offsets"] = [begin - 2, end - 2]
+    write_raw(source / SHARD_2, header, data)
+    assert any("overlaps" in line for line in refusal(source))
+
+
+def test_weight_without_its_scale(fp8):
+    rewrite(fp8, lambda tensors: tensors.pop(WEIGHT + "_scale"))
+    (line,) = refusal(fp8)
+    assert line.startswith(f"model.safetensors: {WEIGHT}: FP8 weight without its scale")
+
+
+def test_scale_without_its_weight(fp8):
+    rewrite(fp8, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].bfloat16()}))
+    lines = refusal(fp8)
+    assert lines == [f"model.safetensors: {WEIGHT}_scale: scale of a weight that is BF16, not FP8"]
+
+
+def test_scale_of_nothing(source):
+    rewrite(source, lambda tensors: tensors.update({"ghost.weight_scale_inv": torch.ones(2, 2)}))
+    assert refusal(source) == [
+        "model.safetensors: ghost.weight_scale_inv: scale of a weight that is not there"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (torch.ones(3, 1), "scale has shape [3, 1]"),
+        (torch.ones(256, 1), "in blocks of 128 x 128 needs another"),
+        (torch.ones(2, 1).to(torch.int32), "I32 scale"),
+        (torch.ones(2, 1).double(), "F64 scale"),
+    ],
+)
+def test_scale_of_the_wrong_kind(fp8, scale, says):
+    rewrite(fp8, lambda tensors: tensors.update({WEIGHT + "_scale": scale}))
+    (line,) = refusal(fp8)
+    assert line.startswith(f"model.safetensors: {WEIGHT}_scale: ")
+    assert says in line
+
+
+def test_weight_with_two_scales(fp8):
+    rewrite(fp8, lambda t: t.update({WEIGHT + "_scale_inv": t[WEIGHT + "_scale"].clone()}))
+    (line,) = refusal(fp8)
+    assert "FP8 weight has two scales" in line
+
+
+def test_tensor_of_the_wrong_shape(source):
+    rewrite(source, lambda tensors: tensors.update({WEIGHT: torch.ones(128, 256)}))
+    (line,) = refusal(source)
+    assert line == (
+        f"model.safetensors: {WEIGHT}: has shape [128, 256], config.json calls for [256, 128]"
+    )
+
+
+def test_config_that_contradicts_the_tensors(source):
+    edit_json(source / "config.json", lambda config: config.update(num_experts=7))
+    lines = refusal(source)
+    assert sum("is no tensor of Ling 2.0" in line for line in lines) == 6
+    assert sum("mlp.gate" in line and "calls for [7" in line for line in lines) == 4
+
+
+def test_config_that_contradicts_the_scales(fp8):
+    def channel(config):
+        group = config["quantization_config"]["config_groups"]["FP8_BLOCK"]
+        group["weights"].update(strategy="channel", block_structure=None)
+
+    edit_json(fp8 / "config.json", channel)
+    lines = refusal(fp8)
+    assert len(lines) == 63
+    assert "in blocks of 1 x all needs another" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ({"quant_method": "gptq"}, "`quant_method` is 'gptq'"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "not e4m3"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "not two numbers"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "two positive numbers"),
+        ({"quant_method": "compressed-tensors"}, "incomplete"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {
+            "type": "int", "num_bits": 4}}}}, "int of 4 bits, not FP8"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {
+            "type": "float", "num_bits": 8, "strategy": "wild"}}}}, "'wild' is not read"),
+        ([], "not an object"),
+    ],
+)  # fmt: skip
+def test_quantization_config_that_is_not_understood(source, quantization, says):
+    edit_json(source / "config.json", lambda c: c.update(quantization_config=quantization))
+    (line,) = refusal(source)
+    assert line.startswith("config.json: ")
+    assert says in line
+
+
+def test_quantization_config_without_fp8_weights_is_odd(source):
+    stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_json(source / "config.json", lambda c: c.update(quantization_config=stated))
+    assert [f.message for f in inspect(source).faults] == [
+        "has a `quantization_config`, but no weight is FP8"
+    ]
+
+
+def test_fp8_weights_without_a_quantization_config_are_odd(fp8):
+    edit_json(fp8 / "config.json", lambda config: config.pop("quantization_config"))
+    assert "but 63 weights are FP8" in inspect(fp8).faults[0].message
+    assert inspect(fp8).sound
+
+
+def test_mtp_layers_that_the_config_does_not_know(source):
+    edit_json(source / "config.json", lambda c: c.update(num_nextn_predict_layers=0))
+    lines = refusal(source)
+    assert len(lines) == 39
+    built = plan(source, ConvertOptions(drop=("model.layers.2.*",)))
+    assert {item.reason for item in built.dropped} == {"left out by `--drop`"}
+    assert len(built.dropped) == 39
+
+
+def test_known_buffers_are_dropped_by_name(source):
+    name = "model.layers.0.attention.rotary_emb.inv_freq"
+    rewrite(source, lambda tensors: tensors.update({name: torch.ones(16)}))
+    (dropped,) = plan(source).dropped
+    assert (dropped.name, dropped.nbytes) == (name, 64)
+    assert "rope_theta" in dropped.reason
+
+
+@pytest.mark.parametrize(
+    "names", [["BailingMoeForCausalLM"], ["LlamaForCausalLM"], [], None, "x", [3]]
+)
+def test_unknown_architecture(source, names):
+    edit_json(source / "config.json", lambda config: config.update(architectures=names))
+    with pytest.raises(CheckpointError, match="unknown architecture") as caught:
+        inspect(source)
+    assert "known: BailingMoeV2ForCausalLM" in caught.value.details
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "[" * 100_000])
+def test_config_that_is_none(source, text):
+    (source / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        inspect(source)
+
+
+def test_llada2_is_read_and_keeps_its_name(source):
+    edit_json(source / "config.json", lambda c: c.update(architectures=["LLaDA2MoeModelLM"]))
+    report = inspect(source)
+    assert (report.architecture, report.faults) == ("LLaDA2MoeModelLM", ())
+    assert plan(source).config["architectures"] == ["LLaDA2MoeModelLM"]
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no"):
+        inspect(tmp_path)
+    with pytest.raises(UsageError, match="is not a folder"):
+        inspect(tmp_path / "nowhere")
+
+
+def test_shards_without_an_index_are_read_and_mentioned(source):
+    (source / INDEX).unlink()
+    (fault,) = inspect(source).faults
+    assert (fault.fatal, fault.file) == (False, INDEX)
+    assert len(list(plan(source).transfers())) == 86
+
+
+def test_stray_weights_are_left_behind_loudly(source):
+    write_raw(source / "old.safetensors", {})
+    (fault,) = inspect(source).faults
+    assert "left behind" in fault.message
+    assert [item.name for item in plan(source).dropped] == ["old.safetensors"]
+
+
+def test_odd_dtypes_are_reported(source):
+    rewrite(source, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    (fault,) = inspect(source).faults
+    assert fault.message == "1 norm tensors are f32, 15 are bf16"
+
+
+def test_integers_cannot_become_floats(source):
+    rewrite(source, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(torch.int16)}))
+    with pytest.raises(CheckpointError) as caught:
+        plan(source, ConvertOptions(dtype="f32"))
+    assert f"{WEIGHT}: i16 cannot be converted to f32" in caught.value.details[0]
+
+
+def test_all_faults_come_together(fp8):
+    def change(tensors):
+        del tensors[WEIGHT + "_scale"]
+        del tensors["model.norm.weight"]
+        tensors["lm_head.weight"] = torch.ones(3, 3)
+        tensors["surprise"] = torch.ones(1)
+
+    rewrite(fp8, change)
+    assert len(refusal(fp8)) == 4
+
+
+def test_the_report_is_json(source):
+    json.dumps(inspect(source).to_json())

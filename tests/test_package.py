@@ -1,0 +1,87 @@
+"""What is shipped: the wheel, the public names, the changelog, the layout of the house."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import lingconv
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_from_the_sdist_holds_every_format_file(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        for path in (ROOT / "formats").rglob("*"):
+            if path.is_file():
+                packed = f"lingconv/_formats/{path.relative_to(ROOT / 'formats').as_posix()}"
+                assert archive.read(packed) == path.read_bytes()
+        assert "lingconv/py.typed" in names
+        tops = {name.split("/")[0] for name in names}
+        assert tops == {"lingconv", f"lingconv-{lingconv.__version__}.dist-info"}
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); from lingconv.family import load_families, presets;"
+        "import lingconv; assert '.whl' in lingconv.__file__; print(load_families()[0].name, *presets())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["ling2", "ling-1t", "ling-flash-2.0", "ling-mini-2.0", "tiny"]
+
+
+def test_public_names_are_sorted_and_there():
+    assert lingconv.__all__ == sorted(lingconv.__all__)
+    assert all(hasattr(lingconv, name) for name in lingconv.__all__)
+
+
+def test_the_changelog_knows_this_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == lingconv.__version__
+
+
+def test_no_family_stands_in_the_code():
+    """Nothing in lingconv/ knows the name of a Ling tensor; nothing in formats/ is Python."""
+    tensor_name = re.compile(r"query_key_value|word_embeddings|gate_proj|expert_bias\b.*weight")
+    for path in (ROOT / "lingconv").rglob("*.py"):
+        assert not tensor_name.search(path.read_text()), path
+    assert not list((ROOT / "formats").rglob("*.py"))
+
+
+# Who may import whom: a module of the left may import none of the right.
+FORBIDDEN = {
+    "plan": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
+    "planner": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
+    "family": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
+    "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
+    "model": ("numpy", "numba", "torch", "lingconv.plan", "lingconv.engine"),
+    "strips": ("numpy", "numba", "torch", "lingconv.engine"),
+    "kernels/numeric": ("lingconv.plan", "lingconv.model", "lingconv.storage", "torch"),
+}
+
+
+def test_dependencies_point_one_way():
+    for module, forbidden in FORBIDDEN.items():
+        tree = ast.parse((ROOT / "lingconv" / f"{module}.py").read_text())
+        imported = {
+            name
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert not imported & set(forbidden), module
+    for path in (ROOT / "lingconv").rglob("*.py"):
+        if "cli" not in path.parts and path.name not in ("__main__.py", "demo.py"):
+            assert "lingconv.cli" not in path.read_text(), path
