@@ -1,4 +1,4 @@
-"""Conversions, judged by other people's software: safetensors, torch, compressed-tensors, transformers."""
+"""Conversions, judged by safetensors, torch, compressed-tensors and transformers."""
 
 import fnmatch
 import json

@@ -45,7 +45,7 @@ class StopAfter(Silent):
 
 
 def test_a_hundred_kills(golden, tmp_path):
-    """kill -9 at random instants; the same command gives the same bytes and writes no file twice."""
+    """kill -9 at random instants: the same command gives the same bytes, no file written twice."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.killer", golden, tmp_path, "100"],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -28,8 +28,10 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(tmp_path):
         tops = {name.split("/")[0] for name in names}
         assert tops == {"lingconv", f"lingconv-{lingconv.__version__}.dist-info"}
     code = (
-        f"import sys; sys.path.insert(0, {str(wheel)!r}); from lingconv.family import load_families, presets;"
-        "import lingconv; assert '.whl' in lingconv.__file__; print(load_families()[0].name, *presets())"
+        f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
+        "from lingconv.family import load_families, presets\n"
+        "import lingconv\nassert '.whl' in lingconv.__file__\n"
+        "print(load_families()[0].name, *presets())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True

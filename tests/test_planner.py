@@ -141,24 +141,28 @@ def test_unknown_config_keys_stay_in_order(model):
     ]
 
 
+def fp8(**options):
+    return ConvertOptions(dtype="fp8", fp8=Fp8Options(**options))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(ignore=("lm_haed",))), "matches nothing"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scale_rules=(("re:.*norm", "ue8m0"),))), "matches nothing"),
+        (fp8(ignore=("lm_haed",)), "matches nothing"),
+        (fp8(scale_rules=(("re:.*norm", "ue8m0"),)), "matches nothing"),
         (ConvertOptions(drop=("model.*",)), "matches nothing"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(ignore=("re:(",))), "regular expression"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scale="e5m3")), "no scale policy"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scheme="channel", dialect="fp8")), "per-channel"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scale_dtype="e8m0")), "powers of two"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scale="ue8m0", scale_dtype="e8m0", dialect="compressed-tensors")), "fp8` dialect"),
-        (ConvertOptions(dtype="fp8", fp8=Fp8Options(scheme="tensor")), "`--scheme`"),
+        (fp8(ignore=("re:(",)), "regular expression"),
+        (fp8(scale="e5m3"), "no scale policy"),
+        (fp8(scheme="channel", dialect="fp8"), "per-channel"),
+        (fp8(scale_dtype="e8m0"), "powers of two"),
+        (fp8(scale="ue8m0", scale_dtype="e8m0", dialect="compressed-tensors"), "fp8` dialect"),
+        (fp8(scheme="tensor"), "`--scheme`"),
         (ConvertOptions(fp8=Fp8Options(scale="ue8m0")), "are for FP8"),
         (ConvertOptions(dtype="int4"), "`--dtype`"),
         (ConvertOptions(layout="gguff"), "`--to`"),
         (ConvertOptions(max_shard_bytes=0), "positive"),
     ],
-)  # fmt: skip
+)
 def test_requests_that_cannot_be_meant(model, options, says):
     with pytest.raises(UsageError, match=says):
         build_plan(model, options)
