@@ -127,7 +127,7 @@ def execute(
     ):
         todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
         if not headers_only:
-            check_disk(destination, sum(file.nbytes for file in todo))
+            check_disk(destination, sum(folder.bytes_missing(f.name, f.nbytes) for f in todo))
         progress.begin(plan, len(plan.files) - len(todo), jobs)
         _carry_side_files(plan, storage, folder)
         run = _Run(plan, storage, folder, progress, sparse=headers_only)
@@ -210,7 +210,7 @@ def _check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
 class _OpenFile:
     """An output file being filled: its strips, and how many are taken but not yet written."""
 
-    def __init__(self, file: OutputFile, path: Path, storage: Storage) -> None:
+    def __init__(self, file: OutputFile, path: Path, storage: Storage, *, sparse: bool) -> None:
         self.file = file
         self.sources = {
             extent.file
@@ -227,7 +227,7 @@ class _OpenFile:
             self.blobs = {name: storage.open(name) for name in sorted(self.sources)}
             for blob in self.blobs.values():
                 opening.callback(blob.close)
-            self.output = OutputBlob(path, file.nbytes)
+            self.output = OutputBlob(path, file.nbytes, sparse=sparse)
             opening.callback(self.output.close)
             self.output.write(memoryview(file.header()), 0)
             self._resources = opening.pop_all()
@@ -315,12 +315,14 @@ class _Run:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                try:
-                    thread.join(0.1)  # with a time-out, so that signals are heard
-                except KeyboardInterrupt as exc:
-                    self._stop(exc)
+        waiting = list(threads)
+        while waiting:
+            try:
+                waiting[-1].join(0.1)  # with a time-out, so that signals are heard
+                if not waiting[-1].is_alive():
+                    waiting.pop()
+            except KeyboardInterrupt as exc:
+                self._stop(exc)
 
     def _work(self) -> None:
         """Take strips until there are none, or somebody failed."""
@@ -356,9 +358,8 @@ class _Run:
         file = next(self._waiting, None)
         if file is None:
             return None
-        opened = _OpenFile(file, self._folder.partial(file.name), self._storage)
-        if not self._sparse:
-            opened.output.allocate(file.nbytes)
+        path = self._folder.partial(file.name)
+        opened = _OpenFile(file, path, self._storage, sparse=self._sparse)
         self._open.append(opened)
         self._progress.file_begins(file.name, file.nbytes)
         return opened

@@ -139,6 +139,12 @@ class RunFolder:
             hint="remove it to have it written again, or start over with `--fresh`",
         )
 
+    def bytes_missing(self, name: str, nbytes: int) -> int:
+        """Return how much disk a file still needs, beyond what its partial file holds already."""
+        path = self.partial(name)
+        held = path.stat().st_blocks * 512 if path.exists() else 0
+        return max(0, nbytes - held)
+
     def partial(self, name: str) -> Path:
         """Return where a file is written until it is finished."""
         return self.root / (name + PARTIAL_SUFFIX)

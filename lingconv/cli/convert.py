@@ -27,13 +27,13 @@ from lingconv.cli.options import (
     SchemeOption,
     Source,
     Verbose,
-    fp8_options,
+    request,
     resources,
 )
 from lingconv.cli.output import output
 from lingconv.cli.plan import DType, To
 from lingconv.cli.progress import make_progress
-from lingconv.cli.units import file_size, parse_size
+from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
 from lingconv.options import ConvertOptions, Mtp, Scheme
 
@@ -71,13 +71,17 @@ def convert(
     Examples: `lingconv convert Ling-1T-FP8 Ling-1T --dtype bf16`,
     `lingconv convert Ling-1T out --max-shard-size 5GB`
     """
-    options = ConvertOptions(
-        layout=to,
+    options = request(
+        to=to,
         dtype=dtype or "",
-        fp8=fp8_options(scheme, dialect, scale, scale_dtype, ignore),
-        mtp=mtp.value,
-        max_shard_bytes=parse_size(max_shard_size),
-        drop=tuple(drop or ()),
+        max_shard_size=max_shard_size,
+        mtp=mtp,
+        drop=drop,
+        scheme=scheme,
+        dialect=dialect,
+        scale=scale,
+        scale_dtype=scale_dtype,
+        ignore=ignore,
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
     )

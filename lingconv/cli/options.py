@@ -8,7 +8,7 @@ import typer
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
 from lingconv.engine import Resources
-from lingconv.options import SCALE_F32, Fp8Options, Mtp, Scheme
+from lingconv.options import SCALE_F32, ConvertOptions, Fp8Options, Mtp, Scheme
 
 FP8 = "FP8"
 OUTPUT = "Output"
@@ -138,7 +138,7 @@ Verbose = Annotated[
 ]
 
 
-def fp8_options(
+def _fp8_options(
     scheme: Scheme,
     dialect: str,
     scale: list[str] | None,
@@ -161,6 +161,34 @@ def fp8_options(
         scale_rules=tuple(rules),
         scale_dtype=scale_dtype,
         ignore=tuple(ignore or ()),
+    )
+
+
+def request(
+    *,
+    to: str,
+    dtype: str,
+    max_shard_size: str,
+    mtp: Mtp,
+    drop: list[str] | None,
+    scheme: Scheme,
+    dialect: str,
+    scale: list[str] | None,
+    scale_dtype: str,
+    ignore: list[str] | None,
+    allow_nonfinite: bool,
+    allow_requantize: bool,
+) -> ConvertOptions:
+    """Return what the options of `plan`, `convert` and `quantize` ask for together."""
+    return ConvertOptions(
+        layout=to,
+        dtype=dtype,
+        fp8=_fp8_options(scheme, dialect, scale, scale_dtype, ignore),
+        mtp=mtp.value,
+        max_shard_bytes=parse_size(max_shard_size),
+        drop=tuple(drop or ()),
+        allow_nonfinite=allow_nonfinite,
+        allow_requantize=allow_requantize,
     )
 
 

@@ -27,14 +27,14 @@ from lingconv.cli.options import (
     SchemeOption,
     Source,
     Verbose,
-    fp8_options,
+    request,
     resources,
 )
 from lingconv.cli.output import columns, output
-from lingconv.cli.units import file_size, memory_size, parse_size
+from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Resources, free_bytes
 from lingconv.errors import UsageError
-from lingconv.options import ConvertOptions, Mtp, Scheme, TargetDType
+from lingconv.options import Mtp, Scheme, TargetDType
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
@@ -79,13 +79,17 @@ def plan(
 
     Example: `lingconv plan Ling-1T Ling-1T-FP8 --dtype fp8`
     """
-    options = ConvertOptions(
-        layout=to,
+    options = request(
+        to=to,
         dtype=dtype or "",
-        fp8=fp8_options(scheme, dialect, scale, scale_dtype, ignore),
-        mtp=mtp.value,
-        max_shard_bytes=parse_size(max_shard_size),
-        drop=tuple(drop or ()),
+        max_shard_size=max_shard_size,
+        mtp=mtp,
+        drop=drop,
+        scheme=scheme,
+        dialect=dialect,
+        scale=scale,
+        scale_dtype=scale_dtype,
+        ignore=ignore,
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
     )

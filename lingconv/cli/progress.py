@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +27,7 @@ from rich.text import Text
 
 from lingconv.cli.output import output, wants_colour
 from lingconv.cli.units import file_size
-from lingconv.engine import Silent
+from lingconv.engine import Progress, Silent
 from lingconv.plan import Plan
 
 _LOG_EVERY_S = 30.0
@@ -163,11 +164,9 @@ def _bytes_done(plan: Plan, done: int) -> int:
     return sum(file.nbytes for file in plan.files[:done])
 
 
-def make_progress() -> Bars | Lines:
+def make_progress() -> AbstractContextManager[Progress]:
     """Return the progress that fits stderr and LINGCONV_PROGRESS."""
     wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
     if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
         return Bars()
-    if wanted == "none":
-        output.quiet = True
-    return Lines()
+    return nullcontext(Silent()) if wanted == "none" else Lines()

@@ -25,11 +25,10 @@ from lingconv.cli.options import (
     SchemeOption,
     Source,
     Verbose,
-    fp8_options,
+    request,
     resources,
 )
-from lingconv.cli.units import parse_size
-from lingconv.options import ConvertOptions, Mtp, Scheme, TargetDType
+from lingconv.options import Mtp, Scheme, TargetDType
 
 
 def quantize(
@@ -59,12 +58,17 @@ def quantize(
     Examples: `lingconv quantize Ling-1T Ling-1T-FP8 --fp8`,
     `lingconv quantize Ling-1T out --fp8 --scheme channel`
     """
-    options = ConvertOptions(
+    options = request(
+        to="hf",
         dtype=TargetDType.FP8,
-        fp8=fp8_options(scheme, dialect, scale, scale_dtype, ignore),
-        mtp=mtp.value,
-        max_shard_bytes=parse_size(max_shard_size),
-        drop=tuple(drop or ()),
+        max_shard_size=max_shard_size,
+        mtp=mtp,
+        drop=drop,
+        scheme=scheme,
+        dialect=dialect,
+        scale=scale,
+        scale_dtype=scale_dtype,
+        ignore=ignore,
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
     )

@@ -18,22 +18,27 @@ from lingconv.containers.safetensors import BLOCK_BYTES
 
 
 class OutputBlob:
-    """A file of a known size that is being filled."""
+    """A file of a known size that is being filled.
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    Its disk space is reserved at once, so that a full disk shows before the work and not in its
+    midst; a `sparse` file takes none.
+    """
+
+    def __init__(self, path: Path, nbytes: int, *, sparse: bool = False) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o644)
         self._direct_fd = -1
         try:
             os.ftruncate(self._fd, nbytes)
+            if not sparse:
+                self._reserve(nbytes)
             with suppress(OSError):
                 self._direct_fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except BaseException:
             self.close()
             raise
 
-    def allocate(self, nbytes: int) -> None:
-        """Reserve the disk space, so that a full disk shows before the work, not in its midst."""
+    def _reserve(self, nbytes: int) -> None:
         fallocate = _libc_fallocate()
         if fallocate is not None and fallocate(self._fd, 0, 0, nbytes) != 0:
             code = ctypes.get_errno()
