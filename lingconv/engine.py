@@ -87,7 +87,14 @@ class Resources:
     @property
     def resolved_jobs(self) -> int:
         """Threads: as many as asked for, else two for each processor: half wait for the disk."""
-        return self.jobs or 2 * len(os.sched_getaffinity(0))
+        return self.jobs or 2 * num_processors()
+
+
+def num_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
 """`lingconv env`: what a bug report needs. No secrets, no paths."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from lingconv.cli.options import Json, Quiet, Verbose
 from lingconv.cli.output import columns, output
+from lingconv.engine import num_processors
 from lingconv.version import __version__
 
 _PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf", "typer", "rich")
@@ -17,7 +17,7 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
         "lingconv": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processors": str(len(os.sched_getaffinity(0))),
+        "processors": str(num_processors()),
         **{name: _version(name) for name in _PACKAGES},
     }
     output.result(columns(values.items(), ""), {"schema": "lingconv.env/1", **values}, __version__)

@@ -5,9 +5,11 @@ Finished files become lines. `LINGCONV_PROGRESS=auto|bar|log|none` decides; auto
 """
 
 import os
+import resource
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
@@ -26,11 +28,13 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from lingconv.cli.output import output, wants_colour
-from lingconv.cli.units import file_size
+from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Progress, Silent
 from lingconv.plan import Plan
 
 _LOG_EVERY_S = 30.0
+_SAMPLE_EVERY_S = 0.25
+_SAMPLES = 20
 
 
 class _Rate(ProgressColumn):
@@ -49,6 +53,33 @@ class _Amount(ProgressColumn):
         return Text(f"{file_size(task.completed)} / {total}", style="progress.download")
 
 
+class _Rates:
+    """What a run does to the machine right now: memory, and the last seconds' speeds."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._read_per_written = plan.read_bytes / max(1, plan.write_bytes)
+        self._samples = deque([(time.monotonic(), 0)], maxlen=_SAMPLES)
+        self._written = 0
+
+    def add(self, nbytes: int) -> bool:
+        """Count written bytes; return whether it is time to show something new."""
+        self._written += nbytes
+        now = time.monotonic()
+        if now - self._samples[-1][0] < _SAMPLE_EVERY_S:
+            return False
+        self._samples.append((now, self._written))
+        return True
+
+    def __str__(self) -> str:
+        (then, before), (now, written) = self._samples[0], self._samples[-1]
+        rate = (written - before) / max(now - then, 1e-9)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return (
+            f"mem {memory_size(resident)}   read {file_size(rate * self._read_per_written)}/s"
+            f"   write {file_size(rate)}/s"
+        )
+
+
 class Bars(Silent):
     """Live bars for a person."""
 
@@ -62,10 +93,11 @@ class Bars(Silent):
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rates]}"),
             console=console,
             transient=True,
         )
-        self._total: TaskID | None = None
+        self._lock = threading.Lock()
         self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -84,19 +116,23 @@ class Bars(Silent):
         """Show the row of the whole run."""
         if done:
             self._bars.console.print(_resuming(plan, done), highlight=False)
+        self._bars.console.print(_headline(plan), highlight=False)
         total = sum(file.nbytes for file in plan.files)
-        self._total = self._bars.add_task("total", total=total)
+        self._rates = _Rates(plan)
+        self._total = self._bars.add_task("total", total=total, rates="")
         self._bars.advance(self._total, _bytes_done(plan, done))
 
     def file_begins(self, name: str, nbytes: int) -> None:
         """Show a row for the file."""
-        self._rows[name] = self._bars.add_task(name, total=nbytes)
+        self._rows[name] = self._bars.add_task(name, total=nbytes, rates="")
 
     def advance(self, name: str, nbytes: int) -> None:
         """Move both bars."""
         self._bars.advance(self._rows[name], nbytes)
-        if self._total is not None:
+        with self._lock:
             self._bars.advance(self._total, nbytes)
+            if self._rates.add(nbytes):
+                self._bars.update(self._total, rates=str(self._rates))
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Turn the file's row into a line."""
@@ -127,6 +163,7 @@ class Lines(Silent):
     def begin(self, plan: Plan, done: int, jobs: int) -> None:
         """Note how much there is to do."""
         self._total = sum(file.nbytes for file in plan.files) - _bytes_done(plan, done)
+        output.note(_headline(plan))
         if done:
             output.note(_resuming(plan, done))
 
@@ -148,6 +185,10 @@ class Lines(Silent):
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Say that a file is complete."""
         output.note(_finished(name, nbytes, seconds))
+
+
+def _headline(plan: Plan) -> str:
+    return f"{plan.source} -> {plan.options.layout}: {', '.join(plan.encodings())}"
 
 
 def _finished(name: str, nbytes: int, seconds: float) -> str:
