@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -49,8 +50,10 @@ class _Amount(ProgressColumn):
     """Bytes done of bytes in all."""
 
     def render(self, task: Task) -> Text:
-        total = file_size(task.total or 0)
-        return Text(f"{file_size(task.completed)} / {total}", style="progress.download")
+        done, total = file_size(task.completed), file_size(task.total or 0)
+        if done.split()[1] == total.split()[1]:
+            done = done.split()[0]
+        return Text(f"{done}/{total}", style="progress.download", no_wrap=True)
 
 
 class _Rates:
@@ -80,12 +83,23 @@ class _Rates:
         )
 
 
+class _BarsWithFooter(RichProgress):
+    """Bars, and a line below them."""
+
+    footer = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bars and the line."""
+        yield from super().get_renderables()
+        yield Text(self.footer)
+
+
 class Bars(Silent):
     """Live bars for a person."""
 
     def __init__(self) -> None:
         console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
-        self._bars = RichProgress(
+        self._bars = _BarsWithFooter(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -93,7 +107,6 @@ class Bars(Silent):
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[rates]}"),
             console=console,
             transient=True,
         )
@@ -119,12 +132,12 @@ class Bars(Silent):
         self._bars.console.print(_headline(plan), highlight=False)
         total = sum(file.nbytes for file in plan.files)
         self._rates = _Rates(plan)
-        self._total = self._bars.add_task("total", total=total, rates="")
+        self._total = self._bars.add_task("total", total=total)
         self._bars.advance(self._total, _bytes_done(plan, done))
 
     def file_begins(self, name: str, nbytes: int) -> None:
         """Show a row for the file."""
-        self._rows[name] = self._bars.add_task(name, total=nbytes, rates="")
+        self._rows[name] = self._bars.add_task(name, total=nbytes)
 
     def advance(self, name: str, nbytes: int) -> None:
         """Move both bars."""
@@ -132,7 +145,7 @@ class Bars(Silent):
         with self._lock:
             self._bars.advance(self._total, nbytes)
             if self._rates.add(nbytes):
-                self._bars.update(self._total, rates=str(self._rates))
+                self._bars.footer = str(self._rates)
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Turn the file's row into a line."""
