@@ -8,7 +8,7 @@ The verbs of the command line, as functions:
 """
 
 from lingconv.api import convert, inspect, plan, quantize, synth
-from lingconv.engine import Progress, Resources, Result
+from lingconv.engine import Resources, Result
 from lingconv.errors import (
     CheckpointError,
     DestinationError,
@@ -22,6 +22,7 @@ from lingconv.errors import (
 from lingconv.inspection import Report
 from lingconv.options import ConvertOptions, Fp8Options
 from lingconv.plan import Plan
+from lingconv.progress import Progress
 from lingconv.version import __version__
 
 __all__ = [

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from lingconv.checkpoint import open_checkpoint
-from lingconv.engine import Progress, Resources, Result, execute
+from lingconv.engine import Resources, Result, execute
 from lingconv.errors import DestinationError
-from lingconv.family import load_families
+from lingconv.formats import load_families
 from lingconv.inspection import Report, inspect_model
 from lingconv.model import Model, recognise
 from lingconv.options import ConvertOptions, Fp8Options, TargetDType
 from lingconv.plan import Plan
 from lingconv.planner import build_plan
+from lingconv.progress import Progress
 
 
 def open_model(source: str | Path, *, formats: str | None = None) -> Model:

@@ -14,6 +14,9 @@ A message says what is wrong and where; `hint` says what to do. Anything outside
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The hint of every error that leaves a target to be resumed.
+SAME_COMMAND = "run the same command again: it goes on where it stopped"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from lingconv.containers.safetensors import TensorSpec, build_header, shard_name, storage_order
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import LogicalName, PhysicalName, ScalePolicy
 from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
-from lingconv.model import HF, Extent, Model, Stored
+from lingconv.model import HF, Model, Stored
 from lingconv.options import (
     SCALE_F32,
     SCALE_UE8M0,
@@ -26,8 +25,9 @@ from lingconv.options import (
     Scheme,
     TargetDType,
 )
+from lingconv.packing import pack
 from lingconv.patterns import Pattern
-from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Segment, Transfer
+from lingconv.plan import Dropped, Plan, Scaling, Segment, Transfer
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
 _PLAIN_DTYPES = {
@@ -318,43 +318,3 @@ def _apply_policy(policy: ScalePolicy, tensor: PhysicalTensor) -> Scaling:
         fnmatch.fnmatchcase(rows.logical, glob) for rows in tensor.rows for glob in policy.ue8m0
     )
     return Scaling(policy.min_amax, power_of_two=ue8m0)
-
-
-def pack(transfers: Iterable[Transfer], max_shard_bytes: int) -> tuple[OutputFile, ...]:
-    """Cut transfers into files of at most `max_shard_bytes` of data, and give every byte a place.
-
-    A tensor is never split, so one that is larger gets a file of its own.
-    """
-    shards: list[list[_Unplaced]] = [[]]
-    filled = 0
-    for transfer in transfers:
-        target = transfer.target
-        specs = target.encoding.tensors(target.name, target.shape)
-        nbytes = sum(spec.nbytes for spec in specs)
-        if shards[-1] and filled + nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((transfer, specs))
-        filled += nbytes
-    return tuple(
-        _place(shard_name(index, len(shards)), shard) for index, shard in enumerate(shards)
-    )
-
-
-_Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
-
-
-def _place(name: str, shard: list[_Unplaced]) -> OutputFile:
-    ordered = storage_order(spec for _, specs in shard for spec in specs)
-    position = len(build_header(ordered))
-    extents: dict[str, Extent] = {}
-    for spec in ordered:
-        extents[spec.name] = Extent(name, position, spec.nbytes)
-        position += spec.nbytes
-    transfers = []
-    for transfer, specs in shard:
-        target = transfer.target
-        placed = tuple(extents[spec.name] for spec in specs)
-        at_place = Stored(target.name, target.shape, target.encoding, placed)
-        transfers.append(Transfer(at_place, transfer.segments, transfer.scaling, transfer.copies))
-    return OutputFile(name, position, tuple(ordered), tuple(transfers))

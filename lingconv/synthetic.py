@@ -16,7 +16,8 @@ from lingconv.checkpoint import Checkpoint
 from lingconv.containers.safetensors import StoredTensor, tensor_spec
 from lingconv.dtypes import DType
 from lingconv.errors import UsageError
-from lingconv.family import Family, Role, presets
+from lingconv.family import Family, Role
+from lingconv.formats import presets
 from lingconv.kernels.random import normal_rows, normal_table
 from lingconv.layout import build_layout
 from lingconv.model import HF

@@ -22,8 +22,9 @@ from lingconv import (
     convert,
 )
 from lingconv.api import open_model
-from lingconv.engine import Silent, execute
+from lingconv.engine import execute
 from lingconv.planner import build_plan
+from lingconv.progress import Silent
 from lingconv.storage.output import OutputBlob
 from tests.support import copy_checkpoint, edit_json, tree_digest
 

@@ -6,7 +6,8 @@ from math import prod
 import pytest
 
 from lingconv.errors import CheckpointError, UsageError
-from lingconv.family import Role, load_families, parse_family, presets
+from lingconv.family import Role
+from lingconv.formats import load_families, parse_family, presets
 from lingconv.layout import build_layout
 
 # Tensors without MTP, and parameters (arXiv 2510.22115; for Ling-1T also what GGUF loaders print).

@@ -29,7 +29,7 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(tmp_path):
         assert tops == {"lingconv", f"lingconv-{lingconv.__version__}.dist-info"}
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
-        "from lingconv.family import load_families, presets\n"
+        "from lingconv.formats import load_families, presets\n"
         "import lingconv\nassert '.whl' in lingconv.__file__\n"
         "print(load_families()[0].name, *presets())"
     )
@@ -60,6 +60,7 @@ def test_no_family_stands_in_the_code():
 # Who may import whom: a module of the left may import none of the right.
 FORBIDDEN = {
     "plan": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
+    "packing": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.workers"),
     "planner": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
     "family": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
     "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),

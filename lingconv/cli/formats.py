@@ -2,7 +2,7 @@
 
 from lingconv.cli.options import Formats, Json, Quiet, Verbose
 from lingconv.cli.output import columns, output
-from lingconv.family import load_families, presets
+from lingconv.formats import load_families, presets
 
 
 def formats(

@@ -30,8 +30,8 @@ from rich.text import Text
 
 from lingconv.cli.output import output, wants_colour
 from lingconv.cli.units import file_size, memory_size
-from lingconv.engine import Progress, Silent
 from lingconv.plan import Plan
+from lingconv.progress import Progress, Silent
 
 _LOG_EVERY_S = 30.0
 _SAMPLE_EVERY_S = 0.25

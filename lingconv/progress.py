@@ -1,0 +1,37 @@
+"""Who wants to know how a run goes on."""
+
+from typing import Protocol
+
+from lingconv.plan import Plan
+
+
+class Progress(Protocol):
+    """Hears how a run goes on; called from several threads."""
+
+    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+        """A run starts; `done` files were finished by an earlier one."""
+
+    def file_begins(self, name: str, nbytes: int) -> None:
+        """A file is opened for writing."""
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Bytes of a file were written."""
+
+    def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """A file is complete under its final name."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+        """Ignore."""
+
+    def file_begins(self, name: str, nbytes: int) -> None:
+        """Ignore."""
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Ignore."""
+
+    def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Ignore."""
