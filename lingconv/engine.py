@@ -35,6 +35,7 @@ from lingconv.version import __version__
 from lingconv.workers import Crew, check_unchanged
 
 DEFAULT_MEMORY_BYTES = 1 << 30
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,10 @@ def execute(
     progress = progress or Silent()
     started = time.monotonic()
     jobs, _ = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+    identity = run_identity(plan, __version__, headers_only=headers_only)
     with (
         _explained(destination),
-        RunFolder(destination, run_identity(plan, __version__), fresh=fresh) as folder,
+        RunFolder(destination, identity, fresh=fresh) as folder,
     ):
         todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
         if not headers_only:
@@ -100,7 +102,7 @@ def execute(
         crew = Crew(plan, storage, folder, progress, sparse=headers_only)
         crew.fill(todo, jobs)
         for name, data in last_files(plan, _source_record(storage), __version__).items():
-            replace_file(folder.root / name, data)
+            replace_file(folder.root / name, [data])
         folder.complete()
     return Result(
         destination=str(destination),
@@ -154,7 +156,8 @@ def _carry_side_files(plan: Plan, storage: Storage, folder: RunFolder) -> None:
         path = folder.root / name
         if not path.exists() or path.stat().st_size != nbytes:
             check_unchanged(plan, storage, {name})
-            replace_file(path, storage.read(name))
+            starts = range(0, nbytes, _CHUNK_BYTES)
+            replace_file(path, (storage.read(name, start, _CHUNK_BYTES) for start in starts))
 
 
 def _source_record(storage: Storage) -> dict[str, Any] | None:

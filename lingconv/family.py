@@ -179,12 +179,12 @@ class Family:
                 value = symbol.value(config, layout, symbols) if value is None else value
                 symbols[symbol.name] = value
                 _check_symbol(value)
-            except KeyError:
-                faults.append(Fault("config", f"`{key}` is missing", "config.json"))
+            except KeyError as exc:
+                if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
+                    faults.append(Fault("config", f"`{key}` is missing", "config.json"))
             except (TypeError, ValueError, ArithmeticError) as exc:
                 symbols.setdefault(symbol.name, 1)
                 faults.append(Fault("config", f"`{key}` cannot be used: {exc}", "config.json"))
-        faults = [fault for fault in faults if "missing" in fault.message] or faults
         if faults:
             raise CheckpointError(
                 f"config.json does not describe a {self.title} model", faults=faults

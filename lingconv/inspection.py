@@ -107,5 +107,5 @@ def _parameters(model: Model) -> dict[bool, Counter[Role]]:
 def _active(parameters: Mapping[Role, int], symbols: Mapping[str, Any]) -> int:
     """Return the parameters that one token passes through, embeddings included."""
     experts = parameters[Role.EXPERT]
-    chosen: int = experts * symbols["experts_per_token"] // symbols["experts"]
+    chosen: int = experts * symbols["experts_per_token"] // max(1, symbols["experts"])
     return sum(parameters.values()) - experts + chosen

@@ -25,13 +25,13 @@ STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
 
 
-def run_identity(plan: Plan, version: str) -> dict[str, Any]:
+def run_identity(plan: Plan, version: str, *, headers_only: bool) -> dict[str, Any]:
     """Return what must be equal for a run to go on: source, options, plan and tool."""
     identity = {
         "lingconv": version.split(".")[0],
         "digest": plan.digest,
         "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
-        "options": plan.options.to_json(),
+        "options": {**plan.options.to_json(), "headers_only": headers_only},
         "family": plan.family,
         "outputs": [file.name for file in plan.files] + list(plan.side_files),
     }
@@ -90,11 +90,12 @@ class RunFolder:
 
     def _claim(self) -> None:
         held = _read_json(self._state / "run.json")
-        if held is not None and self._fresh:
-            self._clear(held.get("outputs", []))
+        if self._fresh:
+            self._clear((held or self._identity).get("outputs", []))
             held = None
         if held is None:
-            replace_file(self._state / "run.json", json.dumps(self._identity, indent=1).encode())
+            self._refuse_unclaimed()
+            replace_file(self._state / "run.json", [json.dumps(self._identity, indent=1).encode()])
         elif held != self._identity:
             raise DestinationError(
                 f"{self.root} holds another conversion",
@@ -102,6 +103,15 @@ class RunFolder:
                 hint="choose another folder, or start over with `--fresh`",
             )
         self._finished = self._read_journal()
+
+    def _refuse_unclaimed(self) -> None:
+        """Refuse a folder whose record is lost: nobody knows what its files belong to."""
+        for name in [*self._identity["outputs"], *_LAST_NAMES]:
+            if (self.root / name).exists():
+                raise DestinationError(
+                    f"{self.root} has lost its record ({STATE_NAME}/run.json), and holds {name}",
+                    hint="choose another folder, or start over with `--fresh`",
+                )
 
     def _clear(self, outputs: Iterable[str]) -> None:
         """Remove what the earlier run wrote, and nothing else."""
@@ -171,12 +181,12 @@ class RunFolder:
 _LAST_NAMES = ("model.safetensors.index.json", "config.json", "lingconv.json")
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("wb") as file:
-        file.write(data)
+        file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

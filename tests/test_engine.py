@@ -301,7 +301,26 @@ def test_a_journal_line_cut_short_by_a_kill(golden, tmp_path):
     assert convert(golden, target, MANY).files_found_finished == 3
 
 
-def test_an_unreadable_record_starts_over_cleanly(golden, tmp_path):
+def test_a_lost_record_is_refused(golden, tmp_path):
+    target = tmp_path / "out"
+    convert(golden, target, MANY)
+    (target / ".lingconv" / "run.json").write_text("{")
+    with pytest.raises(DestinationError, match="has lost its record"):
+        convert(golden, target, MANY)
+    convert(golden, target, MANY, fresh=True)
+
+
+def test_large_side_files_are_carried_in_pieces(golden, tmp_path):
+    source = copy_checkpoint(golden, tmp_path / "in")
+    data = os.urandom(9_000_001)
+    (source / "assets.bin.txt").write_bytes(data)
+    (source / "empty.txt").write_bytes(b"")
+    convert(source, tmp_path / "out", MANY)
+    assert (tmp_path / "out" / "assets.bin.txt").read_bytes() == data
+    assert (tmp_path / "out" / "empty.txt").read_bytes() == b""
+
+
+def test_a_record_of_another_plan_is_refused(golden, tmp_path):
     target = tmp_path / "out"
     convert(golden, target, MANY)
     edit_json(target / ".lingconv" / "run.json", lambda run: run.update(digest="other"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lingconv import CheckpointError, ConvertOptions, Resources, UsageError, inspect, plan, synth
+from lingconv.formats import presets
 from tests.support import read_tensors, tree_digest
 
 
@@ -56,6 +57,25 @@ def test_headers_only_is_sparse_and_can_be_planned(tmp_path):
     used = sum(path.stat().st_blocks * 512 for path in (tmp_path / "a").iterdir())
     assert used < 20_000_000 < report.file_bytes
     assert plan(tmp_path / "a", ConvertOptions(dtype="fp8")).read_bytes == report.tensor_bytes
+
+
+def test_sparse_files_are_not_taken_for_finished_ones(tmp_path):
+    from lingconv import DestinationError
+
+    synth("tiny", tmp_path / "a", headers_only=True)
+    with pytest.raises(DestinationError) as caught:
+        synth("tiny", tmp_path / "a")
+    assert "option headers_only: was true, now false" in caught.value.details
+
+
+def test_a_model_without_experts(tmp_path):
+    config = json.loads((presets()["tiny"]).read_text())
+    config.update(num_experts=0, num_experts_per_tok=0, first_k_dense_replace=2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    synth(tmp_path / "config.json", tmp_path / "a", mtp=0)
+    report = inspect(tmp_path / "a")
+    assert report.sound
+    assert report.active_parameters == report.parameters
 
 
 def test_straight_to_fp8(tmp_path):
