@@ -125,6 +125,7 @@ def test_channel_scheme_is_compressed_tensors(golden, golden_channel, tmp_path):
     for name, scale in theirs.items():
         if name.endswith("_scale"):
             assert same_bits(found[name], scale)
+    check_codes_are_near(found, theirs)
     check_compressed_tensors_config(tmp_path / "out", golden_channel)
 
 
@@ -136,7 +137,20 @@ def test_block_scheme_in_the_compressed_tensors_dialect(golden, golden_block, tm
     for name, scale in theirs.items():
         if name.endswith("_scale"):
             assert same_bits(found[name], scale)
+    check_codes_are_near(found, theirs)
     check_compressed_tensors_config(tmp_path / "out", golden_block)
+
+
+def check_codes_are_near(found, theirs):
+    """llm-compressor rounds quotients to BF16 first: a few of its codes are one step off ours."""
+    different = total = 0
+    for name, values in theirs.items():
+        if values.dtype == E4M3:
+            steps = (found[name].view(torch.uint8).int() - values.view(torch.uint8).int()).abs()
+            assert steps.max() <= 1
+            different += steps.sum().item()
+            total += steps.numel()
+    assert 0.02 < different / total < 0.04
 
 
 def check_compressed_tensors_config(ours, theirs):
