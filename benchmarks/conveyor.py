@@ -19,7 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from lingconv.buffers import Arena
+from lingconv.kernels import numeric
+from lingconv.storage.output import OutputBlob
+
 ROOT = Path(__file__).parents[1]
+_DISK_BYTES = 2 << 30
 LINGCONV = [sys.executable, "-m", "lingconv"]
 
 
@@ -90,7 +97,7 @@ def compare(job: str, ours: list[Run], theirs: list[Run]) -> list[Line]:
     mine, cp = (statistics.median(r.seconds for r in runs) for runs in (ours, theirs))
     spread = "-".join(f"{f(r.seconds for r in theirs):.1f}" for f in (min, max))
     own_spread = "-".join(f"{f(r.seconds for r in ours):.1f}" for f in (min, max))
-    peak = max(r.peak_rss_bytes for r in ours) / 2**30
+    peak = max(r.peak_rss_bytes for r in ours) / 2**20
     return [
         Line(
             job,
@@ -99,7 +106,7 @@ def compare(job: str, ours: list[Run], theirs: list[Run]) -> list[Line]:
             f"{mine / cp:.2f}",
             "1.0",
         ),
-        Line("... its peak RSS", f"{peak:.2f} GiB", "", "", "1.2 GiB"),
+        Line("... its peak RSS", f"{peak:.0f} MiB", "", "", "1.2 GiB"),
     ]
 
 
@@ -145,9 +152,9 @@ def large(work: Path) -> list[Line]:
     done = run([*LINGCONV, "quantize", source, out, "--fp8"])
     shutil.rmtree(source)
     shutil.rmtree(out)
-    peak = f"{done.peak_rss_bytes / 2**30:.2f} GiB"
+    peak = f"{done.peak_rss_bytes / 2**20:.0f} MiB"
     job = f"peak RSS, 2 layers of Ling-1T ({nbytes / 1e9:.1f} GB) to FP8"
-    return [Line(job, peak, f"{nbytes / done.seconds / 1e9:.2f} GB/s in", "", "as above + 10 %")]
+    return [Line(job, peak, f"{nbytes / done.seconds / 1e9:.2f} GB/s in", "", "first + 10 %")]
 
 
 def planning(work: Path, rounds: int) -> list[Line]:
@@ -170,6 +177,61 @@ def planning(work: Path, rounds: int) -> list[Line]:
         Line(f"inspect of Ling-1T in {count} shards", seconds(look), "", "", "1 s"),
         Line("lingconv --help", seconds(start), "", "", "0.3 s"),
     ]
+
+
+def limits(work: Path, rounds: int) -> list[Line]:
+    """Measure what bounds the jobs: the disk, the kernels, the start-up."""
+    tiny = work / "tiny"
+    run([*LINGCONV, "synth", "tiny", tiny])
+    starts = []
+    for _ in range(rounds):
+        starts.append(run([*LINGCONV, "quantize", tiny, work / "out"]).seconds)
+        shutil.rmtree(work / "out")
+    rng = np.random.default_rng(0)
+    weights = (rng.standard_normal((512, 2048), np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    codes, scales = np.empty(weights.shape, np.uint8), np.empty((4, 16), np.float32)
+    back = np.empty_like(weights)
+    quantize = (weights, codes, scales, 128, 128, 0.0, numeric.SCALE_F32, False)
+    dequantize = (codes, scales, back, 128, 128, 0)
+    return [
+        Line(
+            "direct writes", _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds), "", "", ""
+        ),
+        Line("start-up", f"{statistics.median(starts):.2f} s", "", "", ""),
+        Line("memcpy", _speed(lambda: np.copyto(back, weights), weights.nbytes, 200), "", "", ""),
+        Line(
+            "quantize", _speed(lambda: numeric.quantize(*quantize), weights.nbytes, 200), "", "", ""
+        ),
+        Line(
+            "dequantize",
+            _speed(lambda: numeric.dequantize(*dequantize), weights.nbytes, 200),
+            "",
+            "",
+            "",
+        ),
+    ]
+
+
+def _speed(work: Callable[[], object], nbytes: int, rounds: int) -> str:
+    """Return the median speed of `work`, which handles `nbytes`; the first round is for warming."""
+    work()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return f"{nbytes / statistics.median(seconds) / 1e9:.1f} GB/s"
+
+
+def _write(path: Path) -> None:
+    """Fill a file the way a run does, with nothing else to do."""
+    strip = Arena().take("strip", (4 << 20,), "u1").data
+    output = OutputBlob(path, _DISK_BYTES)
+    for offset in range(0, _DISK_BYTES, len(strip)):
+        output.write(strip, offset)
+    output.sync()
+    output.close()
+    path.unlink()
 
 
 def machine() -> str:
@@ -216,6 +278,7 @@ def main() -> None:
         lines = planning(options.work, options.rounds)
         lines = [*conveyor(options.work, options.rounds), *lines]
         lines += large(options.work)
+        lines += limits(options.work, options.rounds)
     finally:
         shutil.rmtree(options.work)
     table = as_markdown(lines)

@@ -6,8 +6,7 @@ system; when no file is left to begin, it helps with another's.
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.journal import RunFolder
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress
-from lingconv.storage import Storage
+from lingconv.storage import Blob, Storage
 from lingconv.storage.output import OutputBlob
 from lingconv.strips import RowStrip, Strip, lower
 
@@ -37,27 +36,27 @@ def check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
 class _OpenFile:
     """An output file being filled: its strips, and how many are taken but not yet written."""
 
-    def __init__(self, file: OutputFile, path: Path, storage: Storage, *, sparse: bool) -> None:
+    def __init__(self, file: OutputFile, path: Path, *, sparse: bool) -> None:
         self.file = file
-        self.sources = {
-            extent.file
-            for transfer in file.transfers
-            for segment in transfer.segments
-            for extent in segment.source.extents
-        }
         self.started = time.monotonic()
         self.in_flight = 0
         self._strips = iter(lower(file))
         self._next: Strip | None = next(self._strips, None)
-        self._resources = ExitStack()
-        with ExitStack() as opening:
-            self.blobs = {name: storage.open(name) for name in sorted(self.sources)}
-            for blob in self.blobs.values():
-                opening.callback(blob.close)
-            self.output = OutputBlob(path, file.nbytes, sparse=sparse)
-            opening.callback(self.output.close)
+        self.output = OutputBlob(path, file.nbytes, sparse=sparse)
+        try:
             self.output.write(memoryview(file.header()), 0)
-            self._resources = opening.pop_all()
+        except BaseException:
+            self.output.close()
+            raise
+
+    def sources(self) -> set[str]:
+        """Return the source files that this one is made of."""
+        return {
+            extent.file
+            for transfer in self.file.transfers
+            for segment in transfer.segments
+            for extent in segment.source.extents
+        }
 
     @property
     def has_strips(self) -> bool:
@@ -69,10 +68,6 @@ class _OpenFile:
         strip, self._next = self._next, next(self._strips, None)
         self.in_flight += strip is not None
         return strip
-
-    def close(self) -> None:
-        """Close the file and its sources."""
-        self._resources.close()
 
 
 class _Worker:
@@ -90,13 +85,13 @@ class _Worker:
 
         return Transcoder(self._arena, allow_nonfinite=self._allow_nonfinite)
 
-    def fill(self, strip: Strip, file: _OpenFile) -> int:
-        """Fill one strip; return how many bytes were written."""
+    def fill(self, strip: Strip, blobs: Mapping[str, Blob], output: OutputBlob) -> int:
+        """Fill one strip of `output` from `blobs`; return how many bytes were written."""
         if isinstance(strip, RowStrip):
-            return self._transcoder.run(strip, file.blobs, file.output)
+            return self._transcoder.run(strip, blobs, output)
         data = self._arena.take("read", (strip.source.nbytes,), "u1").data
-        file.blobs[strip.source.file].read_into(strip.source.offset, data)
-        return file.output.write(data, strip.offset)
+        blobs[strip.source.file].read_into(strip.source.offset, data)
+        return output.write(data, strip.offset)
 
 
 class Crew:
@@ -119,6 +114,7 @@ class Crew:
         self._lock = threading.Lock()
         self._waiting: Iterator[OutputFile] = iter(())
         self._open: list[_OpenFile] = []
+        self._blobs: dict[str, Blob] = {}  # each source file is opened once, for all threads
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
@@ -126,15 +122,17 @@ class Crew:
         self._waiting = iter(files)
         try:
             if self._sparse:
-                while (file := self._begin_file()) is not None:
-                    self._finish(file)
+                while (begun := self._begin_file()) is not None:
+                    self._finish(begun)
             elif jobs == 1:
                 self._work()
             else:
                 self._work_in_threads(jobs)
         finally:
             for file in self._open:
-                file.close()
+                file.output.close()
+            for blob in self._blobs.values():
+                blob.close()
         if self._error is not None:
             raise self._error
 
@@ -158,7 +156,7 @@ class Crew:
         try:
             while (taken := self._take(file)) is not None:
                 file, strip = taken
-                written = worker.fill(strip, file)
+                written = worker.fill(strip, self._blobs, file.output)
                 self._progress.advance(file.file.name, written)
                 if self._release(file):
                     self._finish(file)
@@ -185,9 +183,10 @@ class Crew:
         file = next(self._waiting, None)
         if file is None:
             return None
-        path = self._folder.partial(file.name)
-        opened = _OpenFile(file, path, self._storage, sparse=self._sparse)
+        opened = _OpenFile(file, self._folder.partial(file.name), sparse=self._sparse)
         self._open.append(opened)
+        for name in sorted(opened.sources() - self._blobs.keys()):
+            self._blobs[name] = self._storage.open(name)
         self._progress.file_begins(file.name, file.nbytes)
         return opened
 
@@ -200,10 +199,10 @@ class Crew:
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
         file.output.sync()
-        check_unchanged(self._plan, self._storage, file.sources)
+        check_unchanged(self._plan, self._storage, file.sources())
         with self._lock:
             self._open.remove(file)
-            file.close()
+            file.output.close()
             self._folder.finish(file.file.name)
         seconds = time.monotonic() - file.started
         self._progress.file_ends(file.file.name, file.file.nbytes, seconds)

@@ -147,7 +147,8 @@ def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
                 ("write", f"{file_size(plan.write_bytes)} in {len(plan.files)} weight files"),
                 (
                     "disk",
-                    f"{file_size(summary['free_bytes'])} free" + ("" if enough else ": NOT ENOUGH"),
+                    f"{file_size(plan.write_bytes)} needed, {file_size(summary['free_bytes'])} free"
+                    + ("" if enough else ": NOT ENOUGH"),
                 ),
                 (
                     "memory",

@@ -2,8 +2,8 @@
 
 Shapes: a matrix is M x N, in blocks of BM x BN, with scales of ceil(M/BM) x ceil(N/BN); edge blocks
 are smaller. BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always.
-Every kernel equals torch bit for bit (tests/test_kernels.py) and returns how many NaN or Inf it met, or
-for `quantize` stops there.
+Every kernel equals torch bit for bit (tests/test_kernels.py) and returns whether it met NaN or Inf;
+`quantize` stops there.
 
 Everything is branch-free integer and float32 arithmetic, so that LLVM turns the inner loops into
 SIMD; no fast-math, which would change bits. numba widens uint32 arithmetic to 64 bits, which would
