@@ -44,9 +44,9 @@ class Line:
 
     job: str
     ours: str
-    yardstick: str
-    ratio: str
-    bound: str
+    yardstick: str = ""
+    ratio: str = ""
+    bound: str = ""
 
 
 def run(command: list[str | Path]) -> Run:
@@ -106,7 +106,7 @@ def compare(job: str, ours: list[Run], theirs: list[Run]) -> list[Line]:
             f"{mine / cp:.2f}",
             "1.0",
         ),
-        Line("... its peak RSS", f"{peak:.0f} MiB", "", "", "1.2 GiB"),
+        Line("... its peak RSS", f"{peak:.0f} MiB", bound="1.2 GiB"),
     ]
 
 
@@ -172,10 +172,10 @@ def planning(work: Path, rounds: int) -> list[Line]:
 
     peak = max(r.peak_rss_bytes for r in plan) / 1e6
     return [
-        Line("plan of the full Ling-1T", seconds(plan), "", "", "3 s"),
-        Line("... its peak RSS", f"{peak:.0f} MB", "", "", "500 MB"),
-        Line(f"inspect of Ling-1T in {count} shards", seconds(look), "", "", "1 s"),
-        Line("lingconv --help", seconds(start), "", "", "0.3 s"),
+        Line("plan of the full Ling-1T", seconds(plan), bound="3 s"),
+        Line("... its peak RSS", f"{peak:.0f} MB", bound="500 MB"),
+        Line(f"inspect of Ling-1T in {count} shards", seconds(look), bound="1 s"),
+        Line("lingconv --help", seconds(start), bound="0.3 s"),
     ]
 
 
@@ -193,22 +193,13 @@ def limits(work: Path, rounds: int) -> list[Line]:
     back = np.empty_like(weights)
     quantize = (weights, codes, scales, 128, 128, 0.0, numeric.SCALE_F32, False)
     dequantize = (codes, scales, back, 128, 128, 0)
+    nbytes = weights.nbytes
     return [
-        Line(
-            "direct writes", _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds), "", "", ""
-        ),
-        Line("start-up", f"{statistics.median(starts):.2f} s", "", "", ""),
-        Line("memcpy", _speed(lambda: np.copyto(back, weights), weights.nbytes, 200), "", "", ""),
-        Line(
-            "quantize", _speed(lambda: numeric.quantize(*quantize), weights.nbytes, 200), "", "", ""
-        ),
-        Line(
-            "dequantize",
-            _speed(lambda: numeric.dequantize(*dequantize), weights.nbytes, 200),
-            "",
-            "",
-            "",
-        ),
+        Line("direct writes", _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)),
+        Line("start-up", f"{statistics.median(starts):.2f} s"),
+        Line("memcpy", _speed(lambda: np.copyto(back, weights), nbytes, 200)),
+        Line("quantize", _speed(lambda: numeric.quantize(*quantize), nbytes, 200)),
+        Line("dequantize", _speed(lambda: numeric.dequantize(*dequantize), nbytes, 200)),
     ]
 
 

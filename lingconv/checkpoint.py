@@ -33,7 +33,6 @@ class Checkpoint:
     shards: Mapping[str, FileStat]
     side_files: Mapping[str, FileStat]
     ignored: Mapping[str, str]
-    index_metadata: Mapping[str, Any] | None
     faults: tuple[Fault, ...]
 
 
@@ -89,7 +88,6 @@ class _Reader:
             shards={name: self.files[name] for name in shards},
             side_files=side_files,
             ignored=ignored,
-            index_metadata=index_metadata,
             faults=tuple(self.faults),
         )
 

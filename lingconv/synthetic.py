@@ -76,7 +76,6 @@ def synthetic_checkpoint(config: Mapping[str, Any], family: Family, seed: int) -
         shards={_WEIGHTS: files[_WEIGHTS]},
         side_files={name: stat for name, stat in files.items() if name != _WEIGHTS},
         ignored={},
-        index_metadata=None,
         faults=(),
     )
 
