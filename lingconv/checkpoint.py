@@ -32,7 +32,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     shards: Mapping[str, FileStat]
     side_files: Mapping[str, FileStat]
-    ignored: Mapping[str, str]
+    ignored: Mapping[str, tuple[FileStat, str]]
     faults: tuple[Fault, ...]
 
 
@@ -191,24 +191,26 @@ class _Reader:
             message = f"`total_size` is {stated!r}, the tensors have {actual:,} bytes"
             self.faults.append(Fault("index", message, name, fatal=False))
 
-    def _sort_other_files(self, shards: list[str]) -> tuple[dict[str, FileStat], dict[str, str]]:
+    def _sort_other_files(
+        self, shards: list[str]
+    ) -> tuple[dict[str, FileStat], dict[str, tuple[FileStat, str]]]:
         """Split the files that are not read into those to carry over and those to leave behind."""
         own = {CONFIG_NAME, RECORD_NAME, safetensors.INDEX_NAME, *shards}
         side_files: dict[str, FileStat] = {}
-        ignored: dict[str, str] = {}
+        ignored: dict[str, tuple[FileStat, str]] = {}
         for name, stat in self.files.items():
             if name in own:
                 continue
             if name.endswith(".safetensors"):
-                ignored[name] = "weights that the index does not name"
+                ignored[name] = stat, "weights that the index does not name"
             elif name.endswith((*_OTHER_WEIGHTS, ".safetensors.index.json")):
-                ignored[name] = "weights in another format"
+                ignored[name] = stat, "weights in another format"
             elif name.endswith(".partial"):
-                ignored[name] = "an unfinished file"
+                ignored[name] = stat, "an unfinished file"
             else:
                 side_files[name] = stat
         self.faults += [
             Fault("stray file", f"is left behind: {why}", name, fatal=False)
-            for name, why in ignored.items()
+            for name, (_, why) in ignored.items()
         ]
         return side_files, ignored

@@ -116,7 +116,8 @@ class RunFolder:
     def _clear(self, outputs: Iterable[str]) -> None:
         """Remove what the earlier run wrote, and nothing else."""
         for name in [*outputs, *_LAST_NAMES]:
-            if ".." not in Path(name).parts:
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            if inside:  # the record may have come with a folder from a stranger
                 (self.root / name).unlink(missing_ok=True)
                 (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
         for name in ("run.json", "journal.jsonl"):

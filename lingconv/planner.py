@@ -218,10 +218,9 @@ class _Planner:
             Dropped(name, stored[name].nbytes, "left out by `--drop`")
             for name in (f.tensor for f in self.model.faults if f.kind == "extra tensor")
         ]
-        files = self.model.checkpoint.storage.files()
         ignored = [
-            Dropped(name, files[name].size, why)
-            for name, why in self.model.checkpoint.ignored.items()
+            Dropped(name, stat.size, why)
+            for name, (stat, why) in self.model.checkpoint.ignored.items()
         ]
         return (*by_mtp, *by_family, *by_user, *ignored)
 

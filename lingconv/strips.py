@@ -7,7 +7,7 @@ a shard, nor of the model. Pure, like the plan.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lingconv.encodings import Fp8, Plain
+from lingconv.encodings import Encoding, Fp8, Plain
 from lingconv.errors import ResourceError
 from lingconv.model import Extent, Stored
 from lingconv.plan import OutputFile, Plan, Segment, Transfer
@@ -66,11 +66,10 @@ def _rows_of(segment: Segment, part: int) -> Extent:
     source = segment.source
     extent = source.extents[part]
     rows = source.shape[0] if source.shape else 1
-    units = rows if part == 0 else -(-rows // source.encoding.row_multiple)
     if segment.num_rows == rows:
         return extent
-    unit_bytes = extent.nbytes // units
-    multiple = rows // units if part == 0 else source.encoding.row_multiple
+    multiple = 1 if part == 0 else source.encoding.row_multiple
+    unit_bytes = extent.nbytes // -(-rows // multiple)
     first = segment.first_row // multiple
     count = -(-segment.num_rows // multiple)
     return Extent(extent.file, extent.offset + first * unit_bytes, count * unit_bytes)
@@ -120,7 +119,7 @@ def rows_per_strip(transfer: Transfer) -> int:
 
 def _widest(transfer: Transfer) -> int:
     """Return the bytes of an element where it is widest: source, target or in between."""
-    encodings = [transfer.target.encoding, *(s.source.encoding for s in transfer.segments)]
+    encodings = [transfer.target.encoding, *_sources(transfer)]
     return max(_F32_BYTES if works_in_f32(transfer) else 2, *map(_element_bytes, encodings))
 
 
@@ -154,6 +153,10 @@ def strip_memory(strip: Strip) -> int:
     return 3 * elements * _widest(transfer)
 
 
+def _sources(transfer: Transfer) -> tuple[Encoding, ...]:
+    return tuple(segment.source.encoding for segment in transfer.segments)
+
+
 def _transfer_memory(transfer: Transfer) -> int:
     if transfer.copies:
         return STRIP_BYTES
@@ -167,7 +170,7 @@ def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]
     Raises ResourceError when the budget is too small for a single strip.
     """
     kinds = {
-        (t.target.shape, t.target.encoding, t.copies, len(t.segments)): t for t in plan.transfers()
+        (t.target.shape, t.target.encoding, t.copies, _sources(t)): t for t in plan.transfers()
     }
     largest, name = max((_transfer_memory(t), t.target.name) for t in kinds.values())
     fitting = min(jobs, max_memory_bytes // max(largest, 1))

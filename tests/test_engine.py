@@ -134,6 +134,18 @@ def test_fresh_removes_only_what_the_earlier_run_wrote(golden, tmp_path):
     assert not (target / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_strangers_record_deletes_nothing_outside(golden, tmp_path, absolute):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    target = tmp_path / "out"
+    convert(golden, target, MANY)
+    name = str(precious) if absolute else "../precious.txt"
+    edit_json(target / ".lingconv" / "run.json", lambda run: run["outputs"].append(name))
+    convert(golden, target, ConvertOptions(), fresh=True)
+    assert precious.read_text() == "mine"
+
+
 def test_a_target_inside_the_source_is_refused(golden, tmp_path):
     source = copy_checkpoint(golden, tmp_path / "in")
     for target in (source, source / "out"):
