@@ -19,8 +19,8 @@ from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
-from lingconv.family import Family, PhysicalName
-from lingconv.layout import Layout, PhysicalTensor, build_layout
+from lingconv.family import Family, LogicalName, PhysicalName
+from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
 from lingconv.patterns import Pattern
 
 HF = "hf"
@@ -44,6 +44,14 @@ class Stored(NamedTuple):
     extents: tuple[Extent, ...]
 
 
+class Segment(NamedTuple):
+    """A run of rows of the stored matrix `source`."""
+
+    source: Stored
+    first_row: int
+    num_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint that was understood, as far as it could be; `faults` hold the rest."""
@@ -57,6 +65,35 @@ class Model:
     dropped: Mapping[str, str]
     stated: Stated | None
     faults: tuple[Fault, ...]
+
+    def locator(self) -> "Locator":
+        """Return what finds the rows of logical tensors in this checkpoint."""
+        return Locator(self.layout.addresses(), self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """Where each logical tensor of a checkpoint is stored."""
+
+    addresses: Mapping[LogicalName, Address]
+    stored: Mapping[PhysicalName, Stored]
+
+    def holds(self, name: LogicalName) -> bool:
+        """Return whether the checkpoint has all rows of a logical tensor."""
+        return name in self.addresses and self.addresses[name].name in self.stored
+
+    def segments(self, names: Iterable[LogicalName]) -> tuple[Segment, ...]:
+        """Return the rows of `names`, one behind the other; neighbours become one segment."""
+        segments: list[Segment] = []
+        for name in names:
+            address = self.addresses[name]
+            source = self.stored[address.name]
+            last = segments[-1] if segments else None
+            if last and last.source is source and last.first_row + last.num_rows == address.start:
+                segments[-1] = Segment(source, last.first_row, last.num_rows + address.num_rows)
+            else:
+                segments.append(Segment(source, address.start, address.num_rows))
+        return tuple(segments)
 
 
 def recognise(checkpoint: Checkpoint, families: Sequence[Family]) -> Model:

@@ -16,7 +16,7 @@ from lingconv.containers.safetensors import TensorSpec, build_header, tensor_spe
 from lingconv.dtypes import DTYPES
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
-from lingconv.model import Extent, Stored
+from lingconv.model import Extent, Segment, Stored
 from lingconv.options import ConvertOptions
 from lingconv.storage import FileStat
 
@@ -28,14 +28,6 @@ class Scaling(NamedTuple):
 
     min_amax: float
     power_of_two: bool
-
-
-class Segment(NamedTuple):
-    """Rows of the source matrix `source` that become the next rows of a target."""
-
-    source: Stored
-    first_row: int
-    num_rows: int
 
 
 class Transfer(NamedTuple):

@@ -5,7 +5,7 @@ each target tensor is filled completely. Pure: headers in, Plan out.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -13,9 +13,9 @@ from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError, Fault, UsageError
-from lingconv.family import LogicalName, PhysicalName, ScalePolicy
-from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
-from lingconv.model import HF, Model, Stored
+from lingconv.family import PhysicalName, ScalePolicy
+from lingconv.layout import Layout, PhysicalTensor, build_layout
+from lingconv.model import HF, Model, Segment, Stored
 from lingconv.options import (
     SCALE_F32,
     SCALE_UE8M0,
@@ -27,7 +27,7 @@ from lingconv.options import (
 )
 from lingconv.packing import pack
 from lingconv.patterns import Pattern
-from lingconv.plan import Dropped, Plan, Scaling, Segment, Transfer
+from lingconv.plan import Dropped, Plan, Scaling, Transfer
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
 _PLAIN_DTYPES = {
@@ -116,11 +116,11 @@ class _Planner:
                 )
 
     def _transfers(self) -> list[Transfer]:
-        addresses = self.model.layout.addresses()
+        locator = self.model.locator()
         transfers = []
         faults: list[Fault] = []
         for tensor in self.layout.tensors.values():
-            segments = self._segments(tensor, addresses)
+            segments = locator.segments(rows.logical for rows in tensor.rows)
             try:
                 transfers.append(self._transfer(tensor, segments))
             except ValueError as exc:
@@ -129,21 +129,6 @@ class _Planner:
         if faults:
             raise CheckpointError("some tensors cannot be converted", faults=faults)
         return transfers
-
-    def _segments(
-        self, tensor: PhysicalTensor, addresses: Mapping[LogicalName, Address]
-    ) -> tuple[Segment, ...]:
-        """Find the source rows of a target tensor; neighbours in the source become one segment."""
-        segments: list[Segment] = []
-        for rows in tensor.rows:
-            address = addresses[rows.logical]
-            source = self.model.stored[address.name]
-            last = segments[-1] if segments else None
-            if last and last.source is source and last.first_row + last.num_rows == address.start:
-                segments[-1] = Segment(source, last.first_row, last.num_rows + address.num_rows)
-            else:
-                segments.append(Segment(source, address.start, address.num_rows))
-        return tuple(segments)
 
     def _transfer(self, tensor: PhysicalTensor, segments: tuple[Segment, ...]) -> Transfer:
         found = segments[0].source.encoding

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from lingconv.encodings import Encoding, Fp8, Plain
 from lingconv.errors import ResourceError
-from lingconv.model import Extent, Stored
-from lingconv.plan import OutputFile, Plan, Segment, Transfer
+from lingconv.model import Extent, Segment, Stored
+from lingconv.plan import OutputFile, Plan, Transfer
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20

@@ -16,6 +16,7 @@ from lingconv.journal import RunFolder
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress
 from lingconv.storage import Blob, Storage
+from lingconv.storage.opened import OpenedFiles
 from lingconv.storage.output import OutputBlob
 from lingconv.strips import RowStrip, Strip, lower
 
@@ -73,9 +74,10 @@ class _OpenFile:
 class _Worker:
     """What one thread needs to fill strips. numba is loaded when the first rows need it."""
 
-    def __init__(self, *, allow_nonfinite: bool) -> None:
+    def __init__(self, blobs: Mapping[str, Blob], *, allow_nonfinite: bool) -> None:
         from lingconv.buffers import Arena
 
+        self._blobs = blobs
         self._allow_nonfinite = allow_nonfinite
         self._arena = Arena()
 
@@ -83,14 +85,14 @@ class _Worker:
     def _transcoder(self) -> "Transcoder":
         from lingconv.transcode import Transcoder
 
-        return Transcoder(self._arena, allow_nonfinite=self._allow_nonfinite)
+        return Transcoder(self._arena, self._blobs, allow_nonfinite=self._allow_nonfinite)
 
-    def fill(self, strip: Strip, blobs: Mapping[str, Blob], output: OutputBlob) -> int:
-        """Fill one strip of `output` from `blobs`; return how many bytes were written."""
+    def fill(self, strip: Strip, output: OutputBlob) -> int:
+        """Fill one strip of `output`; return how many bytes were written."""
         if isinstance(strip, RowStrip):
-            return self._transcoder.run(strip, blobs, output)
+            return self._transcoder.run(strip, output)
         data = self._arena.take("read", (strip.source.nbytes,), "u1").data
-        blobs[strip.source.file].read_into(strip.source.offset, data)
+        self._blobs[strip.source.file].read_into(strip.source.offset, data)
         return output.write(data, strip.offset)
 
 
@@ -114,25 +116,24 @@ class Crew:
         self._lock = threading.Lock()
         self._waiting: Iterator[OutputFile] = iter(())
         self._open: list[_OpenFile] = []
-        self._blobs: dict[str, Blob] = {}  # each source file is opened once, for all threads
+        self._blobs = OpenedFiles(storage)
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
         """Fill `files` with `jobs` threads; raise the first error that any of them met."""
         self._waiting = iter(files)
-        try:
-            if self._sparse:
-                while (begun := self._begin_file()) is not None:
-                    self._finish(begun)
-            elif jobs == 1:
-                self._work()
-            else:
-                self._work_in_threads(jobs)
-        finally:
-            for file in self._open:
-                file.output.close()
-            for blob in self._blobs.values():
-                blob.close()
+        with self._blobs:
+            try:
+                if self._sparse:
+                    while (begun := self._begin_file()) is not None:
+                        self._finish(begun)
+                elif jobs == 1:
+                    self._work()
+                else:
+                    self._work_in_threads(jobs)
+            finally:
+                for file in self._open:
+                    file.output.close()
         if self._error is not None:
             raise self._error
 
@@ -151,12 +152,12 @@ class Crew:
 
     def _work(self) -> None:
         """Take strips until there are none, or somebody failed."""
-        worker = _Worker(allow_nonfinite=self._plan.options.allow_nonfinite)
+        worker = _Worker(self._blobs, allow_nonfinite=self._plan.options.allow_nonfinite)
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, strip = taken
-                written = worker.fill(strip, self._blobs, file.output)
+                written = worker.fill(strip, file.output)
                 self._progress.advance(file.file.name, written)
                 if self._release(file):
                     self._finish(file)
@@ -185,8 +186,6 @@ class Crew:
             return None
         opened = _OpenFile(file, self._folder.partial(file.name), sparse=self._sparse)
         self._open.append(opened)
-        for name in sorted(opened.sources() - self._blobs.keys()):
-            self._blobs[name] = self._storage.open(name)
         self._progress.file_begins(file.name, file.nbytes)
         return opened
 

@@ -10,8 +10,8 @@ import lingconv.strips
 from lingconv.buffers import Arena
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Plain
-from lingconv.model import Extent, Stored
-from lingconv.plan import OutputFile, Scaling, Segment, Transfer
+from lingconv.model import Extent, Segment, Stored
+from lingconv.plan import OutputFile, Scaling, Transfer
 from lingconv.storage.output import OutputBlob
 from lingconv.strips import CopyStrip, lower
 from lingconv.transcode import Transcoder
@@ -65,7 +65,7 @@ def fill(path, transfer, blobs):
         offset += spec.nbytes
     placed = transfer._replace(target=target._replace(extents=tuple(extents)))
     output = OutputBlob(path, offset)
-    transcoder = Transcoder(Arena(), allow_nonfinite=False)
+    transcoder = Transcoder(Arena(), blobs, allow_nonfinite=False)
     written = 0
     for strip in lower(OutputFile("out", offset, specs, (placed,))):
         if isinstance(strip, CopyStrip):
@@ -73,7 +73,7 @@ def fill(path, transfer, blobs):
             blobs[strip.source.file].read_into(strip.source.offset, memoryview(data))
             written += output.write(memoryview(data), strip.offset)
         else:
-            written += transcoder.run(strip, blobs, output)
+            written += transcoder.run(strip, output)
     output.sync()
     output.close()
     assert written == offset

@@ -1,0 +1,122 @@
+"""Stored rows -> numbers: the reading half of every conversion and of every proof.
+
+Rows come as BF16 bits (uint16) where nothing is lost by it, else as float32; the caller chooses by
+the array that it wants filled, and one table says how to get there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from lingconv.buffers import Arena, Array, as_bytes
+from lingconv.dtypes import DType
+from lingconv.encodings import Fp8
+from lingconv.kernels import numeric
+from lingconv.model import Segment, Stored
+from lingconv.storage import Blob
+
+BF16_BITS = np.dtype(np.uint16)
+F32 = np.dtype(np.float32)
+
+
+class Nonfinite(NamedTuple):
+    """NaN or Inf met while decoding: in `source`, at or below `row`."""
+
+    source: Stored
+    row: int
+
+
+class Decoder:
+    """Reads and decodes rows; one Decoder per thread, because it reuses its buffers."""
+
+    def __init__(self, arena: Arena, blobs: Mapping[str, Blob]) -> None:
+        self._arena = arena
+        self._blobs = blobs
+
+    def fill(self, segments: Sequence[Segment], first: int, values: Array) -> Nonfinite | None:
+        """Fill `values` with the rows from `first` of all `segments`, one behind the other.
+
+        Returns where NaN or Inf was met, as far as decoding had to look at the numbers.
+        """
+        found = None
+        last, top = first + values.shape[0], 0
+        for segment in segments:
+            begin, end = max(first, top), min(last, top + segment.num_rows)
+            if begin < end:
+                row = segment.first_row + begin - top
+                met = self._decode(segment.source, row, values[begin - first : end - first])
+                found = found or met
+            top += segment.num_rows
+        return found
+
+    def read(self, source: Stored, part: int, offset: int, into: Array) -> None:
+        """Fill `into` with stored bytes: `part` 0 holds elements, 1 scales; from byte `offset`."""
+        extent = source.extents[part]
+        self._blobs[extent.file].read_into(extent.offset + offset, as_bytes(into))
+
+    def scales(self, source: Stored, top: int, bottom: int) -> Array:
+        """Return rows `top` to `bottom` of an FP8 matrix's scale grid as float32."""
+        encoding = cast("Fp8", source.encoding)
+        width = encoding.grid(*source.shape)[1]
+        stored = _SCALE_STORAGE[encoding.scale_dtype]
+        raw = self._arena.take("scales in", (bottom - top, width), stored)
+        self.read(source, 1, top * width * raw.itemsize, raw)
+        return decode_scales(raw, encoding.scale_dtype)
+
+    def _decode(self, source: Stored, row: int, values: Array) -> Nonfinite | None:
+        kind = "fp8" if isinstance(source.encoding, Fp8) else source.encoding.dtype
+        nonfinite = _DECODERS[kind, values.dtype](self, source, row, values)
+        return Nonfinite(source, row) if nonfinite else None
+
+    def _read_elements(self, source: Stored, row: int, into: Array) -> None:
+        self.read(source, 0, row * into.shape[1] * into.itemsize, into)
+
+    def _plain(self, source: Stored, row: int, values: Array) -> int:
+        self._read_elements(source, row, values)
+        return 0  # nobody has to look at the values to read them
+
+    def _bf16_to_f32(self, source: Stored, row: int, values: Array) -> int:
+        stored = self._arena.take("read", values.shape, np.uint16)
+        self._read_elements(source, row, stored)
+        return numeric.bf16_to_f32(stored.reshape(-1), values.reshape(-1))
+
+    def _f16_to_f32(self, source: Stored, row: int, values: Array) -> int:
+        stored = self._arena.take("read", values.shape, np.float16)
+        self._read_elements(source, row, stored)
+        np.copyto(values, stored)
+        return not np.isfinite(stored).all()
+
+    def _fp8(self, source: Stored, row: int, values: Array) -> int:
+        codes = self._arena.take("read", values.shape, np.uint8)
+        self._read_elements(source, row, codes)
+        encoding = cast("Fp8", source.encoding)
+        block_rows, block_cols = encoding.block(*source.shape)
+        top = row // block_rows
+        scales = self.scales(source, top, -(-(row + values.shape[0]) // block_rows))
+        return numeric.dequantize(
+            codes, scales, values, block_rows, block_cols, row - top * block_rows
+        )
+
+
+_DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
+    (DType.BF16, BF16_BITS): Decoder._plain,
+    (DType.BF16, F32): Decoder._bf16_to_f32,
+    (DType.F16, F32): Decoder._f16_to_f32,
+    (DType.F32, F32): Decoder._plain,
+    ("fp8", BF16_BITS): Decoder._fp8,
+    ("fp8", F32): Decoder._fp8,
+}
+_SCALE_STORAGE = {DType.F32: np.float32, DType.BF16: np.uint16, DType.F8_E8M0: np.uint8}
+
+
+def decode_scales(raw: Array, dtype: DType) -> Array:
+    """Return stored scales as float32. E8M0 code e is 2^(e - 127), 255 is NaN (OCP MX v1.0)."""
+    if dtype == DType.BF16:
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    if dtype == DType.F8_E8M0:
+        bits = raw.astype(np.uint32) << 23
+        bits[raw == 0] = 0x00400000  # 2^-127 is subnormal in float32
+        bits[raw == 255] = 0x7FC00000
+        return bits.view(np.float32)
+    return raw
