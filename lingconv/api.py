@@ -1,17 +1,25 @@
 """The verbs, as functions: what the commands do, without a terminal."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lingconv.checkpoint import open_checkpoint
 from lingconv.engine import Resources, Result, execute
-from lingconv.errors import DestinationError
+from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
 from lingconv.inspection import Report, inspect_model
 from lingconv.model import Model, recognise
-from lingconv.options import ConvertOptions, Fp8Options, TargetDType
+from lingconv.options import ConvertOptions, ForwardOptions, Fp8Options, TargetDType
 from lingconv.plan import Plan
 from lingconv.planner import build_plan
 from lingconv.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lingconv.reference.forward import Trace
+    from lingconv.reference.prompts import NextToken
 
 
 def open_model(source: str | Path, *, formats: str | None = None) -> Model:
@@ -134,6 +142,51 @@ def synthetic_model(
         mtp=mtp,
     )
     return recognise(synthetic.synthetic_checkpoint(values, families[0], seed), families)
+
+
+def forward(
+    source: str | Path,
+    options: ForwardOptions | None = None,
+    *,
+    prompt: str | None = None,
+    chat: bool = False,
+    tokens: str | None = None,
+    formats: str | None = None,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> "Trace":
+    """Run the reference forward pass over `source`, one layer in memory at a time.
+
+    `tokens` are ids as `1,2,3` or a file with them; else a prompt, else a fixed sample.
+    """
+    from lingconv.reference.forward import trace  # torch is not needed for anything else here
+
+    model = open_model(source, formats=formats)
+    ids = input_ids(model, prompt=prompt, chat=chat, tokens=tokens)
+    return trace(model, ids, options, on_step=on_step)
+
+
+def input_ids(
+    model: Model, *, prompt: str | None = None, chat: bool = False, tokens: str | None = None
+) -> "Tensor":
+    """Return the token ids [B, S] that were asked for, or the fixed sample."""
+    from lingconv.reference import prompts
+
+    if prompt is not None and tokens is not None:
+        raise UsageError("`--prompt` and `--tokens` are two ways to say the same thing")
+    if chat and prompt is None:
+        raise UsageError("`--chat` needs a `--prompt`")
+    if tokens is not None:
+        return prompts.parse_tokens(tokens)
+    if prompt is not None:
+        return prompts.Text(model.checkpoint.storage).encode(prompt, chat=chat)
+    return prompts.sample_ids(model.symbols["vocab_size"])
+
+
+def next_tokens(source: str | Path, trace: "Trace", count: int = 5) -> list["NextToken"]:
+    """Return the likeliest tokens after the last one of each row, with texts where there are."""
+    from lingconv.reference import prompts
+
+    return prompts.next_tokens(open_checkpoint(source).storage, trace.tensors["logits"], count)
 
 
 def _refuse_overlap(source: Path, destination: Path) -> None:

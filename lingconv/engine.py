@@ -6,30 +6,23 @@
 Killed anywhere, the same call goes on where it was.
 """
 
-import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lingconv.checkpoint import RECORD_NAME
-from lingconv.errors import (
-    SAME_COMMAND,
-    DestinationError,
-    LingconvError,
-    PermissionDenied,
-    ResourceError,
-)
+from lingconv.errors import LingconvError, ResourceError
 from lingconv.journal import RunFolder, replace_file, run_identity
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent
 from lingconv.sidecars import last_files
 from lingconv.storage import Storage
+from lingconv.storage.output import explained_writing
 from lingconv.strips import peak_memory
 from lingconv.version import __version__
 from lingconv.workers import Crew, check_unchanged
@@ -91,7 +84,7 @@ def execute(
     jobs, _ = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     identity = run_identity(plan, __version__, headers_only=headers_only)
     with (
-        _explained(destination),
+        explained_writing(destination),
         RunFolder(destination, identity, fresh=fresh) as folder,
     ):
         todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
@@ -112,25 +105,6 @@ def execute(
         bytes_written=sum(file.nbytes for file in todo),
         seconds=time.monotonic() - started,
     )
-
-
-@contextmanager
-def _explained(destination: Path) -> Iterator[None]:
-    """Translate what the operating system says about writing to the target."""
-    try:
-        yield
-    except OSError as exc:
-        where = exc.filename or destination
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"no space left for {where}: {exc.strerror}",
-                hint=f"free some space, then {SAME_COMMAND}",
-            ) from exc
-        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionDenied(f"{where} cannot be written: {exc.strerror}") from exc
-        raise DestinationError(
-            f"{where} cannot be written: {exc.strerror}", hint=SAME_COMMAND
-        ) from exc
 
 
 def check_disk(destination: Path, need_bytes: int) -> None:

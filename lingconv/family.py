@@ -66,21 +66,25 @@ class LogicalTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A number or switch of the model and where each layout keeps it."""
+    """A number or switch of the model and where each layout keeps it: the first key wins."""
 
     name: str
-    keys: Mapping[str, str]
+    keys: Mapping[str, tuple[str, ...]]
     default: Any
     rule: str
 
+    def key(self, layout: str) -> str:
+        """Return the key that a layout uses first, or the symbol's name where it has none."""
+        return self.keys.get(layout, (self.name,))[0]
+
     def value(self, config: Mapping[str, Any], layout: str, symbols: Mapping[str, Any]) -> Any:
         """Read the symbol from a config; raise KeyError when it is required and missing."""
-        key = self.keys.get(layout, "")
-        own = config.get(key)
+        found = (_look_up(config, key) for key in self.keys.get(layout, ()))
+        own = next((value for value in found if value is not None), None)
         if self.rule:
             return RULES[self.rule](own, symbols)
         if own is None and self.default is None:
-            raise KeyError(key)
+            raise KeyError(self.key(layout))
         return self.default if own is None else own
 
 
@@ -173,7 +177,7 @@ class Family:
         symbols: dict[str, Any] = {}
         faults = []
         for symbol in self.symbols:
-            key = symbol.keys.get(layout, symbol.name)
+            key = symbol.key(layout)
             try:
                 value = overrides.get(symbol.name)
                 value = symbol.value(config, layout, symbols) if value is None else value
@@ -237,7 +241,7 @@ class Family:
 
     def key(self, symbol: str, layout: str) -> str:
         """Return the config key of a symbol in a layout."""
-        return next(entry.keys[layout] for entry in self.symbols if entry.name == symbol)
+        return next(entry.key(layout) for entry in self.symbols if entry.name == symbol)
 
     def drop_reason(self, name: str, layout: str) -> str | None:
         """Return why a physical tensor may be left out, or None when no `[[drop]]` names it."""
@@ -246,6 +250,14 @@ class Family:
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
+
+
+def _look_up(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value under `key`, whose dots lead into nested objects, or None."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _bindings(

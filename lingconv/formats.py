@@ -88,7 +88,11 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
     rule = entry.get("rule", "")
     if rule and rule not in RULES:
         raise ValueError(f"symbol `{name}`: no rule `{rule}` in lingconv/rules.py")
-    keys = {word: key for word, key in entry.items() if word not in ("default", "rule")}
+    keys = {
+        word: (key,) if isinstance(key, str) else tuple(key)
+        for word, key in entry.items()
+        if word not in ("default", "rule")
+    }
     return Symbol(name, keys, entry.get("default"), rule)
 
 

@@ -6,7 +6,7 @@ what was found here.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,6 +66,10 @@ class Model:
     stated: Stated | None
     faults: tuple[Fault, ...]
 
+    def tensor(self, name: str) -> PhysicalTensor | None:
+        """Return the physical tensor of this name, or None when the layout has none."""
+        return self.layout.tensors.get(PhysicalName(name))
+
     def locator(self) -> "Locator":
         """Return what finds the rows of logical tensors in this checkpoint."""
         return Locator(self.layout.addresses(), self.stored)
@@ -94,6 +98,16 @@ class Locator:
             else:
                 segments.append(Segment(source, address.start, address.num_rows))
         return tuple(segments)
+
+
+def refuse_faults(model: Model, excused: Callable[[Fault], bool] = lambda fault: False) -> None:
+    """Raise CheckpointError with every fatal fault of `model` that is not excused."""
+    fatal = [fault for fault in model.faults if fault.fatal and not excused(fault)]
+    if fatal:
+        plural = "s" if len(fatal) > 1 else ""
+        raise CheckpointError(
+            f"{model.checkpoint.storage.uri} has {len(fatal)} fault{plural}", faults=fatal
+        )
 
 
 def recognise(checkpoint: Checkpoint, families: Sequence[Family]) -> Model:

@@ -1,7 +1,7 @@
 """What the user may ask of a conversion: one frozen value, checked once.
 
-Everything here changes the output and is therefore part of a run's identity. Threads, memory and
-progress do not, and live with the engine.
+Everything here changes the output; what a conversion is asked for is part of a run's identity.
+Threads, memory and progress do not, and live with the engine.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,6 +38,20 @@ class Mtp(StrEnum):
     KEEP = "keep"
     DROP = "drop"
     ONLY = "only"
+
+
+class Compute(StrEnum):
+    """`--compute`: the dtype of a forward pass's activations and products."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+
+
+class Activations(StrEnum):
+    """`--activations`: as computed, or rounded to FP8 before every FP8 weight, as serving does."""
+
+    PLAIN = "plain"
+    FP8 = "fp8"
 
 
 SCALE_F32 = "f32"
@@ -130,6 +144,21 @@ class ConvertOptions:
         fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
         fp8["ignore"] = tuple(fp8["ignore"])
         return cls(**{**fields, "drop": tuple(fields["drop"])}, fp8=Fp8Options(**fp8))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOptions:
+    """How a forward pass computes; all of it changes the result a little."""
+
+    compute: str = Compute.F32
+    activations: str = Activations.PLAIN
+    device: str = "cpu"
+    mtp: bool = True
+
+    def check(self) -> None:
+        """Raise UsageError for words that mean nothing here."""
+        _check_word("compute", self.compute, list(Compute))
+        _check_word("activations", self.activations, list(Activations))
 
 
 def _check_word(option: str, word: str, known: Iterable[str]) -> None:

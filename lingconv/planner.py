@@ -15,7 +15,7 @@ from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
 from lingconv.layout import Layout, PhysicalTensor, build_layout
-from lingconv.model import HF, Model, Segment, Stored
+from lingconv.model import HF, Model, Segment, Stored, refuse_faults
 from lingconv.options import (
     SCALE_F32,
     SCALE_UE8M0,
@@ -63,7 +63,7 @@ class _Planner:
         self.fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
 
     def build(self) -> Plan:
-        self._refuse_faults()
+        refuse_faults(self.model, self._excused)
         self._check_patterns()
         transfers = self._transfers()
         dropped = self._dropped()
@@ -82,20 +82,11 @@ class _Planner:
             warnings=tuple(str(fault) for fault in self.model.faults if not fault.fatal),
         )
 
-    def _refuse_faults(self) -> None:
-        fatal = [fault for fault in self.model.faults if fault.fatal and not self._excused(fault)]
-        if fatal:
-            raise CheckpointError(
-                f"{self.model.checkpoint.storage.uri} has {len(fatal)} fault"
-                + ("s" if len(fatal) > 1 else ""),
-                faults=fatal,
-            )
-
     def _excused(self, fault: Fault) -> bool:
         """Return whether the user's options make a fault harmless."""
         if fault.kind == "extra tensor":
             return any(pattern.matches(fault.tensor) for pattern in self.drop)
-        tensor = self.model.layout.tensors.get(PhysicalName(fault.tensor))
+        tensor = self.model.tensor(fault.tensor)
         dropped = self.options.mtp == Mtp.DROP and tensor is not None and tensor.mtp
         return dropped and fault.kind == "missing tensor"
 

@@ -49,6 +49,11 @@ def all_layers(own: Any, symbols: Symbols) -> Any:
     return symbols["layers"] + symbols["mtp_layers"]
 
 
+def original_positions(own: Any, symbols: Symbols) -> Any:
+    """Return the context length before YaRN stretched it, else the one that the config states."""
+    return own or symbols["max_position_embeddings"]
+
+
 def has_decoder(own: Any, symbols: Symbols) -> Any:
     """Return whether this is a whole model, not a stand-alone MTP export."""
     return symbols["layers"] > 0
@@ -73,6 +78,7 @@ RULES: dict[str, Rule] = {
         groups_or_one,
         dense_layers,
         all_layers,
+        original_positions,
         has_decoder,
         own_head,
         has_shared,

@@ -13,6 +13,7 @@ from lingconv.options import SCALE_F32, ConvertOptions, Fp8Options, Mtp, Scheme
 FP8 = "FP8"
 OUTPUT = "Output"
 RUN = "Run"
+FORWARD = "Forward pass"
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint to read.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]

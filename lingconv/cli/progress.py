@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -76,11 +76,16 @@ class _Rates:
     def __str__(self) -> str:
         (then, before), (now, written) = self._samples[0], self._samples[-1]
         rate = (written - before) / max(now - then, 1e-9)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        read = rate * self._read_per_written
         return (
-            f"mem {memory_size(resident)}   read {file_size(rate * self._read_per_written)}/s"
+            f"mem {memory_size(peak_resident())}   read {file_size(read)}/s"
             f"   write {file_size(rate)}/s"
         )
+
+
+def peak_resident() -> int:
+    """Return the most memory that this process held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _BarsWithFooter(RichProgress):
@@ -216,6 +221,29 @@ def _resuming(plan: Plan, done: int) -> str:
 def _bytes_done(plan: Plan, done: int) -> int:
     """Return about how many bytes `done` files hold; which ones they are does not matter here."""
     return sum(file.nbytes for file in plan.files[:done])
+
+
+@contextmanager
+def stages(verb: str) -> Iterator[Callable[[str], None]]:
+    """Show the name of the stage that was finished last: a live line, or a line now and then."""
+    wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
+    started = spoken = time.monotonic()
+    if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
+        console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
+        with console.status(verb) as status:
+            yield lambda name: status.update(
+                f"{verb}: {name}  {time.monotonic() - started:.0f} s  "
+                f"mem {memory_size(peak_resident())}"
+            )
+        return
+
+    def speak(name: str) -> None:
+        nonlocal spoken
+        if wanted != "none" and time.monotonic() - spoken >= _LOG_EVERY_S:
+            spoken = time.monotonic()
+            output.note(f"{verb}: {name}, {spoken - started:.0f} s")
+
+    yield speak
 
 
 def make_progress() -> AbstractContextManager[Progress]:

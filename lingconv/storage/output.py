@@ -9,12 +9,33 @@ through the cache as usual; the two never share a page, because only whole pages
 import ctypes
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lingconv.containers.safetensors import BLOCK_BYTES
+from lingconv.errors import SAME_COMMAND, DestinationError, PermissionDenied, ResourceError
+
+
+@contextmanager
+def explained_writing(destination: Path) -> Iterator[None]:
+    """Translate what the operating system says about writing to `destination`."""
+    try:
+        yield
+    except OSError as exc:
+        where = exc.filename or destination
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"no space left for {where}: {exc.strerror}",
+                hint=f"free some space, then {SAME_COMMAND}",
+            ) from exc
+        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionDenied(f"{where} cannot be written: {exc.strerror}") from exc
+        raise DestinationError(
+            f"{where} cannot be written: {exc.strerror}", hint=SAME_COMMAND
+        ) from exc
 
 
 class OutputBlob:

@@ -3,8 +3,8 @@
     python generate.py MODELS_DIR
 
 MODELS_DIR is `models/` of github.com/inclusionAI/Ling-V2 at af8837e; run with transformers 4.56.2
-and torch. The tests read the results, never this file. Weights are random, stored in BF16 and run in
-float32, as they are stored.
+and torch. The tests read the results, never this file. Weights are random, stored in BF16 and run
+in float32, as they are stored.
 """
 
 import json
@@ -32,7 +32,7 @@ COMMON = {
     "torch_dtype": "bfloat16",
 }
 CASES = {
-    # Two dense layers, four groups of which two count, heads wider than the model, biases, odd sizes.
+    # Two dense layers, two groups of four, heads wider than the model, biases, odd sizes.
     "wide-heads": {
         "vocab_size": 300, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 32, "intermediate_size": 200, "num_hidden_layers": 4,

@@ -1,0 +1,187 @@
+"""Weights in time: read ahead by threads, a few rows at a time, in the order of their use.
+
+    ask("layers.3.q", ...)  ->  strips are read and decoded into a fixed set of buffers
+    linear("layers.3.q", x) ->  takes them in the same order, and hands the buffers back
+
+Memory is the buffers, whatever the size of a matrix. Readers widen or dequantize rows to the dtype
+that is computed in; only on their way to a GPU do BF16 rows stay as narrow as they are.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from queue import SimpleQueue
+from threading import local
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lingconv.buffers import Arena
+from lingconv.decoding import Decoder
+from lingconv.dtypes import DType
+from lingconv.encodings import Fp8
+from lingconv.encodings.plain import PLAIN
+from lingconv.errors import CheckpointError
+from lingconv.family import LogicalName
+from lingconv.model import Model, Segment
+from lingconv.reference.activations import fake_quantize
+from lingconv.storage.opened import OpenedFiles
+
+STRIP_BYTES = 8 << 20
+READERS = 4
+_SMALL_ELEMENTS = 1 << 16  # norms and biases: read whole, outside of the buffers
+
+
+class _Strip(NamedTuple):
+    """Some rows of a matrix, and the buffer that they lie in."""
+
+    first_row: int
+    rows: Tensor
+    buffer: Tensor
+
+
+class WeightStream:
+    """Reads logical tensors of one checkpoint ahead of their use."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        compute: torch.dtype,
+        device: str = "cpu",
+        fp8_activations: bool = False,
+        memory_bytes: int = 32 * STRIP_BYTES,
+    ) -> None:
+        self.waited_s = 0.0
+        self.bytes_read = 0
+        self._compute = compute
+        self._device = device
+        self._fp8_activations = fp8_activations
+        self._locator = model.locator()
+        self._files = OpenedFiles(model.checkpoint.storage)
+        self._threads = ThreadPoolExecutor(READERS, "weights")
+        self._own = local()
+        self._asked: deque[tuple[LogicalName, deque[Future[_Strip | None]]]] = deque()
+        self._small: dict[LogicalName, Future[Tensor]] = {}
+        self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
+        for _ in range(max(READERS + 1, memory_bytes // STRIP_BYTES)):
+            pinned = device != "cpu"
+            self._buffers.put(torch.empty(STRIP_BYTES, dtype=torch.uint8, pin_memory=pinned))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _ in range(READERS):
+            self._buffers.put(None)  # a reader that waits for a buffer goes home
+        self._threads.shutdown(wait=True)
+        self._files.__exit__(*error)
+
+    def has(self, name: LogicalName) -> bool:
+        """Return whether the checkpoint has a tensor of this name."""
+        return self._locator.holds(name)
+
+    def ask(self, names: Iterable[LogicalName]) -> None:
+        """Have tensors read soon; matrices are to be used in the same order."""
+        for name in names:
+            segments = self._locator.segments([name])
+            rows, cols = _shape(segments)
+            if rows * cols <= _SMALL_ELEMENTS and cols == 1:
+                self._small[name] = self._threads.submit(self._read_small, segments)
+                continue
+            step = max(1, STRIP_BYTES // (cols * self._dtype(segments).itemsize))
+            strips = (
+                self._threads.submit(self._read_strip, segments, first, min(step, rows - first))
+                for first in range(0, rows, step)
+            )
+            self._asked.append((name, deque(strips)))
+
+    def small(self, name: LogicalName) -> Tensor:
+        """Return a norm, a bias ... in float32."""
+        if name not in self._small:
+            self.ask([name])
+        return self._small.pop(name).result().to(self._device)
+
+    def linear(self, name: LogicalName, x: Tensor) -> Tensor:
+        """Return x W^T in x's dtype; the matrix must be the next one that was asked for."""
+        asked, strips = self._asked.popleft()
+        if asked != name:
+            raise AssertionError(f"{name} is used where {asked} was asked for")
+        (segment, *_) = self._locator.segments([name])
+        encoding = segment.source.encoding
+        operand = x
+        if self._fp8_activations and isinstance(encoding, Fp8):
+            operand = fake_quantize(x, encoding)
+        parts = []
+        while strips:
+            strip = self._wait(strips.popleft())
+            rows = strip.rows.to(self._device).to(operand.dtype)
+            parts.append(operand @ rows.T)
+            self._buffers.put(strip.buffer)  # on a GPU the copy is over, on a CPU the product
+        return torch.cat(parts, dim=-1).to(x.dtype)
+
+    def rows(self, name: LogicalName, ids: Tensor) -> Tensor:
+        """Return some rows of a matrix (embeddings), in the dtype that is computed in."""
+        unique, places = torch.unique(ids, return_inverse=True)
+        segments = self._locator.segments([name])
+        _, cols = _shape(segments)
+        found = torch.empty(len(unique), cols, dtype=self._dtype(segments))
+        for number, row in enumerate(unique.tolist()):
+            self._fill(segments, row, found[number : number + 1])
+        return found[places.cpu()].to(self._device).to(self._compute)
+
+    def _wait(self, strip: "Future[_Strip | None]") -> _Strip:
+        started = time.perf_counter()
+        found = strip.result()
+        self.waited_s += time.perf_counter() - started
+        if found is None:
+            raise AssertionError("the stream is closed")
+        return found
+
+    def _dtype(self, segments: Sequence[Segment]) -> torch.dtype:
+        """Return what rows are delivered in: what is computed in, or BF16 on its way to a GPU."""
+        encodings = {segment.source.encoding for segment in segments}
+        if all(encoding == PLAIN[DType.BF16] for encoding in encodings):
+            return self._compute if self._device == "cpu" else torch.bfloat16
+        fp8 = all(isinstance(encoding, Fp8) for encoding in encodings)
+        return self._compute if fp8 and not self._fp8_activations else torch.float32
+
+    def _read_small(self, segments: Sequence[Segment]) -> Tensor:
+        found = torch.empty(*_shape(segments), dtype=torch.float32)
+        self._fill(segments, 0, found)
+        return found.flatten()
+
+    def _read_strip(self, segments: Sequence[Segment], first: int, count: int) -> _Strip | None:
+        buffer = self._buffers.get()
+        if buffer is None:
+            return None
+        dtype, cols = self._dtype(segments), _shape(segments)[1]
+        rows = buffer[: count * cols * dtype.itemsize].view(dtype).view(count, cols)
+        try:
+            self._fill(segments, first, rows)
+        except BaseException:
+            self._buffers.put(buffer)
+            raise
+        return _Strip(first, rows, buffer)
+
+    def _fill(self, segments: Sequence[Segment], first: int, rows: Tensor) -> None:
+        if not hasattr(self._own, "decoder"):
+            self._own.decoder = Decoder(Arena(), self._files)
+        bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+        met = self._own.decoder.fill(segments, first, bits.numpy())
+        self.bytes_read += rows.nbytes
+        if met is not None:
+            raise CheckpointError(
+                f"{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
+                f" {met.row}",
+                hint="mend the checkpoint: its forward pass would be NaN as well",
+            )
+
+
+def _shape(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Return rows and columns of what the segments hold together."""
+    return sum(segment.num_rows for segment in segments), prod(segments[0].source.shape[1:])
