@@ -7,8 +7,6 @@ Killed anywhere, the same call goes on where it was.
 """
 
 import json
-import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 from lingconv.checkpoint import RECORD_NAME
 from lingconv.errors import LingconvError, ResourceError
 from lingconv.journal import RunFolder, replace_file, run_identity
+from lingconv.machine import free_bytes, num_processors
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent
 from lingconv.sidecars import last_files
@@ -42,13 +41,6 @@ class Resources:
     def resolved_jobs(self) -> int:
         """Threads: as many as asked for, else two for each processor: half wait for the disk."""
         return self.jobs or 2 * num_processors()
-
-
-def num_processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +107,6 @@ def check_disk(destination: Path, need_bytes: int) -> None:
             f"{need_bytes:,} bytes are to be written, {free:,} are free at {destination}",
             hint="free some space or choose another disk",
         )
-
-
-def free_bytes(destination: Path) -> int:
-    """Return the bytes free where `destination` is, or is going to be."""
-    folder = destination.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _carry_side_files(plan: Plan, storage: Storage, folder: RunFolder) -> None:

@@ -51,6 +51,12 @@ class Segment(NamedTuple):
     first_row: int
     num_rows: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that these rows take in their files, scales included."""
+        rows = self.source.shape[0] if self.source.shape else 1
+        return sum(extent.nbytes for extent in self.source.extents) * self.num_rows // rows
+
 
 @dataclass(frozen=True, slots=True)
 class Model:

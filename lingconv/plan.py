@@ -120,12 +120,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the source's weight files."""
-        return sum(
-            extent.nbytes * segment.num_rows // (segment.source.shape or (1,))[0]
-            for transfer in self.transfers()
-            for segment in transfer.segments
-            for extent in segment.source.extents
-        )
+        return sum(segment.nbytes for transfer in self.transfers() for segment in transfer.segments)
 
     @property
     def tensor_bytes(self) -> int:

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lingconv.cli.options import Json, Quiet, Verbose
 from lingconv.cli.output import columns, output
-from lingconv.engine import num_processors
+from lingconv.machine import num_processors
 from lingconv.version import __version__
 
 _PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf", "typer", "rich")

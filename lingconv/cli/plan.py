@@ -32,8 +32,9 @@ from lingconv.cli.options import (
 )
 from lingconv.cli.output import columns, output
 from lingconv.cli.units import file_size, memory_size
-from lingconv.engine import Resources, free_bytes
+from lingconv.engine import Resources
 from lingconv.errors import UsageError
+from lingconv.machine import free_bytes
 from lingconv.options import Mtp, Scheme, TargetDType
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory

@@ -5,7 +5,6 @@ Finished files become lines. `LINGCONV_PROGRESS=auto|bar|log|none` decides; auto
 """
 
 import os
-import resource
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from rich.text import Text
 
 from lingconv.cli.output import output, wants_colour
 from lingconv.cli.units import file_size, memory_size
+from lingconv.machine import peak_resident_bytes
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent
 
@@ -78,14 +78,9 @@ class _Rates:
         rate = (written - before) / max(now - then, 1e-9)
         read = rate * self._read_per_written
         return (
-            f"mem {memory_size(peak_resident())}   read {file_size(read)}/s"
+            f"mem {memory_size(peak_resident_bytes())}   read {file_size(read)}/s"
             f"   write {file_size(rate)}/s"
         )
-
-
-def peak_resident() -> int:
-    """Return the most memory that this process held so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _BarsWithFooter(RichProgress):
@@ -233,7 +228,7 @@ def stages(verb: str) -> Iterator[Callable[[str], None]]:
         with console.status(verb) as status:
             yield lambda name: status.update(
                 f"{verb}: {name}  {time.monotonic() - started:.0f} s  "
-                f"mem {memory_size(peak_resident())}"
+                f"mem {memory_size(peak_resident_bytes())}"
             )
         return
 

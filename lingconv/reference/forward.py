@@ -17,6 +17,7 @@ from torch import Tensor
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import LogicalName
 from lingconv.journal import replace_file
+from lingconv.machine import num_processors
 from lingconv.model import Model, refuse_faults
 from lingconv.options import Activations, Compute, ForwardOptions
 from lingconv.reference import ling2
@@ -133,9 +134,14 @@ class ForwardPass:
         )
 
     def __enter__(self) -> Self:
+        # Half of the processors compute, the readers have the others: OpenMP's threads spin while
+        # they wait, and would take the time that reading needs.
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(max(1, num_processors() // 2))
         return self
 
     def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self._threads_before)
         self.stream.__exit__(*error)
 
     @torch.inference_mode()

@@ -26,19 +26,18 @@ from lingconv.encodings import Fp8
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.family import LogicalName
+from lingconv.machine import num_processors
 from lingconv.model import Model, Segment
 from lingconv.reference.activations import fake_quantize
 from lingconv.storage.opened import OpenedFiles
 
 STRIP_BYTES = 8 << 20
-READERS = 4
-_SMALL_ELEMENTS = 1 << 16  # norms and biases: read whole, outside of the buffers
+READERS = max(2, num_processors() // 2)
 
 
 class _Strip(NamedTuple):
     """Some rows of a matrix, and the buffer that they lie in."""
 
-    first_row: int
     rows: Tensor
     buffer: Tensor
 
@@ -65,7 +64,6 @@ class WeightStream:
         self._threads = ThreadPoolExecutor(READERS, "weights")
         self._own = local()
         self._asked: deque[tuple[LogicalName, deque[Future[_Strip | None]]]] = deque()
-        self._small: dict[LogicalName, Future[Tensor]] = {}
         self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
         for _ in range(max(READERS + 1, memory_bytes // STRIP_BYTES)):
             pinned = device != "cpu"
@@ -86,13 +84,10 @@ class WeightStream:
         return self._locator.holds(name)
 
     def ask(self, names: Iterable[LogicalName]) -> None:
-        """Have tensors read soon; matrices are to be used in the same order."""
+        """Have matrices read soon; they are to be used in the same order."""
         for name in names:
             segments = self._locator.segments([name])
             rows, cols = _shape(segments)
-            if rows * cols <= _SMALL_ELEMENTS and cols == 1:
-                self._small[name] = self._threads.submit(self._read_small, segments)
-                continue
             step = max(1, STRIP_BYTES // (cols * self._dtype(segments).itemsize))
             strips = (
                 self._threads.submit(self._read_strip, segments, first, min(step, rows - first))
@@ -101,18 +96,20 @@ class WeightStream:
             self._asked.append((name, deque(strips)))
 
     def small(self, name: LogicalName) -> Tensor:
-        """Return a norm, a bias ... in float32."""
-        if name not in self._small:
-            self.ask([name])
-        return self._small.pop(name).result().to(self._device)
+        """Return a norm or a bias in float32, read at once: it is smaller than the wait for it."""
+        segments = self._locator.segments([name])
+        found = torch.empty(*_shape(segments), dtype=torch.float32)
+        self._fill(segments, 0, found)
+        return found.flatten().to(self._device)
 
     def linear(self, name: LogicalName, x: Tensor) -> Tensor:
         """Return x W^T in x's dtype; the matrix must be the next one that was asked for."""
         asked, strips = self._asked.popleft()
         if asked != name:
             raise AssertionError(f"{name} is used where {asked} was asked for")
-        (segment, *_) = self._locator.segments([name])
-        encoding = segment.source.encoding
+        segments = self._locator.segments([name])
+        self.bytes_read += sum(segment.nbytes for segment in segments)
+        encoding = segments[0].source.encoding
         operand = x
         if self._fp8_activations and isinstance(encoding, Fp8):
             operand = fake_quantize(x, encoding)
@@ -150,11 +147,6 @@ class WeightStream:
         fp8 = all(isinstance(encoding, Fp8) for encoding in encodings)
         return self._compute if fp8 and not self._fp8_activations else torch.float32
 
-    def _read_small(self, segments: Sequence[Segment]) -> Tensor:
-        found = torch.empty(*_shape(segments), dtype=torch.float32)
-        self._fill(segments, 0, found)
-        return found.flatten()
-
     def _read_strip(self, segments: Sequence[Segment], first: int, count: int) -> _Strip | None:
         buffer = self._buffers.get()
         if buffer is None:
@@ -166,14 +158,13 @@ class WeightStream:
         except BaseException:
             self._buffers.put(buffer)
             raise
-        return _Strip(first, rows, buffer)
+        return _Strip(rows, buffer)
 
     def _fill(self, segments: Sequence[Segment], first: int, rows: Tensor) -> None:
         if not hasattr(self._own, "decoder"):
             self._own.decoder = Decoder(Arena(), self._files)
         bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
         met = self._own.decoder.fill(segments, first, bits.numpy())
-        self.bytes_read += rows.nbytes
         if met is not None:
             raise CheckpointError(
                 f"{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
