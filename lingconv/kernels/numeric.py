@@ -100,7 +100,7 @@ def _round_scale(scale: Any, rounding: Any) -> Any:
 
 
 # A source element is BF16 (uint16 bits) or float32. Numba picks the body by the element's type.
-def _load(value: Any) -> Any:
+def load(value: Any) -> Any:
     """Return the element as float32."""
 
 
@@ -116,7 +116,7 @@ def _is_nonfinite(magnitude: Any) -> Any:
     """Return whether a magnitude is Inf or NaN."""
 
 
-@overload(_load)
+@overload(load)
 def _load_overload(value: Any) -> Any:
     return _load_bf16_body if value == types.uint16 else _identity_body
 
@@ -208,7 +208,7 @@ def quantize(
                 line = source[row, left:right]
                 out = target[row, left:right]
                 for col in range(line.size):
-                    out[col] = _e4m3(_load(line[col]) / scale)
+                    out[col] = _e4m3(load(line[col]) / scale)
     return NO_NONFINITE
 
 

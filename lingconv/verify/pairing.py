@@ -1,0 +1,151 @@
+"""Which rows of SRC ought to be in which stored tensor of DST, and what has no counterpart.
+
+Headers only. Both checkpoints are seen through their own layouts; logical names join them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from lingconv.checkpoint import RECORD_NAME
+from lingconv.encodings import Fp8
+from lingconv.errors import LingconvError
+from lingconv.family import LogicalName, Role
+from lingconv.layout import Rows
+from lingconv.model import Locator, Model, Segment, Stored
+from lingconv.options import Mtp
+from lingconv.patterns import Pattern
+from lingconv.verify.verdict import Finding
+
+# What `--mtp` changes on purpose.
+_MTP_SYMBOLS = {
+    Mtp.KEEP: frozenset[str](),
+    Mtp.DROP: frozenset({"mtp_layers", "all_layers"}),
+    Mtp.ONLY: frozenset({"layers", "dense_layers", "all_layers", "whole", "own_head"}),
+}
+
+
+class Pair(NamedTuple):
+    """A stored matrix of DST, the logical tensors in it, and the rows of SRC that they come from."""
+
+    target: Stored
+    role: Role
+    keep_dtype: bool
+    rows: tuple[Rows, ...]
+    segments: tuple[Segment, ...]
+
+
+def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Finding]]:
+    """Return what can be compared, and a finding for everything that cannot.
+
+    `mtp` is what was done with the MTP layers on the way from `source` to `target`.
+    """
+    expected = _expected(source, mtp)
+    findings = [*_config_findings(source, target, mtp), *_fault_findings(target)]
+    pairs: list[Pair] = []
+    locator, shapes = source.locator(), _logical_shapes(target)
+    for tensor in target.layout.tensors.values():
+        stored = target.stored.get(tensor.name)
+        fits = [_fits(rows, expected, tensor.shape) for rows in tensor.rows]
+        if stored is not None and all(fits):
+            segments = locator.segments(rows.logical for rows in tensor.rows)
+            pairs.append(Pair(stored, tensor.role, tensor.keep_dtype, tensor.rows, segments))
+    findings += _name_findings(expected, shapes, target.locator())
+    return pairs, _without_duplicates(findings)
+
+
+def recorded_mtp(target: Model) -> Mtp:
+    """Return what DST's own record says was done with MTP layers; `keep` where there is none."""
+    options = recorded_options(target)
+    with suppress(ValueError):
+        return Mtp(options.get("mtp", Mtp.KEEP))
+    return Mtp.KEEP
+
+
+def recorded_options(target: Model) -> Mapping[str, Any]:
+    """Return the options that DST was made with, from its lingconv.json."""
+    with suppress(LingconvError, ValueError):
+        record = json.loads(target.checkpoint.storage.read(RECORD_NAME))
+        if isinstance(record, dict) and isinstance(record.get("options"), dict):
+            return dict(record["options"])
+    return {}
+
+
+def _logical_shapes(model: Model) -> dict[LogicalName, tuple[int, ...]]:
+    return {
+        rows.logical: (rows.num_rows, *tensor.shape[1:])
+        for tensor in model.layout.tensors.values()
+        for rows in tensor.rows
+    }
+
+
+def _expected(source: Model, mtp: Mtp) -> dict[LogicalName, tuple[int, ...]]:
+    """Return the logical tensors that DST has to hold, with their shapes."""
+    wanted = {Mtp.KEEP: (False, True), Mtp.DROP: (False,), Mtp.ONLY: (True,)}[mtp]
+    return {
+        rows.logical: (rows.num_rows, *tensor.shape[1:])
+        for tensor in source.layout.tensors.values()
+        if tensor.mtp in wanted
+        for rows in tensor.rows
+    }
+
+
+def _fits(
+    rows: Rows, expected: Mapping[LogicalName, tuple[int, ...]], shape: tuple[int, ...]
+) -> bool:
+    return expected.get(rows.logical) == (rows.num_rows, *shape[1:])
+
+
+def _config_findings(source: Model, target: Model, mtp: Mtp) -> Iterator[Finding]:
+    """Yield the numbers and switches that DST's config gives another value."""
+    if source.family.name != target.family.name:
+        yield Finding("config", "", f"SRC is {source.family.title}, DST is {target.family.title}")
+    for symbol, value in source.symbols.items():
+        other = target.symbols.get(symbol)
+        if other != value and symbol not in _MTP_SYMBOLS[mtp]:
+            key = target.family.key(symbol, target.layout.name)
+            yield Finding("config", "", f"config: `{key}` is {value} in SRC, {other} in DST")
+
+
+def _fault_findings(target: Model) -> Iterator[Finding]:
+    """Yield what is wrong with DST in itself, labels that contradict the data included."""
+    for fault in target.faults:
+        if fault.fatal or fault.kind == "quantization config":
+            tensor = target.tensor(fault.tensor)
+            name = tensor.rows[0].logical if tensor and len(tensor.rows) == 1 else fault.tensor
+            where = f"{fault.file}: " if fault.file else ""
+            yield Finding(fault.kind, name, f"{where}{fault.message}")
+    kept = [Pattern(text) for text in (target.stated.kept_modules if target.stated else ())]
+    for name, stored in target.stored.items():
+        if isinstance(stored.encoding, Fp8) and any(pattern.matches(name) for pattern in kept):
+            message = "is FP8, but the config lists it among the modules that are not converted"
+            yield Finding("label", name, message)
+
+
+def _name_findings(
+    expected: Mapping[LogicalName, tuple[int, ...]],
+    found: Mapping[LogicalName, tuple[int, ...]],
+    locator: Locator,
+) -> Iterator[Finding]:
+    for name, shape in expected.items():
+        if name not in found:
+            yield Finding("missing tensor", name, f"{list(shape)} of SRC is not in DST")
+        elif found[name] != shape:
+            message = f"has shape {list(found[name])}, SRC has {list(shape)}"
+            yield Finding("shape", name, message)
+        elif not locator.holds(name):
+            yield Finding("missing tensor", name, f"{list(shape)} of SRC is not in DST")
+    for name in found.keys() - expected.keys():
+        yield Finding("extra tensor", name, "is in DST, but not in SRC")
+
+
+def _without_duplicates(findings: list[Finding]) -> list[Finding]:
+    """Keep the first finding of each tensor: what follows has the same cause."""
+    seen: set[str] = set()
+    kept = []
+    for finding in findings:
+        if not finding.tensor or finding.tensor not in seen:
+            kept.append(finding)
+        seen.add(finding.tensor)
+    return kept

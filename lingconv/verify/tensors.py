@@ -1,0 +1,400 @@
+"""Reads both checkpoints strip by strip and adds up how far apart they are.
+
+The unit of work is a few rows of a stored tensor of DST, and the rows of SRC that they come from.
+Where nothing may differ and both sides store the same bytes, bytes are compared; else both sides
+are decoded and `kernels/compare.py` looks at the numbers.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lingconv.buffers import Arena
+from lingconv.decoding import BF16_BITS, F32, Decoder
+from lingconv.dtypes import DType
+from lingconv.encodings import Encoding, Fp8, Plain
+from lingconv.encodings.fp8 import E4M3_MAX
+from lingconv.encodings.plain import PLAIN
+from lingconv.family import LogicalName
+from lingconv.kernels import compare as kernel
+from lingconv.model import Model, Segment, Stored
+from lingconv.progress import Watcher
+from lingconv.storage.opened import OpenedFiles
+from lingconv.verify import scales
+from lingconv.verify.limits import EXACT, Limit, limit_for
+from lingconv.verify.pairing import Pair
+from lingconv.verify.scales import ScaleCounts
+from lingconv.verify.verdict import ScaleFigures, TensorFigures, WorstBlock
+
+Array = np.ndarray[Any, Any]
+
+STRIP_ELEMENTS = 1 << 20
+_BLOCK = 128  # where an encoding has no blocks of its own
+# A code of 448 stands for anything up to half a step beyond it; what is larger was cut off.
+_SATURATION = E4M3_MAX + 16.0
+_LARGEST = {kernel.WORST, kernel.PEAK}
+_ADDED = [number for number in range(kernel.NUM_SUMS) if number not in _LARGEST]
+
+
+class _Strip(NamedTuple):
+    """Rows `first` to `last` of a pair's target."""
+
+    pair: int
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class _Total:
+    """What is known of one logical tensor so far."""
+
+    sums: Array = field(default_factory=lambda: np.zeros(kernel.NUM_SUMS, np.float64))
+    worst: WorstBlock | None = None
+    judged: bool = True
+
+    def add(self, grid: Array, worst: WorstBlock | None) -> None:
+        """Add the sums of some blocks."""
+        flat = grid.reshape(-1, kernel.NUM_SUMS)
+        self.sums[_ADDED] += flat[:, _ADDED].sum(0)
+        for number in _LARGEST:
+            self.sums[number] = max(self.sums[number], flat[:, number].max(initial=0.0))
+        if worst and (self.worst is None or worst.rel_error > self.worst.rel_error):
+            self.worst = worst
+
+
+class Comparison:
+    """Compares pairs with several threads; afterwards `figures` and `scale_figures` tell."""
+
+    def __init__(
+        self, source: Model, target: Model, pairs: Sequence[Pair], *, only_exact: bool
+    ) -> None:
+        self.scale_histogram: dict[int, int] = {}
+        self.bytes_read = 0
+        self._pairs = pairs
+        self._only_exact = only_exact
+        self._limits = [_limit(pair) for pair in pairs]
+        self._totals = [[_Total() for _ in pair.rows] for pair in pairs]
+        self._scales: dict[int, list[ScaleCounts]] = {}
+        self._source_files = OpenedFiles(source.checkpoint.storage)
+        self._target_files = OpenedFiles(target.checkpoint.storage)
+        self._lock = threading.Lock()
+        self._stop = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are going to be read, on both sides together."""
+        return sum(_stored_bytes(pair) for pair in self._pairs)
+
+    def run(self, jobs: int, watcher: Watcher) -> None:
+        """Read and compare everything."""
+        strips = iter(self._strips())
+        with (
+            self._source_files,
+            self._target_files,
+            ThreadPoolExecutor(jobs, "compare") as threads,
+        ):
+            futures = [threads.submit(self._work, strips, watcher) for _ in range(jobs)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                self._stop = True
+
+    def figures(self) -> list[TensorFigures]:
+        """Return the figures of every logical tensor that was judged."""
+        return [
+            _figures(pair, rows.logical, rows.num_rows, total, limit)
+            for pair, totals, limit in zip(self._pairs, self._totals, self._limits, strict=True)
+            for rows, total in zip(pair.rows, totals, strict=True)
+            if total.judged
+        ]
+
+    def scale_figures(self) -> list[ScaleFigures]:
+        """Return the figures of every FP8 tensor's scales."""
+        return [
+            _scale_figures(self._pairs[number].target.name, counts)
+            for number, counts in sorted(self._scales.items())
+        ]
+
+    def _strips(self) -> Iterator[_Strip]:
+        """Yield the work, in the order of DST's files."""
+        order = sorted(
+            range(len(self._pairs)), key=lambda number: self._pairs[number].target.extents[0]
+        )
+        for number in order:
+            pair, limit = self._pairs[number], self._limits[number]
+            if self._only_exact and not (limit.exact or _rounds_to_bf16(pair)):
+                for total in self._totals[number]:
+                    total.judged = False
+                continue
+            rows, cols = _matrix(pair.target)
+            multiple = _blocks(pair.target)[0] if cols > 1 else 1
+            step = multiple * max(1, STRIP_ELEMENTS // (multiple * cols))
+            for first in range(0, rows, step):
+                yield _Strip(number, first, min(first + step, rows))
+
+    def _work(self, strips: Iterator[_Strip], watcher: Watcher) -> None:
+        arena = Arena()
+        source = Decoder(arena, self._source_files)
+        target = Decoder(arena, self._target_files)
+        while not self._stop:
+            with self._lock:
+                strip = next(strips, None)
+            if strip is None:
+                return
+            try:
+                self._compare(strip, arena, source, target)
+            except BaseException:
+                self._stop = True
+                raise
+            pair = self._pairs[strip.pair]
+            nbytes = _stored_bytes(pair) * (strip.last - strip.first) // _matrix(pair.target)[0]
+            with self._lock:
+                self.bytes_read += nbytes
+                watcher.advance(nbytes)
+
+    def _compare(self, strip: _Strip, arena: Arena, source: Decoder, target: Decoder) -> None:
+        pair = self._pairs[strip.pair]
+        if self._limits[strip.pair].exact and _same_bytes(pair, strip, arena, source, target):
+            if isinstance(pair.target.encoding, Fp8):
+                self._check_scales(strip, self._grids(strip, target), None)
+            return
+        rows, cols = strip.last - strip.first, _matrix(pair.target)[1]
+        left = arena.take("left", (rows, cols), _working(pair))
+        right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
+        source.fill(pair.segments, strip.first, left)
+        target.fill([_whole(pair.target)], strip.first, right)
+        grids = self._grids(strip, target)
+        peaks = np.zeros(grids.floors.shape, np.float64)
+        for number, rows_of in enumerate(pair.rows):
+            first = max(strip.first, rows_of.start)
+            last = min(strip.last, rows_of.start + rows_of.num_rows)
+            if first < last:
+                part = slice(first - strip.first, last - strip.first)
+                sums = self._piece(strip, left[part], right[part], part.start, grids)
+                np.maximum(peaks, sums[:, :, kernel.PEAK], out=peaks)
+                worst = _worst_block(pair.target, strip.first, sums)
+                with self._lock:
+                    self._totals[strip.pair][number].add(sums, worst)
+        self._check_scales(strip, grids, peaks)
+
+    def _piece(
+        self, strip: _Strip, left: Array, right: Array, first_row: int, grids: "_Grids"
+    ) -> Array:
+        """Return the sums of one logical tensor's rows within a strip."""
+        sums = kernel.new_sums(*grids.floors.shape)
+        block_rows, block_cols = _blocks(self._pairs[strip.pair].target)
+        if left.shape[1] == 1:  # a vector: one line of blocks
+            left, right, first_row = left.reshape(1, -1), right.reshape(1, -1), 0
+        limit = self._limits[strip.pair]
+        kernel.compare(
+            left,
+            right,
+            block_rows,
+            block_cols,
+            first_row,
+            limit.relative,
+            grids.floors,
+            grids.ceilings,
+            sums,
+        )
+        return sums
+
+    def _grids(self, strip: _Strip, target: Decoder) -> "_Grids":
+        """Return floors and ceilings of the strip's blocks, and FP8 scales as they are stored."""
+        pair, limit = self._pairs[strip.pair], self._limits[strip.pair]
+        rows, cols = _matrix(pair.target)
+        block_rows, block_cols = _blocks(pair.target)
+        height = 1 if cols == 1 else -(-(strip.last - strip.first) // block_rows)
+        width = -(-max(cols, rows if cols == 1 else 0) // block_cols)
+        encoding = pair.target.encoding
+        if not isinstance(encoding, Fp8):
+            floors = np.full((height, width), limit.floor, np.float32)
+            return _Grids(floors, np.full((height, width), np.inf, np.float32), None)
+        scale_rows = encoding.block(rows, cols)[0]
+        stored = target.scales(
+            pair.target, strip.first // scale_rows, -(-strip.last // scale_rows)
+        ).copy()
+        wide = np.broadcast_to(stored, (height, width)) if stored.size == 1 else stored
+        with np.errstate(invalid="ignore", over="ignore"):
+            floors = (wide * np.float32(limit.floor)).astype(np.float32)
+            ceilings = (wide * np.float32(_SATURATION)).astype(np.float32)
+        return _Grids(floors, ceilings, stored)
+
+    def _check_scales(self, strip: _Strip, grids: "_Grids", peaks: Array | None) -> None:
+        pair = self._pairs[strip.pair]
+        encoding, stored = pair.target.encoding, grids.scales
+        if not isinstance(encoding, Fp8) or stored is None:
+            return
+        rounded = any(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
+        if rounded or (peaks is not None and stored.shape != peaks.shape):
+            peaks = None  # nothing says what such a scale ought to be
+        row = strip.first // encoding.block(*_matrix(pair.target))[0]
+        counts = scales.check(stored, peaks, encoding, row)
+        octaves = scales.histogram(stored)
+        with self._lock:
+            self._scales.setdefault(strip.pair, []).append(counts)
+            for octave, count in octaves.items():
+                self.scale_histogram[octave] = self.scale_histogram.get(octave, 0) + count
+
+
+class _Grids(NamedTuple):
+    """A number for each block of a strip; `scales` as FP8 stores them, else None."""
+
+    floors: Array
+    ceilings: Array
+    scales: Array | None
+
+
+def _limit(pair: Pair) -> Limit:
+    """Return the most lenient limit among the rows that a tensor is made of."""
+    encoding = pair.target.encoding
+    limits = [
+        limit_for(segment.source.encoding, encoding, keep_dtype=pair.keep_dtype)
+        for segment in pair.segments
+    ]
+    return max(limits, key=lambda limit: limit.rel_error, default=EXACT)
+
+
+def _rounds_to_bf16(pair: Pair) -> bool:
+    """Return whether every right conversion writes the same bits: FP8 x scale, rounded to BF16."""
+    fp8 = all(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
+    return fp8 and pair.target.encoding == PLAIN[DType.BF16]
+
+
+def _matrix(stored: Stored) -> tuple[int, int]:
+    """Return rows and columns; a vector has one column, a scalar one row as well."""
+    rows = stored.shape[0] if stored.shape else 1
+    return rows, math.prod(stored.shape[1:])
+
+
+def _whole(stored: Stored) -> Segment:
+    return Segment(stored, 0, _matrix(stored)[0])
+
+
+def _blocks(stored: Stored) -> tuple[int, int]:
+    """Return rows and columns of the blocks that figures are kept for."""
+    rows, cols = _matrix(stored)
+    encoding = stored.encoding
+    if isinstance(encoding, Fp8) and encoding.block_rows:
+        return encoding.block(rows, cols)
+    return _BLOCK, _BLOCK
+
+
+def _stored_bytes(pair: Pair) -> int:
+    return sum(segment.nbytes for segment in pair.segments) + sum(
+        extent.nbytes for extent in pair.target.extents
+    )
+
+
+def _decoded(encoding: Encoding) -> np.dtype[Any]:
+    return BF16_BITS if encoding == PLAIN[DType.BF16] else F32
+
+
+def _working(pair: Pair) -> np.dtype[Any]:
+    """Return what SRC is decoded to: BF16 where it is, or where DST is its rounding to BF16."""
+    if _rounds_to_bf16(pair):
+        return BF16_BITS
+    kinds = {_decoded(segment.source.encoding) for segment in pair.segments}
+    return BF16_BITS if kinds == {BF16_BITS} else F32
+
+
+def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target: Decoder) -> bool:
+    """Return whether both sides hold the strip in the same bytes; False where that is no question.
+
+    Only for rows that lie in one piece in SRC: others are compared as numbers.
+    """
+    encoding, (segment, *others) = pair.target.encoding, pair.segments
+    unit = encoding.row_multiple
+    first = segment.first_row + strip.first
+    if others or not encoding.can_hold(segment.source.encoding) or first % unit:
+        return False
+    rows, cols = strip.last - strip.first, _matrix(pair.target)[1]
+    row_bytes = cols * (encoding.dtype.itemsize if isinstance(encoding, Plain) else 1)
+    left = arena.take("left", (rows, row_bytes), np.uint8)
+    right = arena.take("right", (rows, row_bytes), np.uint8)
+    source.read(segment.source, 0, first * row_bytes, left)
+    target.read(pair.target, 0, strip.first * row_bytes, right)
+    if not np.array_equal(left, right):
+        return False
+    if not isinstance(encoding, Fp8):
+        return True
+    before = source.scales(segment.source, first // unit, -(-(first + rows) // unit)).copy()
+    after = target.scales(pair.target, strip.first // unit, -(-strip.last // unit))
+    return np.array_equal(before.view(np.uint32), after.view(np.uint32))
+
+
+def _worst_block(target: Stored, first: int, sums: Array) -> WorstBlock | None:
+    """Return the block with the largest relative error, or None when nothing differs."""
+    noise, signal = sums[:, :, kernel.NOISE], sums[:, :, kernel.SIGNAL]
+    if not noise.any():
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.sqrt(noise / signal)
+    errors[np.isnan(errors)] = 0.0
+    row, col = np.unravel_index(int(errors.argmax()), errors.shape)
+    rows, cols = _matrix(target)
+    block_rows, block_cols = _blocks(target)
+    if cols == 1:
+        begin = first + int(col) * block_cols
+        return WorstBlock(
+            target.name, (begin, min(begin + block_cols, rows)), (0, 1), float(errors[row, col])
+        )
+    top, left = first + int(row) * block_rows, int(col) * block_cols
+    return WorstBlock(
+        target.name,
+        (top, min(top + block_rows, rows)),
+        (left, min(left + block_cols, cols)),
+        float(errors[row, col]),
+    )
+
+
+def _figures(
+    pair: Pair, name: LogicalName, num_rows: int, total: _Total, limit: Limit
+) -> TensorFigures:
+    sums = total.sums
+    signal, other, noise = sums[kernel.SIGNAL], sums[kernel.OTHER], sums[kernel.NOISE]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        rel_error = 0.0 if noise == 0 else float(np.sqrt(noise / signal))
+        cosine = float(sums[kernel.DOT] / np.sqrt(signal * other)) if signal or other else 1.0
+        snr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
+    different, nonfinite = int(sums[kernel.DIFFERENT]), int(sums[kernel.NONFINITE])
+    beyond = different if limit.exact else int(sums[kernel.BEYOND])
+    ok = not beyond and not nonfinite and rel_error <= limit.rel_error
+    return TensorFigures(
+        name=name,
+        role=pair.role,
+        source=pair.segments[0].source.encoding.label,
+        target=pair.target.encoding.label,
+        elements=num_rows * _matrix(pair.target)[1],
+        max_abs=float(sums[kernel.WORST]),
+        rel_error=rel_error,
+        cosine=cosine,
+        snr_db=snr_db,
+        different=different,
+        beyond=beyond,
+        zeroed=int(sums[kernel.ZEROED]),
+        saturated=int(sums[kernel.SATURATED]),
+        nonfinite=nonfinite,
+        allowed=limit.rel_error,
+        ok=ok,
+        worst_block=total.worst,
+    )
+
+
+def _scale_figures(name: str, counts: Sequence[ScaleCounts]) -> ScaleFigures:
+    examples = [count.example for count in counts if count.example]
+    first = min(examples, default=None)
+    return ScaleFigures(
+        name=name,
+        blocks=sum(count.blocks for count in counts),
+        unfit=sum(count.unfit for count in counts),
+        mislabelled=sum(count.mislabelled for count in counts),
+        invalid=sum(count.invalid for count in counts),
+        example=f"scale [{first[0]}, {first[1]}] {first[2]}" if first else "",
+    )
