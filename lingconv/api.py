@@ -1,6 +1,6 @@
 """The verbs, as functions: what the commands do, without a terminal."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +9,26 @@ from lingconv.engine import Resources, Result, execute
 from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
 from lingconv.inspection import Report, inspect_model
+from lingconv.machine import num_processors
 from lingconv.model import Model, recognise
-from lingconv.options import ConvertOptions, ForwardOptions, Fp8Options, TargetDType
+from lingconv.options import (
+    ConvertOptions,
+    ForwardOptions,
+    Fp8Options,
+    Level,
+    TargetDType,
+    VerifyOptions,
+)
 from lingconv.plan import Plan
 from lingconv.planner import build_plan
-from lingconv.progress import Progress
+from lingconv.progress import Progress, Unwatched, Watcher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
+    from lingconv.verify.verdict import Verdict
 
 
 def open_model(source: str | Path, *, formats: str | None = None) -> Model:
@@ -152,7 +161,7 @@ def forward(
     chat: bool = False,
     tokens: str | None = None,
     formats: str | None = None,
-    on_step: Callable[[str], None] = lambda name: None,
+    watcher: Watcher | None = None,
 ) -> "Trace":
     """Run the reference forward pass over `source`, one layer in memory at a time.
 
@@ -162,7 +171,57 @@ def forward(
 
     model = open_model(source, formats=formats)
     ids = input_ids(model, prompt=prompt, chat=chat, tokens=tokens)
-    return trace(model, ids, options, on_step=on_step)
+    return trace(model, ids, options, watcher or Unwatched())
+
+
+def verify(
+    source: str | Path,
+    target: str | Path,
+    options: VerifyOptions | None = None,
+    *,
+    prompt: str | None = None,
+    chat: bool = False,
+    tokens: str | None = None,
+    formats: str | None = None,
+    jobs: int = 0,
+    watcher: Watcher | None = None,
+) -> "Verdict":
+    """Return whether checkpoint `target` is what `source` became; reads, writes nothing.
+
+    Raises CheckpointError when `source` cannot be trusted, or `target` is no checkpoint at all;
+    everything else that is wrong with `target` is a finding of the verdict.
+    """
+    from lingconv.verify.run import default_level
+    from lingconv.verify.run import verify as run
+
+    options = options or VerifyOptions()
+    options.check()
+    models = open_model(source, formats=formats), open_model(target, formats=formats)
+    level = options.level or default_level(*models)
+    ids = None
+    if level == Level.FORWARD:
+        ids = input_ids(models[0], prompt=prompt, chat=chat, tokens=tokens)
+    return run(
+        *models,
+        ids,
+        replace(options, level=level),
+        jobs or num_processors() + 1,
+        watcher or Unwatched(),
+    )
+
+
+def check_report() -> None:
+    """Raise UsageError when reports cannot be drawn here."""
+    from lingconv.verify import report
+
+    report.check()
+
+
+def write_report(verdict: "Verdict", path: str | Path) -> None:
+    """Write a verdict as one HTML file that needs nothing else. Needs the extra `report`."""
+    from lingconv.verify import report
+
+    report.write(verdict, Path(path))
 
 
 def input_ids(

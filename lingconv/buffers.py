@@ -2,6 +2,7 @@
 
 import mmap
 from contextlib import suppress
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ class Arena:
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return an array for `purpose`; what it held before is gone."""
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
         held = self._buffers.get(purpose)
         if held is None or held.size < nbytes:
             held = self._buffers[purpose] = _aligned_buffer(nbytes)

@@ -161,6 +161,33 @@ class ForwardOptions:
         _check_word("activations", self.activations, list(Activations))
 
 
+class Level(StrEnum):
+    """`--level`: how deep a verification looks; each level includes the ones before it."""
+
+    BYTES = "bytes"
+    TENSORS = "tensors"
+    FORWARD = "forward"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How two checkpoints are compared; None and empty words stand for the documented defaults."""
+
+    level: str = ""
+    forward: ForwardOptions = field(default_factory=ForwardOptions)
+    pin_routing: bool = False
+    mtp: str = ""
+    max_rel_error: float | None = None
+    min_cosine: float | None = None
+    max_mean_kld: float | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be compared that way."""
+        _check_word("level", self.level or Level.FORWARD, list(Level))
+        _check_word("mtp", self.mtp or Mtp.KEEP, list(Mtp))
+        self.forward.check()
+
+
 def _check_word(option: str, word: str, known: Iterable[str]) -> None:
     words = [str(each) for each in known]
     if word not in words:

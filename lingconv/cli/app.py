@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lingconv.cli import convert, env, formats, forward, inspect, plan, quantize, synth
+from lingconv.cli import convert, env, formats, forward, inspect, plan, quantize, synth, verify
 from lingconv.version import __version__
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ for command in (
     plan.plan,
     convert.convert,
     quantize.quantize,
+    verify.verify,
     forward.forward,
     synth.synth,
     formats.formats,

@@ -9,7 +9,7 @@ import typer
 from lingconv import api
 from lingconv.cli.options import FORWARD, Formats, Json, Quiet, Source, Verbose
 from lingconv.cli.output import columns, output
-from lingconv.cli.progress import stages
+from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
 from lingconv.errors import UsageError
 from lingconv.options import Activations, Compute, ForwardOptions
@@ -91,7 +91,7 @@ def forward(
     if out is not None and out.suffix != ".safetensors":
         raise UsageError(f"{out}: results are stored as .safetensors")
     options = ForwardOptions(compute.value, activations.value, device, mtp)
-    with stages("forward") as on_step:
+    with make_watcher("forward") as watcher:
         trace = api.forward(
             source,
             options,
@@ -99,7 +99,7 @@ def forward(
             chat=chat,
             tokens=tokens,
             formats=formats,
-            on_step=on_step,
+            watcher=watcher,
         )
     if out is not None:
         trace.save(out)

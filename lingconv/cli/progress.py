@@ -31,7 +31,7 @@ from lingconv.cli.output import output, wants_colour
 from lingconv.cli.units import file_size, memory_size
 from lingconv.machine import peak_resident_bytes
 from lingconv.plan import Plan
-from lingconv.progress import Progress, Silent
+from lingconv.progress import Progress, Silent, Unwatched, Watcher
 
 _LOG_EVERY_S = 30.0
 _SAMPLE_EVERY_S = 0.25
@@ -218,27 +218,52 @@ def _bytes_done(plan: Plan, done: int) -> int:
     return sum(file.nbytes for file in plan.files[:done])
 
 
+class _Meter:
+    """A Watcher for people: says what is being done, how far it is, and at which speed."""
+
+    def __init__(self, verb: str, say: Callable[[str], None], every_s: float) -> None:
+        self._verb = verb
+        self._say = say
+        self._every_s = every_s
+        self._spoken = self._began = time.monotonic()
+        self.stage("")
+
+    def stage(self, name: str, nbytes: int = 0) -> None:
+        """Begin a stage."""
+        self._name, self._total, self._done = name, nbytes, 0
+        self._began = time.monotonic()
+        self._speak()
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes."""
+        self._done += nbytes
+        self._speak()
+
+    def _speak(self) -> None:
+        now = time.monotonic()
+        if now - self._spoken < self._every_s:
+            return
+        self._spoken = now
+        text = f"{self._verb} {self._name}"
+        if self._total:
+            rate = self._done / max(now - self._began, 1e-9)
+            text += f"  {self._done / self._total:.0%} of {file_size(self._total)}"
+            text += f"  {file_size(rate)}/s"
+        self._say(f"{text}  mem {memory_size(peak_resident_bytes())}")
+
+
 @contextmanager
-def stages(verb: str) -> Iterator[Callable[[str], None]]:
-    """Show the name of the stage that was finished last: a live line, or a line now and then."""
+def make_watcher(verb: str) -> Iterator[Watcher]:
+    """Return the watcher that fits stderr and LINGCONV_PROGRESS: a live line, or one at times."""
     wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
-    started = spoken = time.monotonic()
-    if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
+    if wanted == "none":
+        yield Unwatched()
+    elif wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
         console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
         with console.status(verb) as status:
-            yield lambda name: status.update(
-                f"{verb}: {name}  {time.monotonic() - started:.0f} s  "
-                f"mem {memory_size(peak_resident_bytes())}"
-            )
-        return
-
-    def speak(name: str) -> None:
-        nonlocal spoken
-        if wanted != "none" and time.monotonic() - spoken >= _LOG_EVERY_S:
-            spoken = time.monotonic()
-            output.note(f"{verb}: {name}, {spoken - started:.0f} s")
-
-    yield speak
+            yield _Meter(verb, status.update, _SAMPLE_EVERY_S)
+    else:
+        yield _Meter(verb, output.note, _LOG_EVERY_S)
 
 
 def make_progress() -> AbstractContextManager[Progress]:

@@ -2,10 +2,12 @@
 
 Shapes: matrices are M x N, of BF16 (as uint16) or float32 each, in blocks of BM x BN. Per block the
 kernel adds up `NUM_SUMS` numbers (the names below), so that a tensor's figures and its worst block
-come out of one pass. Elements that are NaN or Inf on either side are left out of all sums.
+come out of one pass. Elements that are NaN or Inf on either side are left out of the sums.
 
-Products are summed in float32 within a line of a block and in float64 beyond it. `reassoc` lets LLVM
-keep such a sum in SIMD lanes; which bits the sums end with does not matter here.
+The loop over a line of a block knows only sums and maxima, which stay in SIMD lanes: whatever they
+say about the line (something is not finite, zero, or too large) is looked into by a second, slower
+loop, which good checkpoints hardly ever need. Products are summed in float32 within a line and in
+float64 beyond it; `reassoc` allows lanes, and which bits the sums end with does not matter here.
 """
 
 from typing import Any, Final
@@ -17,17 +19,15 @@ from numpy import float32, float64, uint32
 from lingconv.kernels.numeric import Array, float_bits, load
 
 SIGNAL: Final = 0  # sum of left^2
-OTHER: Final = 1  # sum of right^2
-DOT: Final = 2  # sum of left x right
-NOISE: Final = 3  # sum of (left - right)^2
-WORST: Final = 4  # largest |left - right|
-PEAK: Final = 5  # largest |left|
-DIFFERENT: Final = 6  # elements whose bits differ, as float32
-BEYOND: Final = 7  # elements with |left - right| > relative x |left| + floor
-ZEROED: Final = 8  # elements that are zero on the right only
-SATURATED: Final = 9  # elements with |left| > ceiling
-NONFINITE: Final = 10  # elements that are NaN or Inf on one side, or differently on both
-NUM_SUMS: Final = 11
+DOT: Final = 1  # sum of left x right
+NOISE: Final = 2  # sum of (left - right)^2
+WORST: Final = 3  # largest |left - right|
+PEAK: Final = 4  # largest |left|
+BEYOND: Final = 5  # elements with |left - right| > relative x |left| + floor
+ZEROED: Final = 6  # elements that are zero on the right only
+SATURATED: Final = 7  # elements with |left| > ceiling
+NONFINITE: Final = 8  # elements that are NaN or Inf on one side, or differently on both
+NUM_SUMS: Final = 9
 
 _MAGNITUDE: Final = 0x7FFFFFFF
 _EXPONENT: Final = 0x7F800000
@@ -59,45 +59,89 @@ def compare(
             end = min(begin + block_cols, cols)
             a_line, b_line = left[row, begin:end], right[row, begin:end]
             floor, ceiling = floors[block_row, block_col], ceilings[block_row, block_col]
-            signal, other = float32(0), float32(0)
-            dot, noise = float32(0), float32(0)
+            signal, dot, noise = float32(0), float32(0), float32(0)
             worst, peak = uint32(0), uint32(0)
-            different, beyond = uint32(0), uint32(0)
-            zeroed, saturated, nonfinite = uint32(0), uint32(0), uint32(0)
+            beyond, zeros = uint32(0), uint32(0)
             for i in range(a_line.size):
                 a, b = load(a_line[i]), load(b_line[i])
-                a_size = uint32(float_bits(a) & uint32(_MAGNITUDE))
-                b_size = uint32(float_bits(b) & uint32(_MAGNITUDE))
-                bad = max(a_size, b_size) >= uint32(_EXPONENT)
-                same = (float_bits(a) == float_bits(b)) | ((a != a) & (b != b))
-                a = float32(0) if bad else a
-                b = float32(0) if bad else b
                 error = a - b
-                size = abs(a)
-                gap = abs(error)
+                size, gap = abs(a), abs(error)
                 signal += a * a
-                other += b * b
                 dot += a * b
                 noise += error * error
                 worst = max(worst, float_bits(gap))
                 peak = max(peak, float_bits(size))
-                different += uint32(not same)
                 beyond += uint32(gap > slope * size + floor)
-                zeroed += uint32((size > float32(0)) & (b == float32(0)))
-                saturated += uint32(size > ceiling)
-                nonfinite += uint32(bad & (not same))
-            total = sums[block_row, block_col]
-            total[SIGNAL] += float64(signal)
-            total[OTHER] += float64(other)
-            total[DOT] += float64(dot)
-            total[NOISE] += float64(noise)
-            total[WORST] = max(total[WORST], float64(uint32(worst).view(np.float32)))
-            total[PEAK] = max(total[PEAK], float64(uint32(peak).view(np.float32)))
-            total[DIFFERENT] += different
-            total[BEYOND] += beyond
-            total[ZEROED] += zeroed
-            total[SATURATED] += saturated
-            total[NONFINITE] += nonfinite
+                zeros += uint32(b == float32(0))
+            highest = uint32(peak).view(np.float32)
+            if worst >= uint32(_EXPONENT):
+                where = (row, begin, end, block_row, block_col)
+                _look_closely(left, right, where, slope, floor, ceiling, sums)
+                continue
+            if zeros > 0 or highest > ceiling:
+                where = (row, begin, end, block_row, block_col)
+                _count_extremes(left, right, where, ceiling, sums)
+            sums[block_row, block_col, SIGNAL] += float64(signal)
+            sums[block_row, block_col, DOT] += float64(dot)
+            sums[block_row, block_col, NOISE] += float64(noise)
+            sums[block_row, block_col, BEYOND] += beyond
+            largest = float64(uint32(worst).view(np.float32))
+            if largest > sums[block_row, block_col, WORST]:
+                sums[block_row, block_col, WORST] = largest
+            if highest > sums[block_row, block_col, PEAK]:
+                sums[block_row, block_col, PEAK] = highest
+
+
+# Slices handed to a function would cost more than the whole line: hence `where`, a place in both
+# matrices and in the grid of blocks (row, first and last column, row and column of the block).
+@njit(nogil=True)
+def _count_extremes(left: Array, right: Array, where: Any, ceiling: Any, sums: Array) -> None:
+    """Count what became zero, and what was cut off."""
+    row, begin, end, block_row, block_col = where
+    for col in range(begin, end):
+        size = abs(load(left[row, col]))
+        if size > ceiling:
+            sums[block_row, block_col, SATURATED] += 1
+        if size > 0 and load(right[row, col]) == 0:
+            sums[block_row, block_col, ZEROED] += 1
+
+
+@njit(nogil=True)
+def _look_closely(
+    left: Array, right: Array, where: Any, slope: Any, floor: Any, ceiling: Any, sums: Array
+) -> None:
+    """Add up a line in which something is NaN or Inf, one element after the other."""
+    row, begin, end, block_row, block_col = where
+    total = sums[block_row, block_col]
+    for col in range(begin, end):
+        a, b = load(left[row, col]), load(right[row, col])
+        size = uint32(float_bits(a) & uint32(_MAGNITUDE))
+        other = uint32(float_bits(b) & uint32(_MAGNITUDE))
+        if max(size, other) >= uint32(_EXPONENT):
+            both_nan = min(size, other) > uint32(_EXPONENT)
+            if not both_nan and float_bits(a) != float_bits(b):
+                total[NONFINITE] += 1
+            continue
+        gap = abs(a - b)
+        total[SIGNAL] += float64(a) * float64(a)
+        total[DOT] += float64(a) * float64(b)
+        total[NOISE] += float64(gap) * float64(gap)
+        total[WORST] = max(total[WORST], float64(gap))
+        total[PEAK] = max(total[PEAK], float64(abs(a)))
+        if gap > slope * abs(a) + floor:
+            total[BEYOND] += 1
+    _count_extremes(left, right, where, ceiling, sums)
+
+
+@njit(nogil=True, cache=True)
+def count_different(left: Array, right: Array) -> int:
+    """Return how many elements differ in their bits as float32: -0 from 0, one NaN from another."""
+    rows, cols = left.shape
+    different = 0
+    for row in range(rows):
+        for col in range(cols):
+            different += float_bits(load(left[row, col])) != float_bits(load(right[row, col]))
+    return different
 
 
 def new_sums(block_rows: int, block_cols: int) -> np.ndarray[Any, Any]:

@@ -5,7 +5,7 @@ those that the tokens chose, as soon as the router has spoken.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,6 +20,7 @@ from lingconv.journal import replace_file
 from lingconv.machine import num_processors
 from lingconv.model import Model, refuse_faults
 from lingconv.options import Activations, Compute, ForwardOptions
+from lingconv.progress import Unwatched, Watcher
 from lingconv.reference import ling2
 from lingconv.reference.ling2 import Rope, Routing
 from lingconv.reference.weights import WeightStream
@@ -209,6 +210,12 @@ class ForwardPass:
             )
 
 
+def mtp_count(model: Model) -> int:
+    """Return how many MTP layers a model has."""
+    count: int = model.symbols["mtp_layers"]
+    return count
+
+
 def check_model(model: Model, *, mtp: bool) -> None:
     """Raise CheckpointError for a checkpoint that cannot be run."""
 
@@ -256,10 +263,10 @@ def trace(
     model: Model,
     ids_BS: Tensor,
     options: ForwardOptions | None = None,
-    *,
-    on_step: Callable[[str], None] = lambda name: None,
+    watcher: Watcher | None = None,
 ) -> Trace:
-    """Run a model and keep everything that it puts out; `on_step` hears the name of each stage."""
+    """Run a model and keep everything that it puts out."""
+    watcher = watcher or Unwatched()
     started = time.perf_counter()
     tensors = {"input_ids": ids_BS}
     with ForwardPass(model, ids_BS, options) as run:
@@ -270,9 +277,9 @@ def trace(
                 tensors[f"router_logits.{routers}"] = step.routing.logits_BSE
                 tensors[f"router_topk.{routers}"] = step.routing.topk_BSA.to(torch.int32)
                 routers += 1
-            on_step(step.name)
+            watcher.stage(step.name)
         tensors["logits"], *mtp_logits = run.logits()
         tensors |= {f"mtp_logits.{i}": logits for i, logits in enumerate(mtp_logits)}
-        on_step("head")
+        watcher.stage("head")
         seconds = time.perf_counter() - started
         return Trace(tensors, seconds, run.stream.waited_s, run.stream.bytes_read)

@@ -1,9 +1,9 @@
 """How far a number may be from what it was: decided by the two encodings, nothing else.
 
 What only moved has to be equal, bit for bit. What was rounded may be off by that rounding: by a
-share of itself, and by an absolute step where numbers are subnormal. For FP8 a step more is allowed
-than rounding to nearest needs, because llm-compressor rounds quotients to BF16 before it rounds them
-to e4m3, which moves about 3 % of its codes by one step.
+share of itself, and by an absolute step where numbers are subnormal. For FP8 a little more is
+allowed than rounding to nearest needs, because llm-compressor rounds quotients to BF16 before it
+rounds them to e4m3, which moves about 3 % of its codes by one step.
 
     to        from           relative     relative error of the whole tensor
     ---------------------------------------------------------------------------
@@ -16,10 +16,13 @@ to e4m3, which moves about 3 % of its codes by one step.
     fp8       fp8            0.14         0.08       (rounded twice)
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain
+from lingconv.options import VerifyOptions
+from lingconv.verify.verdict import TensorFigures
 
 _FP8_SUBNORMAL_STEP = 2.0**-9
 _F16_SUBNORMAL = 2.0**-24
@@ -28,8 +31,8 @@ _F16_SUBNORMAL = 2.0**-24
 class Limit(NamedTuple):
     """What a tensor may deviate by.
 
-    An element by `relative` x |element| + `floor`, where `floor` counts in scales for FP8; the whole
-    tensor by `rel_error`, the Frobenius norm of the difference over that of the source.
+    An element by `relative` x |element| + `floor`, where `floor` counts in scales for FP8; the
+    whole tensor by `rel_error`, the Frobenius norm of the difference over that of the source.
     """
 
     relative: float
@@ -76,3 +79,50 @@ def _same_numbers(source: Encoding, target: Encoding) -> bool:
     if isinstance(source, Plain) and isinstance(target, Plain):
         return source.dtype in _HOLDS.get(target.dtype, (target.dtype,))
     return target.can_hold(source)
+
+
+class Thresholds(NamedTuple):
+    """What a whole checkpoint is held to, by what was done to it.
+
+    `max_rel_error` replaces the limits of tensors that were rounded, where it is not None; the rest
+    is for the forward pass: the lowest mean cosine of any stage's hidden states, and the mean KLD.
+    """
+
+    kind: str
+    max_rel_error: float | None
+    min_cosine: float
+    max_mean_kld: float
+
+    def accepts(self, item: TensorFigures) -> bool:
+        """Return whether a tensor came through well enough."""
+        if self.max_rel_error is None or item.allowed == 0.0:
+            return item.ok
+        return item.rel_error <= self.max_rel_error and not item.nonfinite
+
+    def to_json(self) -> dict[str, float]:
+        """Return the numbers that a verdict was measured by."""
+        numbers = self._asdict()
+        numbers.pop("kind")
+        return {name: value for name, value in numbers.items() if value is not None}
+
+
+# (free routing, pinned routing): a token whose experts changed is far off without any fault of the
+# weights, so that little can be asked of the free pass.
+_FORWARD = {
+    "relayout": ((1 - 1e-6, 1e-7), (1 - 1e-6, 1e-7)),
+    "rounded": ((0.97, 0.02), (0.999, 0.001)),
+    "fp8": ((0.9, 0.15), (0.98, 0.02)),
+}
+
+
+def thresholds_for(tensors: Iterable[TensorFigures], options: VerifyOptions) -> Thresholds:
+    """Return the defaults for what was done, with the user's own numbers in place of them."""
+    largest = max((item.allowed for item in tensors), default=0.0)
+    kind = "relayout" if largest == 0 else "rounded" if largest < _TO_FP8.rel_error else "fp8"
+    cosine, kld = _FORWARD[kind][options.pin_routing]
+    return Thresholds(
+        kind,
+        options.max_rel_error,
+        cosine if options.min_cosine is None else options.min_cosine,
+        kld if options.max_mean_kld is None else options.max_mean_kld,
+    )

@@ -27,7 +27,7 @@ _MTP_SYMBOLS = {
 
 
 class Pair(NamedTuple):
-    """A stored matrix of DST, the logical tensors in it, and the rows of SRC that they come from."""
+    """A stored matrix of DST, the logical tensors in it, and the rows of SRC they come from."""
 
     target: Stored
     role: Role

@@ -203,6 +203,9 @@ class Comparison:
             grids.ceilings,
             sums,
         )
+        if limit.exact:  # a zero of the other sign is another number
+            sums[:, :, kernel.BEYOND] = 0
+            sums[0, 0, kernel.BEYOND] = kernel.count_different(left, right)
         return sums
 
     def _grids(self, strip: _Strip, target: Decoder) -> "_Grids":
@@ -358,13 +361,15 @@ def _figures(
     pair: Pair, name: LogicalName, num_rows: int, total: _Total, limit: Limit
 ) -> TensorFigures:
     sums = total.sums
-    signal, other, noise = sums[kernel.SIGNAL], sums[kernel.OTHER], sums[kernel.NOISE]
+    signal, dot, noise = sums[kernel.SIGNAL], sums[kernel.DOT], sums[kernel.NOISE]
+    other = max(
+        noise + 2 * dot - signal, 0.0
+    )  # |right|^2 = |left - right|^2 + 2 left.right - |left|^2
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         rel_error = 0.0 if noise == 0 else float(np.sqrt(noise / signal))
-        cosine = float(sums[kernel.DOT] / np.sqrt(signal * other)) if signal or other else 1.0
+        cosine = float(dot / np.sqrt(signal * other)) if signal or other else 1.0
         snr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
-    different, nonfinite = int(sums[kernel.DIFFERENT]), int(sums[kernel.NONFINITE])
-    beyond = different if limit.exact else int(sums[kernel.BEYOND])
+    beyond, nonfinite = int(sums[kernel.BEYOND]), int(sums[kernel.NONFINITE])
     ok = not beyond and not nonfinite and rel_error <= limit.rel_error
     return TensorFigures(
         name=name,
@@ -376,7 +381,6 @@ def _figures(
         rel_error=rel_error,
         cosine=cosine,
         snr_db=snr_db,
-        different=different,
         beyond=beyond,
         zeroed=int(sums[kernel.ZEROED]),
         saturated=int(sums[kernel.SATURATED]),

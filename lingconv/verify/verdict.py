@@ -35,8 +35,9 @@ class TensorFigures:
     """How one logical tensor came through.
 
     `rel_error` is |difference| / |source| in the Frobenius norm, `snr_db` the same in decibels
-    (infinite when nothing differs); counts are of elements: `different` at all, `beyond` the limit
-    of a single element, `zeroed` in DST only, `saturated` above what FP8 reaches at their scale.
+    (infinite when nothing differs). Counts are of elements: `beyond` what a single element may
+    deviate by, `zeroed` in DST only, `saturated` above what FP8 reaches at their scale, `nonfinite`
+    NaN or Inf on one side only.
     """
 
     name: str
@@ -48,7 +49,6 @@ class TensorFigures:
     rel_error: float
     cosine: float
     snr_db: float
-    different: int
     beyond: int
     zeroed: int
     saturated: int
@@ -95,8 +95,8 @@ class LogitFigures:
 class LayerFigures:
     """One stage of both forward passes: cosine of the hidden states, and routing.
 
-    `flipped_tokens` is the share of tokens whose set of experts changed, `flipped_experts` the share
-    of choices that changed; both None without a router.
+    `flipped_tokens` is the share of tokens whose set of experts changed, `flipped_experts` the
+    share of choices that changed; both None without a router.
     """
 
     name: str

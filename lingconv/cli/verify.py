@@ -1,0 +1,199 @@
+"""`lingconv verify`: is this checkpoint what that one became?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lingconv import api
+from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
+from lingconv.cli.options import Formats, Jobs, Json, Quiet, Source, Verbose
+from lingconv.cli.output import columns, output
+from lingconv.cli.progress import make_watcher
+from lingconv.cli.units import file_size
+from lingconv.options import Activations, Compute, ForwardOptions, Level, Mtp, VerifyOptions
+
+if TYPE_CHECKING:
+    from lingconv.verify.verdict import ForwardFigures, TensorFigures, Verdict
+
+ANSWER_IS_NO = 1
+THRESHOLDS = "Thresholds"
+_MAX_FINDINGS = 10
+
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write a report to look at: one HTML file."),
+]
+
+
+def verify(
+    source: Source,
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder of the checkpoint that SRC became.")
+    ],
+    level: Annotated[
+        Level | None,
+        typer.Option(
+            "--level",
+            help="How deep to look; `forward` by default, `tensors` where that would take long.",
+        ),
+    ] = None,
+    report: Report = None,
+    mtp: Annotated[
+        Mtp | None,
+        typer.Option("--mtp", help="What was meant to happen to MTP layers; DST's record knows."),
+    ] = None,
+    max_rel_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-rel-error",
+            metavar="X",
+            help="Of a tensor that was rounded, in place of its encoding's own limit.",
+            rich_help_panel=THRESHOLDS,
+        ),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(
+            "--min-cosine",
+            metavar="X",
+            help="Of any layer's hidden states.",
+            rich_help_panel=THRESHOLDS,
+        ),
+    ] = None,
+    max_mean_kld: Annotated[
+        float | None,
+        typer.Option(
+            "--max-mean-kld", metavar="X", help="Of the logits.", rich_help_panel=THRESHOLDS
+        ),
+    ] = None,
+    pin_routing: Annotated[
+        bool, typer.Option("--pin-routing", help="DST's routers take SRC's choices.")
+    ] = False,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    tokens: Tokens = None,
+    compute: ComputeOption = Compute.F32,
+    activations: ActivationsOption = Activations.PLAIN,
+    device: Device = "cpu",
+    jobs: Jobs = 0,
+    formats: Formats = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that DST is what SRC became: tensor by tensor, and in what both compute.
+
+    Exit code 0 for yes, 1 for no. Examples: `lingconv verify Ling-1T Ling-1T-FP8 --level tensors`,
+    `lingconv verify Ling-mini-2.0 out --report report.html`
+    """
+    options = VerifyOptions(
+        level=level.value if level else "",
+        forward=ForwardOptions(compute.value, activations.value, device),
+        pin_routing=pin_routing,
+        mtp=mtp.value if mtp else "",
+        max_rel_error=max_rel_error,
+        min_cosine=min_cosine,
+        max_mean_kld=max_mean_kld,
+    )
+    if report is not None:
+        api.check_report()
+    with make_watcher("verify") as watcher:
+        verdict = api.verify(
+            source,
+            target,
+            options,
+            prompt=prompt,
+            chat=chat,
+            tokens=tokens,
+            formats=formats,
+            jobs=jobs,
+            watcher=watcher,
+        )
+    conclude(verdict, report, verbose=verbose)
+
+
+def conclude(verdict: "Verdict", report: Path | None, *, verbose: bool) -> None:
+    """Print a verdict, write the report, and exit with 1 when the answer is no."""
+    output.result(lines(verdict, verbose=verbose), verdict.to_json(), "yes" if verdict.ok else "no")
+    if report is not None:
+        api.write_report(verdict, report)
+        output.note(f"report: {report}")
+    if not verdict.ok:
+        raise typer.Exit(ANSWER_IS_NO)
+
+
+def lines(verdict: "Verdict", *, verbose: bool) -> list[str]:
+    """Return a verdict for people: the answer, the culprits, then the figures."""
+    answer = "YES, proven" if verdict.ok else f"NO, {len(verdict.findings):,} findings"
+    found = verdict.findings if verbose else verdict.findings[:_MAX_FINDINGS]
+    rest = len(verdict.findings) - len(found)
+    return [
+        f"{answer}: {verdict.source} -> {verdict.target} ({verdict.kind}, level {verdict.level})",
+        *(f"  {finding.kind:<14} {finding}" for finding in found),
+        *([f"  ... and {rest:,} more (-v or --json show all)"] if rest else []),
+        *_tensor_lines(verdict),
+        *(_forward_lines(verdict.forward) if verdict.forward else []),
+        *columns(
+            [
+                (
+                    "read",
+                    f"{file_size(verdict.bytes_read)} in {verdict.seconds:.1f} s"
+                    f" ({file_size(verdict.bytes_read / max(verdict.seconds, 1e-9))}/s)",
+                ),
+                (
+                    "held to",
+                    ", ".join(f"{name} {value:g}" for name, value in verdict.thresholds.items()),
+                ),
+            ]
+        ),
+    ]
+
+
+def _tensor_lines(verdict: "Verdict") -> list[str]:
+    """Return a line for each pair of encodings: how many tensors, and the worst of them."""
+    groups: dict[tuple[str, str], list[TensorFigures]] = {}
+    for item in verdict.tensors:
+        groups.setdefault((item.source, item.target), []).append(item)
+    rows = []
+    for (source, target), items in groups.items():
+        worst = max(items, key=lambda item: item.rel_error)
+        equal = sum(item.rel_error == 0 and not item.beyond for item in items)
+        figures = (
+            f"worst {worst.name}: relative error {worst.rel_error:.3g}, SNR {worst.snr_db:.1f} dB"
+            if worst.rel_error
+            else ""
+        )
+        state = "all equal" if equal == len(items) else f"{equal:,} equal"
+        rows.append((f"{source} -> {target}", f"{len(items):,} tensors, {state}  {figures}"))
+    return columns(rows)
+
+
+def _forward_lines(forward: "ForwardFigures") -> list[str]:
+    logits = forward.logits
+    lowest = min(forward.layers, key=lambda layer: layer.mean_cosine)
+    flips = [layer for layer in forward.layers if layer.flipped_tokens is not None]
+    routing = "pinned to SRC's"
+    if flips and not forward.pinned:
+        most = max(flips, key=lambda layer: layer.flipped_tokens or 0.0)
+        routing = f"at most {most.flipped_tokens:.1%} of the tokens flipped, in {most.name}"
+    return columns(
+        [
+            ("hidden states", f"lowest mean cosine {lowest.mean_cosine:.6f}, {lowest.name}"),
+            ("routing", routing if flips else ""),
+            (
+                "logits",
+                f"mean KLD {logits.mean_kld:.6f}, maximum {logits.max_kld:.4f},"
+                f" 99.9% {logits.kld_999:.4f}, median {logits.median_kld:.6f},"
+                f" RMS dp {logits.rms_dp:.3%}, same top p {logits.same_top_p:.1%}"
+                f"  ({forward.tokens} tokens)",
+            ),
+            *(
+                (
+                    f"MTP {i} logits",
+                    f"mean KLD {item.mean_kld:.6f}, same top p {item.same_top_p:.1%}",
+                )
+                for i, item in enumerate(forward.mtp_logits)
+            ),
+        ]
+    )
