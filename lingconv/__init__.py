@@ -7,7 +7,7 @@ The verbs of the command line, as functions:
     >>> result = lingconv.quantize("Ling-mini-2.0", "Ling-mini-2.0-FP8")      # doctest: +SKIP
 """
 
-from lingconv.api import convert, inspect, plan, quantize, synth
+from lingconv.api import convert, diff, forward, inspect, plan, quantize, synth, verify
 from lingconv.engine import Resources, Result
 from lingconv.errors import (
     CheckpointError,
@@ -20,9 +20,9 @@ from lingconv.errors import (
     UsageError,
 )
 from lingconv.inspection import Report
-from lingconv.options import ConvertOptions, Fp8Options
+from lingconv.options import ConvertOptions, ForwardOptions, Fp8Options, VerifyOptions
 from lingconv.plan import Plan
-from lingconv.progress import Progress
+from lingconv.progress import Progress, Watcher
 from lingconv.version import __version__
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ConvertOptions",
     "DestinationError",
     "Fault",
+    "ForwardOptions",
     "Fp8Options",
     "Interrupted",
     "LingconvError",
@@ -41,10 +42,15 @@ __all__ = [
     "Resources",
     "Result",
     "UsageError",
+    "VerifyOptions",
+    "Watcher",
     "__version__",
     "convert",
+    "diff",
+    "forward",
     "inspect",
     "plan",
     "quantize",
     "synth",
+    "verify",
 ]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
-    from lingconv.verify.verdict import Verdict
+    from lingconv.verification.diff import Diff
+    from lingconv.verification.verdict import Verdict
 
 
 def open_model(source: str | Path, *, formats: str | None = None) -> Model:
@@ -191,8 +192,8 @@ def verify(
     Raises CheckpointError when `source` cannot be trusted, or `target` is no checkpoint at all;
     everything else that is wrong with `target` is a finding of the verdict.
     """
-    from lingconv.verify.run import default_level
-    from lingconv.verify.run import verify as run
+    from lingconv.verification.run import default_level
+    from lingconv.verification.run import verify as run
 
     options = options or VerifyOptions()
     options.check()
@@ -210,16 +211,36 @@ def verify(
     )
 
 
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    values: bool = True,
+    jobs: int = 0,
+    watcher: Watcher | None = None,
+) -> "Diff":
+    """Return what differs between two checkpoints as they are stored; no family is needed."""
+    from lingconv.verification.diff import diff as run
+
+    return run(
+        open_checkpoint(a),
+        open_checkpoint(b),
+        values=values,
+        jobs=jobs or num_processors() + 1,
+        watcher=watcher or Unwatched(),
+    )
+
+
 def check_report() -> None:
     """Raise UsageError when reports cannot be drawn here."""
-    from lingconv.verify import report
+    from lingconv.verification import report
 
     report.check()
 
 
 def write_report(verdict: "Verdict", path: str | Path) -> None:
     """Write a verdict as one HTML file that needs nothing else. Needs the extra `report`."""
-    from lingconv.verify import report
+    from lingconv.verification import report
 
     report.write(verdict, Path(path))
 

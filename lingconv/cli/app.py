@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from lingconv.cli import convert, env, formats, forward, inspect, plan, quantize, synth, verify
+from lingconv.cli import (
+    convert,
+    diff,
+    env,
+    formats,
+    forward,
+    inspect,
+    plan,
+    quantize,
+    synth,
+    verify,
+)
 from lingconv.version import __version__
 
 app = typer.Typer(
@@ -43,6 +54,7 @@ for command in (
     convert.convert,
     quantize.quantize,
     verify.verify,
+    diff.diff,
     forward.forward,
     synth.synth,
     formats.formats,

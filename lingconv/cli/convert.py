@@ -1,12 +1,13 @@
 """`lingconv convert`: from any checkpoint to another layout, dtype or shard size."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lingconv import api
 from lingconv.cli import plan as plan_command
+from lingconv.cli import verify as verify_command
 from lingconv.cli.options import (
     AllowNonfinite,
     AllowRequantize,
@@ -27,15 +28,19 @@ from lingconv.cli.options import (
     SchemeOption,
     Source,
     Verbose,
+    Verify,
     request,
     resources,
 )
 from lingconv.cli.output import output
 from lingconv.cli.plan import DType, To
-from lingconv.cli.progress import make_progress
+from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
 from lingconv.options import ConvertOptions, Mtp, Scheme
+
+if TYPE_CHECKING:
+    from lingconv.verification.verdict import Verdict
 
 SCHEMA = "lingconv.convert/1"
 
@@ -58,6 +63,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Show the plan and stop.")
     ] = False,
+    verify: Verify = False,
     fresh: Fresh = False,
     jobs: Jobs = 0,
     max_memory: MaxMemory = "1GiB",
@@ -90,7 +96,7 @@ def convert(
         built = api.plan(source, options, formats=formats)
         plan_command.show(built, destination, limits, verbose=verbose)
         return
-    run(source, destination, options, limits, formats=formats, fresh=fresh)
+    run(source, destination, options, limits, formats=formats, fresh=fresh, verify=verify)
 
 
 def run(
@@ -101,8 +107,9 @@ def run(
     *,
     formats: str | None,
     fresh: bool,
+    verify: bool,
 ) -> None:
-    """Convert with progress on stderr, and print the result."""
+    """Convert with progress on stderr, prove the result if `verify`, and print both."""
     with make_progress() as progress:
         result = api.convert(
             source,
@@ -113,11 +120,17 @@ def run(
             progress=progress,
             fresh=fresh,
         )
-    show(result)
+    verdict = None
+    if verify:
+        with make_watcher("verify") as watcher:
+            verdict = api.verify(
+                source, destination, formats=formats, jobs=limits.jobs, watcher=watcher
+            )
+    show(result, verdict)
 
 
-def show(result: Result) -> None:
-    """Print what a run did."""
+def show(result: Result, verdict: "Verdict | None" = None) -> None:
+    """Print what a run did and what came of it; exit with 1 when the proof failed."""
     rate = result.bytes_written / result.seconds if result.seconds else 0.0
     found = result.files_found_finished
     line = (
@@ -127,7 +140,7 @@ def show(result: Result) -> None:
         f" {file_size(result.bytes_written)} in {result.seconds:.1f} s ({file_size(rate)}/s)"
         + (f", {found} were there" if found else "")
     )
-    value = {
+    value: dict[str, Any] = {
         "schema": SCHEMA,
         "destination": result.destination,
         "digest": result.digest,
@@ -136,4 +149,10 @@ def show(result: Result) -> None:
         "bytes_written": result.bytes_written,
         "seconds": round(result.seconds, 3),
     }
-    output.result([line], value, result.destination)
+    proof = []
+    if verdict is not None:
+        value["verdict"] = verdict.to_json()
+        proof = verify_command.lines(verdict, verbose=output.verbose)
+    output.result([line, *proof], value, result.destination)
+    if verdict is not None and not verdict.ok:
+        raise typer.Exit(verify_command.ANSWER_IS_NO)

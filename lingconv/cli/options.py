@@ -115,6 +115,12 @@ Fresh = Annotated[
 ]
 
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Prove the result afterwards.", rich_help_panel=RUN),
+]
+
+
 def _set_json(value: bool) -> bool:
     output.json = value
     return value

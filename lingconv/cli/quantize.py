@@ -25,6 +25,7 @@ from lingconv.cli.options import (
     SchemeOption,
     Source,
     Verbose,
+    Verify,
     request,
     resources,
 )
@@ -45,6 +46,7 @@ def quantize(
     drop: Drop = None,
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
+    verify: Verify = False,
     fresh: Fresh = False,
     jobs: Jobs = 0,
     max_memory: MaxMemory = "1GiB",
@@ -73,4 +75,4 @@ def quantize(
         allow_requantize=allow_requantize,
     )
     limits = resources(jobs, max_memory)
-    convert.run(source, destination, options, limits, formats=formats, fresh=fresh)
+    convert.run(source, destination, options, limits, formats=formats, fresh=fresh, verify=verify)

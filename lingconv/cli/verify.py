@@ -14,7 +14,7 @@ from lingconv.cli.units import file_size
 from lingconv.options import Activations, Compute, ForwardOptions, Level, Mtp, VerifyOptions
 
 if TYPE_CHECKING:
-    from lingconv.verify.verdict import ForwardFigures, TensorFigures, Verdict
+    from lingconv.verification.verdict import ForwardFigures, TensorFigures, Verdict
 
 ANSWER_IS_NO = 1
 THRESHOLDS = "Thresholds"

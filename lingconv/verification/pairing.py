@@ -16,7 +16,7 @@ from lingconv.layout import Rows
 from lingconv.model import Locator, Model, Segment, Stored
 from lingconv.options import Mtp
 from lingconv.patterns import Pattern
-from lingconv.verify.verdict import Finding
+from lingconv.verification.verdict import Finding
 
 # What `--mtp` changes on purpose.
 _MTP_SYMBOLS = {
@@ -51,6 +51,8 @@ def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Fi
         if stored is not None and all(fits):
             segments = locator.segments(rows.logical for rows in tensor.rows)
             pairs.append(Pair(stored, tensor.role, tensor.keep_dtype, tensor.rows, segments))
+    if not pairs:
+        findings.insert(0, Finding("config", "", "SRC and DST are different models: nothing fits"))
     findings += _name_findings(expected, shapes, target.locator())
     return pairs, _without_duplicates(findings)
 

@@ -2,19 +2,20 @@
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lingconv.errors import CheckpointError
+from lingconv.errors import CheckpointError, Fault
 from lingconv.family import LogicalName
 from lingconv.model import Model, refuse_faults
 from lingconv.options import Level, Mtp, VerifyOptions
+from lingconv.patterns import Pattern
 from lingconv.progress import Watcher
-from lingconv.verify.diagnosis import Detective
-from lingconv.verify.limits import Thresholds, thresholds_for
-from lingconv.verify.pairing import pair_up, recorded_mtp, recorded_options
-from lingconv.verify.tensors import Comparison
-from lingconv.verify.verdict import (
+from lingconv.verification.diagnosis import Detective
+from lingconv.verification.limits import Thresholds, thresholds_for
+from lingconv.verification.pairing import pair_up, recorded_mtp, recorded_options
+from lingconv.verification.tensors import Comparison
+from lingconv.verification.verdict import (
     Finding,
     ForwardFigures,
     ScaleFigures,
@@ -46,7 +47,7 @@ def verify(
     Raises CheckpointError when `source` itself cannot be trusted.
     """
     started = time.monotonic()
-    refuse_faults(source)
+    refuse_faults(source, _left_out(target))
     mtp = Mtp(options.mtp) if options.mtp else recorded_mtp(target)
     pairs, findings = pair_up(source, target, mtp)
     comparison = Comparison(source, target, pairs, only_exact=options.level == Level.BYTES)
@@ -63,7 +64,7 @@ def verify(
     return Verdict(
         source=source.checkpoint.storage.uri,
         target=target.checkpoint.storage.uri,
-        level=options.level,
+        level=_level_reached(options, forward, findings),
         kind=thresholds.kind,
         findings=tuple(sorted(findings, key=_rank)),
         tensors=tuple(tensors),
@@ -76,6 +77,28 @@ def verify(
         seconds=time.monotonic() - started,
         recipe=recorded_options(target),
     )
+
+
+def _level_reached(
+    options: VerifyOptions, forward: ForwardFigures | None, findings: Sequence[Finding]
+) -> str:
+    """Return the level that was asked for, or `tensors` where there was no decoder to run."""
+    skipped = options.level == Level.FORWARD and forward is None and not findings
+    return Level.TENSORS if skipped else options.level
+
+
+def _left_out(target: Model) -> Callable[[Fault], bool]:
+    """Return whether a fault of SRC is of no account, because DST was made without that tensor."""
+    recorded = recorded_options(target)
+    patterns = [Pattern(text) for text in recorded.get("drop", ())]
+    without_mtp = recorded_mtp(target) == Mtp.DROP
+
+    def excused(fault: Fault) -> bool:
+        if fault.kind == "extra tensor":
+            return any(pattern.matches(fault.tensor) for pattern in patterns)
+        return without_mtp and fault.kind == "missing tensor"
+
+    return excused
 
 
 def default_level(source: Model, target: Model) -> Level:
@@ -147,7 +170,7 @@ def _forward(
     findings: Sequence[Finding],
 ) -> tuple[ForwardFigures | None, list[Finding]]:
     """Run both models, unless DST lacks what it takes; what stops it is a finding."""
-    from lingconv.verify.forward import compare_forward
+    from lingconv.verification.forward import compare_forward
 
     if any(finding.kind not in _LAST for finding in findings) or mtp == Mtp.ONLY:
         return None, []

@@ -25,11 +25,11 @@ from lingconv.kernels import compare as kernel
 from lingconv.model import Model, Segment, Stored
 from lingconv.progress import Watcher
 from lingconv.storage.opened import OpenedFiles
-from lingconv.verify import scales
-from lingconv.verify.limits import EXACT, Limit, limit_for
-from lingconv.verify.pairing import Pair
-from lingconv.verify.scales import ScaleCounts
-from lingconv.verify.verdict import ScaleFigures, TensorFigures, WorstBlock
+from lingconv.verification import scales
+from lingconv.verification.limits import EXACT, Limit, limit_for
+from lingconv.verification.pairing import Pair
+from lingconv.verification.scales import ScaleCounts
+from lingconv.verification.verdict import ScaleFigures, TensorFigures, WorstBlock
 
 Array = np.ndarray[Any, Any]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain
 from lingconv.options import VerifyOptions
-from lingconv.verify.verdict import TensorFigures
+from lingconv.verification.verdict import TensorFigures
 
 _FP8_SUBNORMAL_STEP = 2.0**-9
 _F16_SUBNORMAL = 2.0**-24

@@ -8,7 +8,7 @@ sum p log(p / q) in nats, p from SRC and q from DST; dp is q - p of the token th
 import torch
 from torch import Tensor
 
-from lingconv.verify.verdict import LogitFigures
+from lingconv.verification.verdict import LogitFigures
 
 
 def compare_logits(source_BSV: Tensor, target_BSV: Tensor, ids_BS: Tensor) -> LogitFigures:

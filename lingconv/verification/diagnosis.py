@@ -64,16 +64,17 @@ class Detective:
         return f"is {ratio:.4g} times too large: a scale was lost, or applied twice"
 
     def _moved(self, name: LogicalName, places: Sequence[int], sample: Array) -> str:
-        for other in self._source.like(name):
-            if _cosine(self._source.read_at(other, places[:1]), sample[:1]) < _SAME:
-                continue
-            if _cosine(self._source.read_at(other, places), sample) >= _SAME:
-                return f"holds what SRC has as {other}"
+        def likeness(other: LogicalName) -> float:
+            return _cosine(self._source.read_at(other, places[:1]), sample[:1])
+
+        best = max(self._source.like(name), key=likeness, default=None)
+        if best and _cosine(self._source.read_at(best, places), sample) >= _SAME:
+            return f"holds what SRC has as {best}"
         return ""
 
     def _reordered(self, name: LogicalName, places: Sequence[int], sample: Array) -> str:
         """Look for the sampled rows anywhere in the stored matrix that the tensor is a part of."""
-        if sample.shape[1] == 1:
+        if self._source.shape(name)[1] == 1:
             return ""
         found: dict[int, tuple[LogicalName, int]] = {}
         for other in self._source.neighbours(name):
@@ -156,9 +157,13 @@ class _Rows:
 
 
 def _cosine(left: Array, right: Array) -> float:
-    """Return the cosine of two sets of rows, taken as one long vector."""
-    norms = float(np.linalg.norm(left.astype(np.float64)) * np.linalg.norm(right))
-    return float(np.vdot(left.astype(np.float64), right)) / norms if norms else 0.0
+    """Return the cosine of two sets of rows, taken as one long vector, without their means.
+
+    The mean counts for norms: they are all close to one, and therefore to each other.
+    """
+    one, other = left - left.mean(dtype=np.float64), right - right.mean(dtype=np.float64)
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(np.vdot(one, other)) / norms if norms else 0.0
 
 
 def _unit(rows: Array) -> Array:

@@ -10,8 +10,8 @@ from lingconv.model import Model
 from lingconv.options import ForwardOptions
 from lingconv.progress import Watcher
 from lingconv.reference.forward import ForwardPass, Step, mtp_count
-from lingconv.verify.logits import compare_logits
-from lingconv.verify.verdict import ForwardFigures, LayerFigures
+from lingconv.verification.logits import compare_logits
+from lingconv.verification.verdict import ForwardFigures, LayerFigures
 
 
 def compare_forward(

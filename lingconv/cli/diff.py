@@ -1,0 +1,49 @@
+"""`lingconv diff`: what differs between two checkpoints, as they are stored."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lingconv import api
+from lingconv.cli.options import Jobs, Json, Quiet, Verbose
+from lingconv.cli.output import output
+from lingconv.cli.progress import make_watcher
+from lingconv.cli.units import file_size
+from lingconv.cli.verify import ANSWER_IS_NO
+
+_MAX_SHOWN = 20
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+    values: Annotated[
+        bool, typer.Option("--values/--no-values", help="Read the tensors, not only headers.")
+    ] = True,
+    jobs: Jobs = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the names, shapes, dtypes and values that differ between two checkpoints.
+
+    Compares what is stored, tensor by tensor, with config and other files; `verify` compares what
+    it means. Exit code 0 when nothing differs, else 1. Example: `lingconv diff old new --no-values`
+    """
+    with make_watcher("diff") as watcher:
+        found = api.diff(a, b, values=values, jobs=jobs, watcher=watcher)
+    shown = found.differences if verbose else found.differences[:_MAX_SHOWN]
+    kinds = Counter(difference.kind for difference in found.differences)
+    lines = [f"{each.kind:<10} {each.name}  {each.message}" for each in shown]
+    if len(shown) < len(found.differences):
+        lines.append(
+            f"... and {len(found.differences) - len(shown):,} more (-v or --json show all)"
+        )
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "nothing differs"
+    read = f", {file_size(found.bytes_read)} read" if values else ""
+    lines.append(f"{counts}; {found.tensors:,} tensors in both{read}")
+    output.result(lines, found.to_json(), "differ" if found.differences else "same")
+    if found.differences:
+        raise typer.Exit(ANSWER_IS_NO)
