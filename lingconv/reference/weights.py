@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from queue import SimpleQueue
-from threading import local
+from threading import Lock, local
 from typing import NamedTuple, Self
 
 import torch
@@ -42,6 +42,15 @@ class _Strip(NamedTuple):
     buffer: Tensor
 
 
+class _Order(NamedTuple):
+    """Rows to be read, and where the result is waited for."""
+
+    segments: tuple[Segment, ...]
+    first_row: int
+    num_rows: int
+    strip: "Future[_Strip]"
+
+
 class WeightStream:
     """Reads logical tensors of one checkpoint ahead of their use."""
 
@@ -63,7 +72,9 @@ class WeightStream:
         self._files = OpenedFiles(model.checkpoint.storage)
         self._threads = ThreadPoolExecutor(READERS, "weights")
         self._own = local()
-        self._asked: deque[tuple[LogicalName, deque[Future[_Strip | None]]]] = deque()
+        self._asked: deque[tuple[LogicalName, deque[Future[_Strip]]]] = deque()
+        self._orders: deque[_Order] = deque()
+        self._turn = Lock()
         self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
         for _ in range(max(READERS + 1, memory_bytes // STRIP_BYTES)):
             pinned = device != "cpu"
@@ -89,11 +100,13 @@ class WeightStream:
             segments = self._locator.segments([name])
             rows, cols = _shape(segments)
             step = max(1, STRIP_BYTES // (cols * self._dtype(segments).itemsize))
-            strips = (
-                self._threads.submit(self._read_strip, segments, first, min(step, rows - first))
-                for first in range(0, rows, step)
-            )
-            self._asked.append((name, deque(strips)))
+            strips: deque[Future[_Strip]] = deque()
+            for first in range(0, rows, step):
+                order = _Order(segments, first, min(step, rows - first), Future())
+                strips.append(order.strip)
+                self._orders.append(order)
+                self._threads.submit(self._read_next)
+            self._asked.append((name, strips))
 
     def small(self, name: LogicalName) -> Tensor:
         """Return a norm or a bias in float32, read at once: it is smaller than the wait for it."""
@@ -131,12 +144,10 @@ class WeightStream:
             self._fill(segments, row, found[number : number + 1])
         return found[places.cpu()].to(self._device).to(self._compute)
 
-    def _wait(self, strip: "Future[_Strip | None]") -> _Strip:
+    def _wait(self, strip: "Future[_Strip]") -> _Strip:
         started = time.perf_counter()
         found = strip.result()
         self.waited_s += time.perf_counter() - started
-        if found is None:
-            raise AssertionError("the stream is closed")
         return found
 
     def _dtype(self, segments: Sequence[Segment]) -> torch.dtype:
@@ -147,18 +158,24 @@ class WeightStream:
         fp8 = all(isinstance(encoding, Fp8) for encoding in encodings)
         return self._compute if fp8 and not self._fp8_activations else torch.float32
 
-    def _read_strip(self, segments: Sequence[Segment], first: int, count: int) -> _Strip | None:
-        buffer = self._buffers.get()
+    def _read_next(self) -> None:
+        # Orders get their buffers in the order of their use. Were a later one to take the buffer
+        # that an earlier one waits for, all buffers could end up with strips that nobody wants yet.
+        with self._turn:
+            order = self._orders.popleft()
+            buffer = self._buffers.get()
         if buffer is None:
-            return None
-        dtype, cols = self._dtype(segments), _shape(segments)[1]
-        rows = buffer[: count * cols * dtype.itemsize].view(dtype).view(count, cols)
+            return
+        dtype, cols = self._dtype(order.segments), _shape(order.segments)[1]
+        used = buffer[: order.num_rows * cols * dtype.itemsize]
+        rows = used.view(dtype).view(order.num_rows, cols)
         try:
-            self._fill(segments, first, rows)
-        except BaseException:
+            self._fill(order.segments, order.first_row, rows)
+        except BaseException as exc:
             self._buffers.put(buffer)
-            raise
-        return _Strip(rows, buffer)
+            order.strip.set_exception(exc)
+        else:
+            order.strip.set_result(_Strip(rows, buffer))
 
     def _fill(self, segments: Sequence[Segment], first: int, rows: Tensor) -> None:
         if not hasattr(self._own, "decoder"):
