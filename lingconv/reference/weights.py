@@ -33,6 +33,7 @@ from lingconv.storage.opened import OpenedFiles
 
 STRIP_BYTES = 8 << 20
 READERS = max(2, num_processors() // 2)
+BUFFERS = READERS + 28  # enough that a layer's attention is there when it is needed
 
 
 class _Strip(NamedTuple):
@@ -61,7 +62,6 @@ class WeightStream:
         compute: torch.dtype,
         device: str = "cpu",
         fp8_activations: bool = False,
-        memory_bytes: int = 32 * STRIP_BYTES,
     ) -> None:
         self.waited_s = 0.0
         self.bytes_read = 0
@@ -76,7 +76,7 @@ class WeightStream:
         self._orders: deque[_Order] = deque()
         self._turn = Lock()
         self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
-        for _ in range(max(READERS + 1, memory_bytes // STRIP_BYTES)):
+        for _ in range(BUFFERS):
             pinned = device != "cpu"
             self._buffers.put(torch.empty(STRIP_BYTES, dtype=torch.uint8, pin_memory=pinned))
 

@@ -246,6 +246,8 @@ def _picture(draw: Draw, height: float, name: str, *, grid: bool = True) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
+    # Ids have to be unique in the page, not only in the picture.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for marker, variable in _VARIABLES.items():
         svg = svg.replace(marker, variable)
     return re.sub(r'width="[^"]+pt" height="[^"]+pt"', 'role="img"', svg, count=1)

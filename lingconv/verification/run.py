@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lingconv.errors import CheckpointError, Fault
@@ -47,7 +48,9 @@ def verify(
     Raises CheckpointError when `source` itself cannot be trusted.
     """
     started = time.monotonic()
-    refuse_faults(source, _left_out(target))
+    left_out = _left_out(target)
+    refuse_faults(source, left_out)
+    source = replace(source, faults=tuple(fault for fault in source.faults if not left_out(fault)))
     mtp = Mtp(options.mtp) if options.mtp else recorded_mtp(target)
     pairs, findings = pair_up(source, target, mtp)
     comparison = Comparison(source, target, pairs, only_exact=options.level == Level.BYTES)

@@ -77,7 +77,7 @@ class Comparison:
         self.bytes_read = 0
         self._pairs = pairs
         self._only_exact = only_exact
-        self._limits = [_limit(pair) for pair in pairs]
+        self._limits = [_limit(pair, only_exact=only_exact) for pair in pairs]
         self._totals = [[_Total() for _ in pair.rows] for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
         self._source_files = OpenedFiles(source.checkpoint.storage)
@@ -128,7 +128,7 @@ class Comparison:
         )
         for number in order:
             pair, limit = self._pairs[number], self._limits[number]
-            if self._only_exact and not (limit.exact or _rounds_to_bf16(pair)):
+            if self._only_exact and not limit.exact:
                 for total in self._totals[number]:
                     total.judged = False
                 continue
@@ -254,8 +254,10 @@ class _Grids(NamedTuple):
     scales: Array | None
 
 
-def _limit(pair: Pair) -> Limit:
+def _limit(pair: Pair, *, only_exact: bool) -> Limit:
     """Return the most lenient limit among the rows that a tensor is made of."""
+    if only_exact and _rounds_to_bf16(pair):
+        return EXACT
     encoding = pair.target.encoding
     limits = [
         limit_for(segment.source.encoding, encoding, keep_dtype=pair.keep_dtype)
