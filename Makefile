@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test check bench clean
 
-demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, and show the result
+demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, prove it, show the result
 	$(BIN)/python -m lingconv.demo
 
 test: $(VENV)/.installed-dev  ## run the tests
@@ -28,7 +28,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '.[report]'
 	touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt

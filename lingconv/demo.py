@@ -1,7 +1,8 @@
 """The main job on a tiny Ling model, with what a person wants to see of it.
 
-Run by `make demo`: makes a model, quantizes it to FP8, converts it back, and measures with the real
-safetensors library and torch, not with lingconv's own reader, what that did to the weights.
+Run by `make demo`: makes a model, quantizes it to FP8, converts it back, measures with the real
+safetensors library and torch, not with lingconv's own reader, what that did to the weights, and has
+`verify` prove both steps.
 """
 
 import math
@@ -17,6 +18,8 @@ from rich.table import Table
 from safetensors import safe_open
 
 import lingconv
+from lingconv.api import write_report
+from lingconv.cli import verify
 from lingconv.cli.units import file_size
 
 OUT = Path("demo-out")
@@ -73,7 +76,15 @@ def main() -> None:
     lingconv.convert(fp8, back, lingconv.ConvertOptions(dtype="bf16"))
     console.print("[bold]4.[/] what it did to the weights, read with safetensors and torch:\n")
     console.print(_table(_compare(source, fp8, back)))
-    console.print(f"\nThe three checkpoints are in {OUT}/. Next: lingconv --help, README.md")
+    console.print("[bold]5.[/] the proof: lingconv verify, with both models run side by side\n")
+    for one, other in ((source, fp8), (fp8, back)):
+        verdict = lingconv.verify(one, other)
+        for line in verify.lines(verdict, verbose=False):
+            console.print(f"   {line}", highlight=False, soft_wrap=True)
+        page = OUT / f"{other.name}.html"
+        write_report(verdict, page)
+        console.print(f"   a report to look at: {page}\n")
+    console.print(f"The three checkpoints are in {OUT}/. Next: lingconv --help, README.md")
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

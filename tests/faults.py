@@ -223,12 +223,12 @@ def vocabulary_zeroed(tensors, config):
     tensors["model.word_embeddings.weight"][500:] = 0
 
 
-@fault("scale not applied on the way from FP8", "times too large: a scale was lost", "from_fp8")
+@fault("scale not applied on the way from FP8", "times as large: a scale was lost", "from_fp8")
 def scale_lost(tensors, config):
     tensors[FP8_WEIGHT] = tensors[FP8_WEIGHT] * 2048
 
 
-@fault("scale applied twice", "times too large: a scale was lost, or applied twice", "from_fp8")
+@fault("scale applied twice", "times as large: a scale was lost, or applied twice", "from_fp8")
 def scale_twice(tensors, config):
     tensors[FP8_WEIGHT] = tensors[FP8_WEIGHT] / 1024
 

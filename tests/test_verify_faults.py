@@ -1,6 +1,8 @@
 """Every planted fault is found and named; every right conversion passes."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -45,3 +47,30 @@ def test_a_planted_fault_is_found_and_named(fault, bases, tmp_path):
     assert not verdict.ok
     first = [str(finding) for finding in verdict.findings[:3]]
     assert any(fault.culprit in line for line in first), first
+
+
+def first_line(fault, bases, folder):
+    """Return the finding that names the culprit, without the figures that follow it."""
+    source, broken = planted(fault, bases, folder)
+    findings = map(str, lingconv.verify(source, broken).findings)
+    line = next(line for line in findings if fault.culprit in line)
+    return re.split(r"; (?=\d|relative)| \((?=bf16|f32)", line)[0]
+
+
+def table(bases, root):
+    """Return the table of faults as it stands in the documentation."""
+    rows = ["| what went wrong | what `verify` says |", "|---|---|"]
+    for number, fault in enumerate(FAULTS):
+        rows.append(f"| {fault.title} | {first_line(fault, bases, root / str(number))} |")
+    return "\n".join(rows)
+
+
+def test_the_documentation_shows_what_verify_really_says(bases, tmp_path):
+    begin, end = "<!-- faults: begin -->\n", "\n<!-- faults: end -->"
+    text = DOCS.read_text()
+    shown = text[text.index(begin) + len(begin) : text.index(end)]
+    found = table(bases, tmp_path)
+    if os.environ.get("WRITE_DOCS"):
+        DOCS.write_text(text.replace(shown, found))
+    assert len(FAULTS) >= 40
+    assert shown == found, "run this test with WRITE_DOCS=1"

@@ -159,13 +159,14 @@ def _tensor_lines(verdict: "Verdict") -> list[str]:
     for (source, target), items in groups.items():
         worst = max(items, key=lambda item: item.rel_error)
         equal = sum(item.rel_error == 0 and not item.beyond for item in items)
-        figures = (
-            f"worst {worst.name}: relative error {worst.rel_error:.3g}, SNR {worst.snr_db:.1f} dB"
-            if worst.rel_error
-            else ""
-        )
         state = "all equal" if equal == len(items) else f"{equal:,} equal"
-        rows.append((f"{source} -> {target}", f"{len(items):,} tensors, {state}  {figures}"))
+        if worst.rel_error:
+            state += (
+                f"; worst {worst.name}: relative error {worst.rel_error:.3g},"
+                f" SNR {worst.snr_db:.1f} dB"
+            )
+        plural = "s" if len(items) > 1 else ""
+        rows.append((f"{source} -> {target}", f"{len(items):,} tensor{plural}, {state}"))
     return columns(rows)
 
 

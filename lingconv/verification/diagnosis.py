@@ -61,7 +61,7 @@ class Detective:
         ratio = float(np.linalg.norm(sample) / np.linalg.norm(original))
         if 0.9 < ratio < 1.1:
             return ""
-        return f"is {ratio:.4g} times too large: a scale was lost, or applied twice"
+        return f"is {ratio:.4g} times as large: a scale was lost, or applied twice"
 
     def _moved(self, name: LogicalName, places: Sequence[int], sample: Array) -> str:
         def likeness(other: LogicalName) -> float:
