@@ -299,26 +299,37 @@ def test_the_kernel_counts_what_numpy_counts(rows, cols, block, first_row, kinds
         for side in stored
     )
     shape = -(-(first_row + rows) // block[0]), -(-cols // block[1])
-    floors = rng.uniform(0, 0.02, shape).astype(np.float32)
-    ceilings = rng.uniform(0.5, 3, shape).astype(np.float32)
+    scale_grid = rng.uniform(0.5, 2, shape).astype(np.float32)
     sums = kernel.new_sums(*shape)
-    kernel.compare(*stored, *block, first_row, 0.03, floors, ceilings, sums)
+    kernel.compare(*stored, *block, first_row, 0.03, 0.01, 1.5, scale_grid, sums)
     for i in range(shape[0]):
         for j in range(shape[1]):
             where = (
                 slice(max(0, i * block[0] - first_row), max(0, (i + 1) * block[0] - first_row)),
                 slice(j * block[1], (j + 1) * block[1]),
             )
-            expected = reference_sums(a[where], b[where], floors[i, j], ceilings[i, j])
+            expected = reference_sums(a[where], b[where], scale_grid[i, j])
             np.testing.assert_allclose(sums[i, j], expected, rtol=2e-6, atol=1e-6)
 
 
-def reference_sums(a, b, floor, ceiling):
+def test_the_kernel_decodes_every_code_with_its_scale():
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    scale_grid = np.array([[0.37], [3.0]], np.float32)
+    values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy() * scale_grid
+    sums = kernel.new_sums(2, 1)
+    kernel.compare(values, codes, 1, 128, 0, 0.0, 0.0, 500.0, scale_grid, sums)
+    assert sums[:, 0, kernel.NOISE].tolist() == [0, 0]
+    assert sums[:, 0, kernel.NONFINITE].tolist() == [0, 0]
+    expected = np.nansum(values.astype(np.float64) ** 2, axis=1)
+    np.testing.assert_allclose(sums[:, 0, kernel.SIGNAL], expected, rtol=1e-6)
+
+
+def reference_sums(a, b, scale):
     good = np.isfinite(a) & np.isfinite(b)
     same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
     x, y = (np.where(good, side, 0).astype(np.float64) for side in (a, b))
     gap = np.abs(np.where(good, a, 0) - np.where(good, b, 0))  # float32, as the kernel has it
-    allowed = np.float32(0.03) * np.abs(np.where(good, a, 0)) + floor
+    allowed = np.float32(0.03) * np.abs(np.where(good, a, 0)) + np.float32(0.01) * scale
     return [
         (x * x).sum(),
         (x * y).sum(),
@@ -327,7 +338,7 @@ def reference_sums(a, b, floor, ceiling):
         np.abs(x).max(initial=0),
         (good & (gap > allowed)).sum(),
         ((np.abs(a) > 0) & (b == 0)).sum(),
-        (np.abs(a) > ceiling).sum(),
+        (np.abs(a) > np.float32(1.5) * scale).sum(),
         (~good & ~same).sum(),
     ]
 

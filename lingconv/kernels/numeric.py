@@ -99,7 +99,22 @@ def _round_scale(scale: Any, rounding: Any) -> Any:
     return float32(1.0) if rounded == float32(0.0) else rounded
 
 
-# A source element is BF16 (uint16 bits) or float32. Numba picks the body by the element's type.
+@njit
+def _load_e4m3(code: Any) -> Any:
+    """Return the float32 of an e4m3 code without its sign; code 0x7F is NaN."""
+    magnitude = uint32(uint32(code) & uint32(0x7F))
+    normal = _float(uint32(uint32(magnitude << uint32(20)) + uint32(120 << 23)))
+    subnormal = float32(np.int32(magnitude)) * float32(2.0**-9)
+    value = subnormal if magnitude < uint32(8) else normal
+    return float32(np.nan) if magnitude == uint32(0x7F) else value
+
+
+@njit
+def _sign_of(code: Any) -> Any:
+    return uint32(uint32(uint32(code) & uint32(0x80)) << uint32(24))
+
+
+# An element is BF16 (uint16 bits), e4m3 (uint8 codes) or float32: numba picks the body by its type.
 def load(value: Any) -> Any:
     """Return the element as float32."""
 
@@ -118,7 +133,8 @@ def _is_nonfinite(magnitude: Any) -> Any:
 
 @overload(load)
 def _load_overload(value: Any) -> Any:
-    return _load_bf16_body if value == types.uint16 else _identity_body
+    bodies = {types.uint16: _load_bf16_body, types.uint8: _load_e4m3_body}
+    return bodies.get(value, _identity_body)
 
 
 @overload(_magnitude)
@@ -138,6 +154,10 @@ def _is_nonfinite_overload(magnitude: Any) -> Any:
 
 def _load_bf16_body(value: Any) -> Any:
     return _load_bf16(value)
+
+
+def _load_e4m3_body(value: Any) -> Any:
+    return _float(uint32(float_bits(_load_e4m3(value)) ^ _sign_of(value)))
 
 
 def _identity_body(value: Any) -> Any:
@@ -223,21 +243,6 @@ def _finite_peak(block: Array) -> Any:
             if not _is_nonfinite(magnitude):
                 peak = max(peak, magnitude)
     return peak
-
-
-@njit
-def _load_e4m3(code: Any) -> Any:
-    """Return the float32 of an e4m3 code without its sign; code 0x7F is NaN."""
-    magnitude = uint32(uint32(code) & uint32(0x7F))
-    normal = _float(uint32(uint32(magnitude << uint32(20)) + uint32(120 << 23)))
-    subnormal = float32(np.int32(magnitude)) * float32(2.0**-9)
-    value = subnormal if magnitude < uint32(8) else normal
-    return float32(np.nan) if magnitude == uint32(0x7F) else value
-
-
-@njit
-def _sign_of(code: Any) -> Any:
-    return uint32(uint32(uint32(code) & uint32(0x80)) << uint32(24))
 
 
 def store(out: Any, index: Any, bits: Any) -> Any:

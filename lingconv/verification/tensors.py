@@ -159,48 +159,51 @@ class Comparison:
                 watcher.advance(nbytes)
 
     def _compare(self, strip: _Strip, arena: Arena, source: Decoder, target: Decoder) -> None:
-        pair = self._pairs[strip.pair]
-        if self._limits[strip.pair].exact and _same_bytes(pair, strip, arena, source, target):
-            if isinstance(pair.target.encoding, Fp8):
-                self._check_scales(strip, self._grids(strip, target), None)
+        pair, exact = self._pairs[strip.pair], self._limits[strip.pair].exact
+        stored = _read_scales(pair, strip, target)
+        if exact and _same_bytes(pair, strip, arena, source, target):
+            self._check_scales(strip, stored, None)
             return
         rows, cols = strip.last - strip.first, _matrix(pair.target)[1]
         left = arena.take("left", (rows, cols), _working(pair))
-        right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
         source.fill(pair.segments, strip.first, left)
-        target.fill([_whole(pair.target)], strip.first, right)
-        grids = self._grids(strip, target)
-        peaks = np.zeros(grids.floors.shape, np.float64)
+        if _has_block_scales(pair.target) and not exact:
+            right = arena.take("right", (rows, cols), np.uint8)  # the kernel applies the scales
+            target.read(pair.target, 0, strip.first * cols, right)
+        else:
+            right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
+            target.fill([_whole(pair.target)], strip.first, right)
+        scale_grid = _per_block(pair.target, strip, stored)
+        peaks = np.zeros(scale_grid.shape, np.float64)
         for number, rows_of in enumerate(pair.rows):
             first = max(strip.first, rows_of.start)
             last = min(strip.last, rows_of.start + rows_of.num_rows)
             if first < last:
                 part = slice(first - strip.first, last - strip.first)
-                sums = self._piece(strip, left[part], right[part], part.start, grids)
+                sums = self._piece(strip, left[part], right[part], part.start, scale_grid)
                 np.maximum(peaks, sums[:, :, kernel.PEAK], out=peaks)
                 worst = _worst_block(pair.target, strip.first, sums)
                 with self._lock:
                     self._totals[strip.pair][number].add(sums, worst)
-        self._check_scales(strip, grids, peaks)
+        self._check_scales(strip, stored, peaks)
 
     def _piece(
-        self, strip: _Strip, left: Array, right: Array, first_row: int, grids: "_Grids"
+        self, strip: _Strip, left: Array, right: Array, first_row: int, scale_grid: Array
     ) -> Array:
         """Return the sums of one logical tensor's rows within a strip."""
-        sums = kernel.new_sums(*grids.floors.shape)
-        block_rows, block_cols = _blocks(self._pairs[strip.pair].target)
+        target, limit = self._pairs[strip.pair].target, self._limits[strip.pair]
+        sums = kernel.new_sums(*scale_grid.shape)
         if left.shape[1] == 1:  # a vector: one line of blocks
             left, right, first_row = left.reshape(1, -1), right.reshape(1, -1), 0
-        limit = self._limits[strip.pair]
         kernel.compare(
             left,
             right,
-            block_rows,
-            block_cols,
+            *_blocks(target),
             first_row,
             limit.relative,
-            grids.floors,
-            grids.ceilings,
+            limit.floor,
+            _SATURATION if isinstance(target.encoding, Fp8) else math.inf,
+            scale_grid,
             sums,
         )
         if limit.exact:  # a zero of the other sign is another number
@@ -208,30 +211,10 @@ class Comparison:
             sums[0, 0, kernel.BEYOND] = kernel.count_different(left, right)
         return sums
 
-    def _grids(self, strip: _Strip, target: Decoder) -> "_Grids":
-        """Return floors and ceilings of the strip's blocks, and FP8 scales as they are stored."""
-        pair, limit = self._pairs[strip.pair], self._limits[strip.pair]
-        rows, cols = _matrix(pair.target)
-        block_rows, block_cols = _blocks(pair.target)
-        height = 1 if cols == 1 else -(-(strip.last - strip.first) // block_rows)
-        width = -(-max(cols, rows if cols == 1 else 0) // block_cols)
-        encoding = pair.target.encoding
-        if not isinstance(encoding, Fp8):
-            floors = np.full((height, width), limit.floor, np.float32)
-            return _Grids(floors, np.full((height, width), np.inf, np.float32), None)
-        scale_rows = encoding.block(rows, cols)[0]
-        stored = target.scales(
-            pair.target, strip.first // scale_rows, -(-strip.last // scale_rows)
-        ).copy()
-        wide = np.broadcast_to(stored, (height, width)) if stored.size == 1 else stored
-        with np.errstate(invalid="ignore", over="ignore"):
-            floors = (wide * np.float32(limit.floor)).astype(np.float32)
-            ceilings = (wide * np.float32(_SATURATION)).astype(np.float32)
-        return _Grids(floors, ceilings, stored)
-
-    def _check_scales(self, strip: _Strip, grids: "_Grids", peaks: Array | None) -> None:
+    def _check_scales(self, strip: _Strip, stored: Array | None, peaks: Array | None) -> None:
+        """Judge the scales of a strip by their label, and by the source's largest magnitudes."""
         pair = self._pairs[strip.pair]
-        encoding, stored = pair.target.encoding, grids.scales
+        encoding = pair.target.encoding
         if not isinstance(encoding, Fp8) or stored is None:
             return
         rounded = any(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
@@ -246,12 +229,29 @@ class Comparison:
                 self.scale_histogram[octave] = self.scale_histogram.get(octave, 0) + count
 
 
-class _Grids(NamedTuple):
-    """A number for each block of a strip; `scales` as FP8 stores them, else None."""
+def _read_scales(pair: Pair, strip: _Strip, target: Decoder) -> Array | None:
+    """Return the scales of a strip's rows as FP8 stores them, or None."""
+    encoding = pair.target.encoding
+    if not isinstance(encoding, Fp8):
+        return None
+    unit = encoding.block(*_matrix(pair.target))[0]
+    return target.scales(pair.target, strip.first // unit, -(-strip.last // unit)).copy()
 
-    floors: Array
-    ceilings: Array
-    scales: Array | None
+
+def _has_block_scales(stored: Stored) -> bool:
+    """Return whether each block that figures are kept for has a scale of its own."""
+    return isinstance(stored.encoding, Fp8) and stored.encoding.block_rows > 0
+
+
+def _per_block(target: Stored, strip: _Strip, stored: Array | None) -> Array:
+    """Return a scale for each block of a strip: 1 where the encoding has none."""
+    if stored is not None and _has_block_scales(target):
+        return stored
+    rows, cols = _matrix(target)
+    block_rows, block_cols = _blocks(target)
+    height = 1 if cols == 1 else -(-(strip.last - strip.first) // block_rows)
+    width = -(-(rows if cols == 1 else cols) // block_cols)
+    return np.full((height, width), 1.0 if stored is None else stored.flat[0], np.float32)
 
 
 def _limit(pair: Pair, *, only_exact: bool) -> Limit:
@@ -286,7 +286,7 @@ def _blocks(stored: Stored) -> tuple[int, int]:
     """Return rows and columns of the blocks that figures are kept for."""
     rows, cols = _matrix(stored)
     encoding = stored.encoding
-    if isinstance(encoding, Fp8) and encoding.block_rows:
+    if isinstance(encoding, Fp8) and _has_block_scales(stored):
         return encoding.block(rows, cols)
     return _BLOCK, _BLOCK
 
