@@ -23,6 +23,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
 
 bench: $(VENV)/.installed  ## measure side by side with cp; needs about 45 GB of disk and 15 minutes
 	$(BIN)/python -m benchmarks.conveyor
+	$(BIN)/python -m benchmarks.proof
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -247,35 +247,40 @@ def as_markdown(lines: list[Line]) -> str:
     )
 
 
-def publish(table: str) -> None:
-    """Put the table between the marks in docs/performance.md."""
+def publish(table: str, mark: str) -> None:
+    """Put the table between the marks of its name in docs/performance.md."""
     path = ROOT / "docs" / "performance.md"
-    before, _, rest = path.read_text().partition("<!-- bench: begin -->\n")
-    _, _, after = rest.partition("<!-- bench: end -->")
-    middle = f"{machine()}.\n\n{table}\n"
-    path.write_text(f"{before}<!-- bench: begin -->\n{middle}<!-- bench: end -->{after}")
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}{machine()}.\n\n{table}\n{end}{after}")
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 45 GB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-publish", action="store_true")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure, print, publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 45 GB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-publish", action="store_true")
-    options = parser.parse_args()
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    wanted = options(__doc__)
+    shutil.rmtree(wanted.work, ignore_errors=True)
+    wanted.work.mkdir(parents=True)
     try:
-        lines = planning(options.work, options.rounds)
-        lines = [*conveyor(options.work, options.rounds), *lines]
-        lines += large(options.work)
-        lines += limits(options.work, options.rounds)
+        lines = planning(wanted.work, wanted.rounds)
+        lines = [*conveyor(wanted.work, wanted.rounds), *lines]
+        lines += large(wanted.work)
+        lines += limits(wanted.work, wanted.rounds)
     finally:
-        shutil.rmtree(options.work)
+        shutil.rmtree(wanted.work)
     table = as_markdown(lines)
     print(f"{machine()}\n\n{table}")
-    if not options.no_publish:
-        publish(table)
+    if not wanted.no_publish:
+        publish(table, "bench")
 
 
 if __name__ == "__main__":
