@@ -14,7 +14,7 @@ from lingconv.cli.units import file_size
 from lingconv.options import Activations, Compute, ForwardOptions, Level, Mtp, VerifyOptions
 
 if TYPE_CHECKING:
-    from lingconv.verification.verdict import ForwardFigures, TensorFigures, Verdict
+    from lingconv.verification.verdict import ForwardFigures, Verdict
 
 ANSWER_IS_NO = 1
 THRESHOLDS = "Thresholds"
@@ -152,21 +152,16 @@ def lines(verdict: "Verdict", *, verbose: bool) -> list[str]:
 
 def _tensor_lines(verdict: "Verdict") -> list[str]:
     """Return a line for each pair of encodings: how many tensors, and the worst of them."""
-    groups: dict[tuple[str, str], list[TensorFigures]] = {}
-    for item in verdict.tensors:
-        groups.setdefault((item.source, item.target), []).append(item)
     rows = []
-    for (source, target), items in groups.items():
-        worst = max(items, key=lambda item: item.rel_error)
-        equal = sum(item.rel_error == 0 and not item.beyond for item in items)
-        state = "all equal" if equal == len(items) else f"{equal:,} equal"
-        if worst.rel_error:
+    for group in verdict.by_encoding():
+        state = "all equal" if group.equal == group.tensors else f"{group.equal:,} equal"
+        if group.worst.rel_error:
             state += (
-                f"; worst {worst.name}: relative error {worst.rel_error:.3g},"
-                f" SNR {worst.snr_db:.1f} dB"
+                f"; worst {group.worst.name}: relative error {group.worst.rel_error:.3g},"
+                f" SNR {group.worst.snr_db:.1f} dB"
             )
-        plural = "s" if len(items) > 1 else ""
-        rows.append((f"{source} -> {target}", f"{len(items):,} tensor{plural}, {state}"))
+        number = f"{group.tensors:,} tensor{'s' if group.tensors > 1 else ''}"
+        rows.append((f"{group.source} -> {group.target}", f"{number}, {state}"))
     return columns(rows)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -78,7 +77,7 @@ def render(verdict: Verdict) -> str:
             for name, (title, caption) in _PICTURES.items()
             if name in drawn
         ],
-        encodings=_encodings(verdict),
+        encodings=verdict.by_encoding(),
         worst=_worst(verdict),
         recipe=_recipe(verdict),
         most=_MOST,
@@ -97,8 +96,8 @@ def _headline(verdict: Verdict) -> str:
 def _facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """Yield the few numbers that people look for first."""
     yield "tensors compared", f"{len(verdict.tensors):,}"
-    yield "of them equal", f"{sum(_is_equal(item) for item in verdict.tensors):,}"
-    rounded = [item for item in verdict.tensors if not _is_equal(item)]
+    yield "of them equal", f"{sum(item.equal for item in verdict.tensors):,}"
+    rounded = [item for item in verdict.tensors if not item.equal]
     if rounded:
         yield "worst relative error", f"{max(item.rel_error for item in rounded):.3g}"
     if verdict.forward is not None:
@@ -110,34 +109,8 @@ def _facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "level", verdict.level
 
 
-def _is_equal(item: TensorFigures) -> bool:
-    return item.rel_error == 0 and not item.beyond and not item.nonfinite
-
-
-def _encodings(verdict: Verdict) -> list[dict[str, Any]]:
-    """Return a row for each pair of encodings."""
-    groups: dict[tuple[str, str], list[TensorFigures]] = {}
-    for item in verdict.tensors:
-        groups.setdefault((item.source, item.target), []).append(item)
-    rows = []
-    for (source, target), items in groups.items():
-        worst = max(items, key=lambda item: item.rel_error)
-        rows.append(
-            {
-                "source": source,
-                "target": target,
-                "count": f"{len(items):,}",
-                "equal": f"{sum(map(_is_equal, items)):,}",
-                "error": f"{worst.rel_error:.3g}",
-                "allowed": f"{worst.allowed:.3g}",
-                "worst": worst.name if worst.rel_error else "",
-            }
-        )
-    return rows
-
-
 def _worst(verdict: Verdict) -> list[TensorFigures]:
-    changed = [item for item in verdict.tensors if not _is_equal(item)]
+    changed = [item for item in verdict.tensors if not item.equal]
     return sorted(changed, key=lambda item: (item.ok, -item.rel_error))[:_WORST]
 
 

@@ -9,7 +9,6 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain
 from lingconv.encodings.fp8 import E4M3_MAX
 from lingconv.encodings.plain import PLAIN
-from lingconv.family import LogicalName
 from lingconv.kernels import compare as kernel
 from lingconv.model import Model, Segment, Stored
 from lingconv.progress import Watcher
@@ -29,16 +27,22 @@ from lingconv.verification import scales
 from lingconv.verification.limits import EXACT, Limit, limit_for
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts
-from lingconv.verification.verdict import ScaleFigures, TensorFigures, WorstBlock
+from lingconv.verification.totals import (
+    Total,
+    blocks,
+    has_block_scales,
+    matrix,
+    scale_figures,
+    tensor_figures,
+    worst_block,
+)
+from lingconv.verification.verdict import ScaleFigures, TensorFigures
 
 Array = np.ndarray[Any, Any]
 
 STRIP_ELEMENTS = 1 << 20
-_BLOCK = 128  # where an encoding has no blocks of its own
 # A code of 448 stands for anything up to half a step beyond it; what is larger was cut off.
 _SATURATION = E4M3_MAX + 16.0
-_LARGEST = {kernel.WORST, kernel.PEAK}
-_ADDED = [number for number in range(kernel.NUM_SUMS) if number not in _LARGEST]
 
 
 class _Strip(NamedTuple):
@@ -47,24 +51,6 @@ class _Strip(NamedTuple):
     pair: int
     first: int
     last: int
-
-
-@dataclass(slots=True)
-class _Total:
-    """What is known of one logical tensor so far."""
-
-    sums: Array = field(default_factory=lambda: np.zeros(kernel.NUM_SUMS, np.float64))
-    worst: WorstBlock | None = None
-    judged: bool = True
-
-    def add(self, grid: Array, worst: WorstBlock | None) -> None:
-        """Add the sums of some blocks."""
-        flat = grid.reshape(-1, kernel.NUM_SUMS)
-        self.sums[_ADDED] += flat[:, _ADDED].sum(0)
-        for number in _LARGEST:
-            self.sums[number] = max(self.sums[number], flat[:, number].max(initial=0.0))
-        if worst and (self.worst is None or worst.rel_error > self.worst.rel_error):
-            self.worst = worst
 
 
 class Comparison:
@@ -78,7 +64,7 @@ class Comparison:
         self._pairs = pairs
         self._only_exact = only_exact
         self._limits = [_limit(pair, only_exact=only_exact) for pair in pairs]
-        self._totals = [[_Total() for _ in pair.rows] for pair in pairs]
+        self._totals = [[Total() for _ in pair.rows] for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
         self._source_files = OpenedFiles(source.checkpoint.storage)
         self._target_files = OpenedFiles(target.checkpoint.storage)
@@ -108,7 +94,7 @@ class Comparison:
     def figures(self) -> list[TensorFigures]:
         """Return the figures of every logical tensor that was judged."""
         return [
-            _figures(pair, rows.logical, rows.num_rows, total, limit)
+            tensor_figures(pair, rows.logical, rows.num_rows, total, limit)
             for pair, totals, limit in zip(self._pairs, self._totals, self._limits, strict=True)
             for rows, total in zip(pair.rows, totals, strict=True)
             if total.judged
@@ -117,7 +103,7 @@ class Comparison:
     def scale_figures(self) -> list[ScaleFigures]:
         """Return the figures of every FP8 tensor's scales."""
         return [
-            _scale_figures(self._pairs[number].target.name, counts)
+            scale_figures(self._pairs[number].target.name, counts)
             for number, counts in sorted(self._scales.items())
         ]
 
@@ -132,8 +118,8 @@ class Comparison:
                 for total in self._totals[number]:
                     total.judged = False
                 continue
-            rows, cols = _matrix(pair.target)
-            multiple = _blocks(pair.target)[0] if cols > 1 else 1
+            rows, cols = matrix(pair.target)
+            multiple = blocks(pair.target)[0] if cols > 1 else 1
             step = multiple * max(1, STRIP_ELEMENTS // (multiple * cols))
             for first in range(0, rows, step):
                 yield _Strip(number, first, min(first + step, rows))
@@ -153,7 +139,7 @@ class Comparison:
                 self._stop = True
                 raise
             pair = self._pairs[strip.pair]
-            nbytes = _stored_bytes(pair) * (strip.last - strip.first) // _matrix(pair.target)[0]
+            nbytes = _stored_bytes(pair) * (strip.last - strip.first) // matrix(pair.target)[0]
             with self._lock:
                 self.bytes_read += nbytes
                 watcher.advance(nbytes)
@@ -164,10 +150,10 @@ class Comparison:
         if exact and _same_bytes(pair, strip, arena, source, target):
             self._check_scales(strip, stored, None)
             return
-        rows, cols = strip.last - strip.first, _matrix(pair.target)[1]
+        rows, cols = strip.last - strip.first, matrix(pair.target)[1]
         left = arena.take("left", (rows, cols), _working(pair))
         source.fill(pair.segments, strip.first, left)
-        if _has_block_scales(pair.target) and not exact:
+        if has_block_scales(pair.target) and not exact:
             right = arena.take("right", (rows, cols), np.uint8)  # the kernel applies the scales
             target.read(pair.target, 0, strip.first * cols, right)
         else:
@@ -182,7 +168,7 @@ class Comparison:
                 part = slice(first - strip.first, last - strip.first)
                 sums = self._piece(strip, left[part], right[part], part.start, scale_grid)
                 np.maximum(peaks, sums[:, :, kernel.PEAK], out=peaks)
-                worst = _worst_block(pair.target, strip.first, sums)
+                worst = worst_block(pair.target, strip.first, sums)
                 with self._lock:
                     self._totals[strip.pair][number].add(sums, worst)
         self._check_scales(strip, stored, peaks)
@@ -198,7 +184,7 @@ class Comparison:
         kernel.compare(
             left,
             right,
-            *_blocks(target),
+            *blocks(target),
             first_row,
             limit.relative,
             limit.floor,
@@ -220,7 +206,7 @@ class Comparison:
         rounded = any(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
         if rounded or (peaks is not None and stored.shape != peaks.shape):
             peaks = None  # nothing says what such a scale ought to be
-        row = strip.first // encoding.block(*_matrix(pair.target))[0]
+        row = strip.first // encoding.block(*matrix(pair.target))[0]
         counts = scales.check(stored, peaks, encoding, row)
         octaves = scales.histogram(stored)
         with self._lock:
@@ -234,21 +220,16 @@ def _read_scales(pair: Pair, strip: _Strip, target: Decoder) -> Array | None:
     encoding = pair.target.encoding
     if not isinstance(encoding, Fp8):
         return None
-    unit = encoding.block(*_matrix(pair.target))[0]
+    unit = encoding.block(*matrix(pair.target))[0]
     return target.scales(pair.target, strip.first // unit, -(-strip.last // unit)).copy()
-
-
-def _has_block_scales(stored: Stored) -> bool:
-    """Return whether each block that figures are kept for has a scale of its own."""
-    return isinstance(stored.encoding, Fp8) and stored.encoding.block_rows > 0
 
 
 def _per_block(target: Stored, strip: _Strip, stored: Array | None) -> Array:
     """Return a scale for each block of a strip: 1 where the encoding has none."""
-    if stored is not None and _has_block_scales(target):
+    if stored is not None and has_block_scales(target):
         return stored
-    rows, cols = _matrix(target)
-    block_rows, block_cols = _blocks(target)
+    rows, cols = matrix(target)
+    block_rows, block_cols = blocks(target)
     height = 1 if cols == 1 else -(-(strip.last - strip.first) // block_rows)
     width = -(-(rows if cols == 1 else cols) // block_cols)
     return np.full((height, width), 1.0 if stored is None else stored.flat[0], np.float32)
@@ -272,23 +253,8 @@ def _rounds_to_bf16(pair: Pair) -> bool:
     return fp8 and pair.target.encoding == PLAIN[DType.BF16]
 
 
-def _matrix(stored: Stored) -> tuple[int, int]:
-    """Return rows and columns; a vector has one column, a scalar one row as well."""
-    rows = stored.shape[0] if stored.shape else 1
-    return rows, math.prod(stored.shape[1:])
-
-
 def _whole(stored: Stored) -> Segment:
-    return Segment(stored, 0, _matrix(stored)[0])
-
-
-def _blocks(stored: Stored) -> tuple[int, int]:
-    """Return rows and columns of the blocks that figures are kept for."""
-    rows, cols = _matrix(stored)
-    encoding = stored.encoding
-    if isinstance(encoding, Fp8) and _has_block_scales(stored):
-        return encoding.block(rows, cols)
-    return _BLOCK, _BLOCK
+    return Segment(stored, 0, matrix(stored)[0])
 
 
 def _stored_bytes(pair: Pair) -> int:
@@ -319,7 +285,7 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     first = segment.first_row + strip.first
     if others or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
-    rows, cols = strip.last - strip.first, _matrix(pair.target)[1]
+    rows, cols = strip.last - strip.first, matrix(pair.target)[1]
     row_bytes = cols * (encoding.dtype.itemsize if isinstance(encoding, Plain) else 1)
     left = arena.take("left", (rows, row_bytes), np.uint8)
     right = arena.take("right", (rows, row_bytes), np.uint8)
@@ -332,75 +298,3 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     before = source.scales(segment.source, first // unit, -(-(first + rows) // unit)).copy()
     after = target.scales(pair.target, strip.first // unit, -(-strip.last // unit))
     return np.array_equal(before.view(np.uint32), after.view(np.uint32))
-
-
-def _worst_block(target: Stored, first: int, sums: Array) -> WorstBlock | None:
-    """Return the block with the largest relative error, or None when nothing differs."""
-    noise, signal = sums[:, :, kernel.NOISE], sums[:, :, kernel.SIGNAL]
-    if not noise.any():
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.sqrt(noise / signal)
-    errors[np.isnan(errors)] = 0.0
-    row, col = np.unravel_index(int(errors.argmax()), errors.shape)
-    rows, cols = _matrix(target)
-    block_rows, block_cols = _blocks(target)
-    if cols == 1:
-        begin = first + int(col) * block_cols
-        return WorstBlock(
-            target.name, (begin, min(begin + block_cols, rows)), (0, 1), float(errors[row, col])
-        )
-    top, left = first + int(row) * block_rows, int(col) * block_cols
-    return WorstBlock(
-        target.name,
-        (top, min(top + block_rows, rows)),
-        (left, min(left + block_cols, cols)),
-        float(errors[row, col]),
-    )
-
-
-def _figures(
-    pair: Pair, name: LogicalName, num_rows: int, total: _Total, limit: Limit
-) -> TensorFigures:
-    sums = total.sums
-    signal, dot, noise = sums[kernel.SIGNAL], sums[kernel.DOT], sums[kernel.NOISE]
-    other = max(
-        noise + 2 * dot - signal, 0.0
-    )  # |right|^2 = |left - right|^2 + 2 left.right - |left|^2
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        rel_error = 0.0 if noise == 0 else float(np.sqrt(noise / signal))
-        cosine = float(dot / np.sqrt(signal * other)) if signal or other else 1.0
-        snr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
-    beyond, nonfinite = int(sums[kernel.BEYOND]), int(sums[kernel.NONFINITE])
-    ok = not beyond and not nonfinite and rel_error <= limit.rel_error
-    return TensorFigures(
-        name=name,
-        role=pair.role,
-        source=pair.segments[0].source.encoding.label,
-        target=pair.target.encoding.label,
-        elements=num_rows * _matrix(pair.target)[1],
-        max_abs=float(sums[kernel.WORST]),
-        rel_error=rel_error,
-        cosine=cosine,
-        snr_db=snr_db,
-        beyond=beyond,
-        zeroed=int(sums[kernel.ZEROED]),
-        saturated=int(sums[kernel.SATURATED]),
-        nonfinite=nonfinite,
-        allowed=limit.rel_error,
-        ok=ok,
-        worst_block=total.worst,
-    )
-
-
-def _scale_figures(name: str, counts: Sequence[ScaleCounts]) -> ScaleFigures:
-    examples = [count.example for count in counts if count.example]
-    first = min(examples, default=None)
-    return ScaleFigures(
-        name=name,
-        blocks=sum(count.blocks for count in counts),
-        unfit=sum(count.unfit for count in counts),
-        mislabelled=sum(count.mislabelled for count in counts),
-        invalid=sum(count.invalid for count in counts),
-        example=f"scale [{first[0]}, {first[1]}] {first[2]}" if first else "",
-    )

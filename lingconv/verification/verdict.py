@@ -57,6 +57,21 @@ class TensorFigures:
     ok: bool
     worst_block: WorstBlock | None
 
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs at all."""
+        return self.rel_error == 0 and not self.beyond and not self.nonfinite
+
+
+class EncodingFigures(NamedTuple):
+    """All tensors that went from one encoding to another: how many, how many equal, the worst."""
+
+    source: str
+    target: str
+    tensors: int
+    equal: int
+    worst: TensorFigures
+
 
 @dataclass(frozen=True, slots=True)
 class ScaleFigures:
@@ -140,6 +155,21 @@ class Verdict:
     def ok(self) -> bool:
         """Whether DST is what SRC became, within the thresholds."""
         return not self.findings
+
+    def by_encoding(self) -> list[EncodingFigures]:
+        """Return the figures of each pair of encodings."""
+        groups: dict[tuple[str, str], list[TensorFigures]] = {}
+        for item in self.tensors:
+            groups.setdefault((item.source, item.target), []).append(item)
+        return [
+            EncodingFigures(
+                *encodings,
+                tensors=len(items),
+                equal=sum(item.equal for item in items),
+                worst=max(items, key=lambda item: item.rel_error),
+            )
+            for encodings, items in groups.items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON values; what is infinite or NaN becomes null."""
