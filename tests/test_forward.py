@@ -115,6 +115,17 @@ def _compressed_tensors(codes, scale, source):
     return dequantize(codes, scale.float(), args=arguments, dtype=torch.float32)
 
 
+def test_a_tied_head_is_the_embedding(golden, right, tmp_path):
+    shutil.copytree(golden, tmp_path / "tied")
+    rewrite(tmp_path / "tied", lambda tensors: tensors.pop("lm_head.weight"))
+    config = tmp_path / "tied" / "config.json"
+    edit_json(config, lambda values: values.update(tie_word_embeddings=True))
+    found = forward(tmp_path / "tied", right).tensors
+    embedding = read_tensors(golden)["model.word_embeddings.weight"].float()
+    expected = found["hidden_states.2"] @ embedding.T
+    assert (found["logits"] - expected).abs().max() < TOLERANCE
+
+
 class TestActivations:
     def test_groups_follow_the_weights(self):
         generator = torch.Generator().manual_seed(0)

@@ -66,6 +66,12 @@ FORBIDDEN = {
     "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
     "model": ("numpy", "numba", "torch", "lingconv.plan", "lingconv.engine"),
     "strips": ("numpy", "numba", "torch", "lingconv.engine"),
+    "decoding": ("torch", "lingconv.plan", "lingconv.engine", "lingconv.transcode"),
+    "reference/ling2": ("numpy", "numba", "lingconv.model", "lingconv.reference.weights"),
+    "reference/forward": ("lingconv.plan", "lingconv.engine", "lingconv.verification.run"),
+    "verification/pairing": ("numpy", "numba", "torch", "lingconv.plan", "lingconv.engine"),
+    "verification/verdict": ("numpy", "numba", "torch", "lingconv.model", "matplotlib"),
+    "verification/tensors": ("torch", "lingconv.plan", "lingconv.engine"),
     "kernels/numeric": ("lingconv.plan", "lingconv.model", "lingconv.storage", "torch"),
 }
 
