@@ -247,6 +247,40 @@ class TestBadInput:
         verdict = lingconv.verify(golden, blown, options)
         assert not verdict.ok
 
+    def test_a_broken_file_comes_first(self, golden, tmp_path):
+        shutil.copytree(golden, tmp_path / "c")
+        shard = tmp_path / "c" / "model-00002-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:100])
+        verdict = lingconv.verify(golden, tmp_path / "c")
+        assert not verdict.ok
+        assert shard.name in str(verdict.findings[0])
+        assert verdict.forward is None
+
+    def test_a_dtype_that_holds_no_weights(self, golden, tmp_path):
+        name = "model.layers.1.mlp.gate.weight"
+
+        def to_ints(tensors):
+            tensors[name] = tensors[name].mul(100).to(torch.int32)
+
+        odd = damaged(golden, tmp_path / "c", to_ints)
+        verdict = lingconv.verify(golden, odd)
+        assert "is stored as i32 and bf16" in str(verdict.findings[0])
+        with pytest.raises(CheckpointError, match=r"gate\.weight: i32 cannot be read"):
+            lingconv.forward(odd)
+
+    def test_a_record_excuses_no_other_hole_in_the_source(self, golden, tmp_path):
+        lingconv.convert(golden, tmp_path / "out", ConvertOptions(mtp="drop"))
+        holed = damaged(golden, tmp_path / "c", lambda tensors: tensors.pop("model.norm.weight"))
+        with pytest.raises(CheckpointError):
+            lingconv.verify(holed, tmp_path / "out")
+
+    def test_a_hostile_record_means_nothing(self, golden, tmp_path):
+        lingconv.convert(golden, tmp_path / "out")
+        for options in ([], {"mtp": ["x"], "drop": 7}, {"mtp": "all", "drop": [1, None]}):
+            record = tmp_path / "out" / "lingconv.json"
+            edit_json(record, lambda value, o=options: value.update(options=o))
+            assert lingconv.verify(golden, tmp_path / "out", VerifyOptions(level="bytes")).ok
+
     def test_words_that_mean_nothing(self, golden):
         for wrong in ({"level": "deep"}, {"mtp": "some"}):
             with pytest.raises(UsageError):

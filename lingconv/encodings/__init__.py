@@ -5,11 +5,24 @@ of a given shape and in which units of rows it can be worked on. The arithmetic 
 """
 
 from lingconv.encodings.fp8 import Fp8, ScaleShape
-from lingconv.encodings.plain import Plain
+from lingconv.encodings.plain import FLOATS, Plain
 
 Encoding = Plain | Fp8
 
-__all__ = ["Encoding", "Fp8", "Plain", "ScaleShape", "encoding_from_json", "encoding_to_json"]
+__all__ = [
+    "Encoding",
+    "Fp8",
+    "Plain",
+    "ScaleShape",
+    "encoding_from_json",
+    "encoding_to_json",
+    "is_decodable",
+]
+
+
+def is_decodable(encoding: Encoding) -> bool:
+    """Return whether numbers can be read from it: FP8 with scales, BF16, F16, F32."""
+    return isinstance(encoding, Fp8) or encoding.dtype in FLOATS
 
 
 def encoding_to_json(encoding: Encoding) -> dict[str, object]:

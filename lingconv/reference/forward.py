@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lingconv.encodings import is_decodable
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import LogicalName
 from lingconv.journal import replace_file
@@ -121,6 +122,7 @@ class ForwardPass:
         check_device(self.options.device)
         check_model(model, mtp=self.options.mtp)
         check_ids(ids_BS, model.symbols["vocab_size"])
+        self._uri = model.checkpoint.storage.uri
         self._config = model.symbols
         self._ids_BS = ids_BS
         self._pinned = pinned if pinned is not None else {}
@@ -205,7 +207,7 @@ class ForwardPass:
     def _check_finite(self, prefix: str, x_BSH: Tensor) -> None:
         if not torch.isfinite(x_BSH).all():
             raise CheckpointError(
-                f"NaN or Inf in the activations after {prefix.removesuffix('.')}",
+                f"{self._uri}: NaN or Inf in the activations after {prefix.removesuffix('.')}",
                 hint="`lingconv verify --level tensors` against a good copy names the weight",
             )
 
@@ -224,6 +226,12 @@ def check_model(model: Model, *, mtp: bool) -> None:
         return not mtp and tensor is not None and tensor.mtp
 
     refuse_faults(model, excused)
+    for stored in model.stored.values():
+        if not is_decodable(stored.encoding):
+            raise CheckpointError(
+                f"{stored.extents[0].file}: {stored.name}: {stored.encoding.label} cannot be"
+                " read as numbers"
+            )
     symbols = model.symbols
     if not symbols["whole"]:
         raise CheckpointError(f"{model.checkpoint.storage.uri} holds MTP layers only, no decoder")

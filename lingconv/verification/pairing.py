@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lingconv.checkpoint import RECORD_NAME
-from lingconv.encodings import Fp8
+from lingconv.encodings import Fp8, is_decodable
 from lingconv.errors import LingconvError
 from lingconv.family import LogicalName, Role
 from lingconv.layout import Rows
@@ -48,25 +48,38 @@ def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Fi
     for tensor in target.layout.tensors.values():
         stored = target.stored.get(tensor.name)
         fits = [_fits(rows, expected, tensor.shape) for rows in tensor.rows]
-        if stored is not None and all(fits):
-            segments = locator.segments(rows.logical for rows in tensor.rows)
+        if stored is None or not all(fits):
+            continue
+        segments = locator.segments(rows.logical for rows in tensor.rows)
+        encodings = [stored.encoding, *(segment.source.encoding for segment in segments)]
+        if all(map(is_decodable, encodings)):
             pairs.append(Pair(stored, tensor.role, tensor.keep_dtype, tensor.rows, segments))
+        else:
+            labels = " and ".join(dict.fromkeys(encoding.label for encoding in encodings))
+            message = f"is stored as {labels}, which cannot be read as numbers"
+            findings.append(Finding("dtype", stored.name, message))
     if not pairs:
         findings.insert(0, Finding("config", "", "SRC and DST are different models: nothing fits"))
     findings += _name_findings(expected, shapes, target.locator())
     return pairs, _without_duplicates(findings)
 
 
-def recorded_mtp(target: Model) -> Mtp:
-    """Return what DST's own record says was done with MTP layers; `keep` where there is none."""
-    options = recorded_options(target)
+def recorded_mtp(recipe: Mapping[str, Any]) -> Mtp:
+    """Return what a recipe says was done with MTP layers; `keep` where it says nothing."""
     with suppress(ValueError):
-        return Mtp(options.get("mtp", Mtp.KEEP))
+        return Mtp(recipe.get("mtp", Mtp.KEEP))
     return Mtp.KEEP
 
 
-def recorded_options(target: Model) -> Mapping[str, Any]:
-    """Return the options that DST was made with, from its lingconv.json."""
+def recorded_drops(recipe: Mapping[str, Any]) -> list[Pattern]:
+    """Return the patterns of the tensors that a recipe left out."""
+    drop = recipe.get("drop")
+    texts = drop if isinstance(drop, list) else []
+    return [Pattern(text) for text in texts if isinstance(text, str)]
+
+
+def read_recipe(target: Model) -> Mapping[str, Any]:
+    """Return the options that DST was made with, from its lingconv.json; empty without one."""
     with suppress(LingconvError, ValueError):
         record = json.loads(target.checkpoint.storage.read(RECORD_NAME))
         if isinstance(record, dict) and isinstance(record.get("options"), dict):

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,12 @@ from lingconv.patterns import Pattern
 from lingconv.progress import Watcher
 from lingconv.verification.diagnosis import Detective
 from lingconv.verification.limits import Thresholds, thresholds_for
-from lingconv.verification.pairing import pair_up, recorded_mtp, recorded_options
+from lingconv.verification.pairing import (
+    pair_up,
+    read_recipe,
+    recorded_drops,
+    recorded_mtp,
+)
 from lingconv.verification.tensors import Comparison
 from lingconv.verification.verdict import (
     Finding,
@@ -48,10 +53,10 @@ def verify(
     Raises CheckpointError when `source` itself cannot be trusted.
     """
     started = time.monotonic()
-    left_out = _left_out(target)
-    refuse_faults(source, left_out)
-    source = replace(source, faults=tuple(fault for fault in source.faults if not left_out(fault)))
-    mtp = Mtp(options.mtp) if options.mtp else recorded_mtp(target)
+    recipe = read_recipe(target)
+    mtp = Mtp(options.mtp) if options.mtp else recorded_mtp(recipe)
+    source = _without(source, mtp, recorded_drops(recipe))
+    refuse_faults(source)
     pairs, findings = pair_up(source, target, mtp)
     comparison = Comparison(source, target, pairs, only_exact=options.level == Level.BYTES)
     watcher.stage("tensors", comparison.nbytes)
@@ -78,7 +83,7 @@ def verify(
         scale_histogram=comparison.scale_histogram,
         bytes_read=comparison.bytes_read,
         seconds=time.monotonic() - started,
-        recipe=recorded_options(target),
+        recipe=recipe,
     )
 
 
@@ -90,18 +95,16 @@ def _level_reached(
     return Level.TENSORS if skipped else options.level
 
 
-def _left_out(target: Model) -> Callable[[Fault], bool]:
-    """Return whether a fault of SRC is of no account, because DST was made without that tensor."""
-    recorded = recorded_options(target)
-    patterns = [Pattern(text) for text in recorded.get("drop", ())]
-    without_mtp = recorded_mtp(target) == Mtp.DROP
+def _without(source: Model, mtp: Mtp, drops: Sequence[Pattern]) -> Model:
+    """Return SRC without the faults of tensors that DST was made without."""
 
-    def excused(fault: Fault) -> bool:
+    def left_out(fault: Fault) -> bool:
         if fault.kind == "extra tensor":
-            return any(pattern.matches(fault.tensor) for pattern in patterns)
-        return without_mtp and fault.kind == "missing tensor"
+            return any(pattern.matches(fault.tensor) for pattern in drops)
+        tensor = source.tensor(fault.tensor)
+        return mtp == Mtp.DROP and tensor is not None and tensor.mtp
 
-    return excused
+    return replace(source, faults=tuple(fault for fault in source.faults if not left_out(fault)))
 
 
 def default_level(source: Model, target: Model) -> Level:
@@ -210,7 +213,6 @@ def _forward_findings(forward: ForwardFigures | None, thresholds: Thresholds) ->
 
 
 def _rank(finding: Finding) -> int:
-    """Return where a finding belongs: causes before what follows from them."""
-    if finding.kind in _ORDER:
-        return _ORDER.index(finding.kind)
-    return len(_ORDER) + 1 + _LAST.index(finding.kind) if finding.kind in _LAST else len(_ORDER)
+    """Return where a finding belongs: causes before what follows from them, broken files first."""
+    order = (*_ORDER, *_LAST)
+    return order.index(finding.kind) if finding.kind in order else -1

@@ -62,8 +62,10 @@ class Comparison:
         self.scale_histogram: dict[int, int] = {}
         self.bytes_read = 0
         self._pairs = pairs
-        self._only_exact = only_exact
         self._limits = [_limit(pair, only_exact=only_exact) for pair in pairs]
+        self._judged = [
+            number for number, limit in enumerate(self._limits) if limit.exact or not only_exact
+        ]
         self._totals = [[Total() for _ in pair.rows] for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
         self._source_files = OpenedFiles(source.checkpoint.storage)
@@ -74,7 +76,7 @@ class Comparison:
     @property
     def nbytes(self) -> int:
         """Bytes that are going to be read, on both sides together."""
-        return sum(_stored_bytes(pair) for pair in self._pairs)
+        return sum(_stored_bytes(self._pairs[number]) for number in self._judged)
 
     def run(self, jobs: int, watcher: Watcher) -> None:
         """Read and compare everything."""
@@ -94,10 +96,9 @@ class Comparison:
     def figures(self) -> list[TensorFigures]:
         """Return the figures of every logical tensor that was judged."""
         return [
-            tensor_figures(pair, rows.logical, rows.num_rows, total, limit)
-            for pair, totals, limit in zip(self._pairs, self._totals, self._limits, strict=True)
-            for rows, total in zip(pair.rows, totals, strict=True)
-            if total.judged
+            tensor_figures(self._pairs[number], rows, total, self._limits[number])
+            for number in self._judged
+            for rows, total in zip(self._pairs[number].rows, self._totals[number], strict=True)
         ]
 
     def scale_figures(self) -> list[ScaleFigures]:
@@ -109,17 +110,10 @@ class Comparison:
 
     def _strips(self) -> Iterator[_Strip]:
         """Yield the work, in the order of DST's files."""
-        order = sorted(
-            range(len(self._pairs)), key=lambda number: self._pairs[number].target.extents[0]
-        )
-        for number in order:
-            pair, limit = self._pairs[number], self._limits[number]
-            if self._only_exact and not limit.exact:
-                for total in self._totals[number]:
-                    total.judged = False
-                continue
-            rows, cols = matrix(pair.target)
-            multiple = blocks(pair.target)[0] if cols > 1 else 1
+        for number in sorted(self._judged, key=lambda n: self._pairs[n].target.extents[0]):
+            target = self._pairs[number].target
+            rows, cols = matrix(target)
+            multiple = blocks(target)[0] if cols > 1 else 1
             step = multiple * max(1, STRIP_ELEMENTS // (multiple * cols))
             for first in range(0, rows, step):
                 yield _Strip(number, first, min(first + step, rows))
@@ -168,7 +162,8 @@ class Comparison:
                 part = slice(first - strip.first, last - strip.first)
                 sums = self._piece(strip, left[part], right[part], part.start, scale_grid)
                 np.maximum(peaks, sums[:, :, kernel.PEAK], out=peaks)
-                worst = worst_block(pair.target, strip.first, sums)
+                top = strip.first + (part.start if cols == 1 else 0)
+                worst = worst_block(pair.target, top, sums)
                 with self._lock:
                     self._totals[strip.pair][number].add(sums, worst)
         self._check_scales(strip, stored, peaks)

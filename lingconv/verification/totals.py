@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lingconv.encodings import Fp8
-from lingconv.family import LogicalName
 from lingconv.kernels import compare as kernel
+from lingconv.layout import Rows
 from lingconv.model import Stored
 from lingconv.verification.limits import Limit
 from lingconv.verification.pairing import Pair
@@ -52,7 +52,6 @@ class Total:
 
     sums: Array = field(default_factory=lambda: np.zeros(kernel.NUM_SUMS, np.float64))
     worst: WorstBlock | None = None
-    judged: bool = True
 
     def add(self, grid: Array, worst: WorstBlock | None) -> None:
         """Add the sums of some blocks."""
@@ -89,10 +88,8 @@ def worst_block(target: Stored, first: int, sums: Array) -> WorstBlock | None:
     )
 
 
-def tensor_figures(
-    pair: Pair, name: LogicalName, num_rows: int, total: Total, limit: Limit
-) -> TensorFigures:
-    """Return the figures of a logical tensor that is `num_rows` rows of a pair."""
+def tensor_figures(pair: Pair, rows: Rows, total: Total, limit: Limit) -> TensorFigures:
+    """Return the figures of the logical tensor that is `rows` of a pair."""
     sums = total.sums
     signal, dot, noise = sums[kernel.SIGNAL], sums[kernel.DOT], sums[kernel.NOISE]
     other = max(
@@ -105,11 +102,11 @@ def tensor_figures(
     beyond, nonfinite = int(sums[kernel.BEYOND]), int(sums[kernel.NONFINITE])
     ok = not beyond and not nonfinite and rel_error <= limit.rel_error
     return TensorFigures(
-        name=name,
+        name=rows.logical,
         role=pair.role,
         source=pair.segments[0].source.encoding.label,
         target=pair.target.encoding.label,
-        elements=num_rows * matrix(pair.target)[1],
+        elements=rows.num_rows * matrix(pair.target)[1],
         max_abs=float(sums[kernel.WORST]),
         rel_error=rel_error,
         cosine=cosine,
