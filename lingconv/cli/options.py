@@ -91,7 +91,7 @@ Jobs = Annotated[
         "--jobs",
         min=0,
         envvar="LINGCONV_JOBS",
-        help="Threads; 0 means two per processor.",
+        help="Threads; 0 chooses by the number of processors.",
         rich_help_panel=RUN,
     ),
 ]
