@@ -1,0 +1,362 @@
+"""The searches for scales behind ggml's K-quants and IQ4, side by side, compiled by numba.
+
+ggml looks for the scale (and the minimum) of 16 or 32 weights by trying some twenty candidates; the
+loops over one such sub-block are chains of float32 sums, whose order decides the bits. Sub-blocks
+do not know each other, though: so each SIMD lane takes one, and every lane keeps ggml's order.
+Algorithms: ggml/src/ggml-quants.c in github.com/ggml-org/llama.cpp at 0c1e5709 (make_qkx2_quants,
+make_qx_quants, make_q3_quants, quantize_row_iq4_nl_impl). No fast-math: it would change bits.
+
+All state is one flat float32 array, in rows of LANES numbers: at X the weights of the sub-blocks
+(row i holds element i of every lane), at W how much each one counts, at LEVELS the levels that are
+tried, behind them one row for each quantity below. One array with constant places is what lets
+LLVM prove that the rows do not overlap.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import njit
+from numpy import float32, int32
+
+from lingconv.kernels.numeric import Array, load
+
+LANES: Final = 64
+MAX_SIZE: Final = 32  # elements of the largest sub-block
+
+X: Final = 0
+W: Final = X + MAX_SIZE * LANES
+LEVELS: Final = W + MAX_SIZE * LANES
+_ROWS: Final = LEVELS + MAX_SIZE * LANES
+SCALE: Final = _ROWS  # result: what a level is multiplied by
+MIN: Final = _ROWS + 1 * LANES  # result of search_scale_min: what is added to it
+WON_ISCALE: Final = _ROWS + 2 * LANES  # the inverse scale and ...
+WON_MIN: Final = _ROWS + 3 * LANES  # ... the minimum that the winning levels were found with
+PEAK: Final = _ROWS + 4 * LANES  # largest |x|, or largest x for search_scale_min
+EXTREME: Final = _ROWS + 5 * LANES  # the x that has the largest |x|
+_BEST: Final = _ROWS + 6 * LANES
+_ISCALE: Final = _ROWS + 7 * LANES
+_SUM_W: Final = _ROWS + 8 * LANES
+_SUM_X: Final = _ROWS + 9 * LANES
+_SUM_L: Final = _ROWS + 10 * LANES
+_SUM_L2: Final = _ROWS + 11 * LANES
+_SUM_XL: Final = _ROWS + 12 * LANES
+_TRY_SCALE: Final = _ROWS + 13 * LANES
+_TRY_MIN: Final = _ROWS + 14 * LANES
+_ERROR: Final = _ROWS + 15 * LANES
+_FLAT: Final = _ROWS + 16 * LANES
+STATE_SIZE: Final = _ROWS + 17 * LANES
+
+TINY: Final = float32(1e-15)  # GROUP_MAX_EPS: sub-blocks below it are zero
+_ROUNDER: Final = float32(12582912.0)  # 1.5 x 2^23: adding it leaves a rounded integer in the bits
+
+# The sixteen values of IQ4 (kvalues_iq4nl), and where the nearer one changes: half-way.
+IQ4_VALUES: Final = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+IQ4_MIDDLES: Final = (IQ4_VALUES[:-1] + IQ4_VALUES[1:]) / np.float32(2)
+IQ4_STEPS: Final = IQ4_VALUES[1:] - IQ4_VALUES[:-1]
+
+kernel = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@kernel
+def nearest_int(value: Any) -> Any:
+    """Round to the nearest integer, ties to even; the bits decide, so NaN and Inf have results."""
+    bits = float32(value + _ROUNDER).view(np.int32)
+    return int32(int32(bits & int32(0x7FFFFF)) - int32(0x400000))
+
+
+@kernel
+def clamped(value: Any, low: int, high: int) -> Any:
+    """Return the nearest integer within low ... high."""
+    return max(int32(low), min(int32(high), nearest_int(value)))
+
+
+@kernel
+def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
+    """Put sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
+
+    Lanes without a sub-block hold zeros.
+    """
+    count = min(LANES, values.shape[0] - first)
+    for k in range(count):
+        for i in range(size):
+            state[X + i * LANES + k] = load(values[first + k, i])
+    for k in range(count, LANES):
+        for i in range(size):
+            state[X + i * LANES + k] = float32(0)
+
+
+@kernel
+def search_scale_min(
+    state: Array, size: int, levels: int, start: Any, step: Any, steps: int, absolute: bool
+) -> None:
+    """Find scale and minimum such that scale x level + minimum is near x, level in 0 ... levels.
+
+    Weights are at W. Candidates are the inverse scales (start + step x n + levels) / (max - min)
+    for n = 0 ... steps, min being the best one so far; the error is absolute or squared.
+    """
+    _begin_scale_min(state, size)
+    top = float32(levels)
+    for k in range(LANES):
+        iscale = top / (state[PEAK + k] - state[MIN + k])
+        state[_ISCALE + k] = iscale
+        state[WON_ISCALE + k] = iscale
+        state[WON_MIN + k] = state[MIN + k]
+        state[SCALE + k] = float32(1) / iscale
+        state[_TRY_SCALE + k] = state[SCALE + k]
+        state[_TRY_MIN + k] = state[MIN + k]
+    _try_levels(state, size, levels)
+    _measure(state, size, absolute)
+    for k in range(LANES):
+        state[_BEST + k] = state[_ERROR + k]
+    for n in range(steps + 1):
+        numerator = float32(float32(start + float32(step * float32(n))) + top)
+        for k in range(LANES):
+            state[_ISCALE + k] = numerator / (state[PEAK + k] - state[MIN + k])
+        _try_levels(state, size, levels)
+        _solve(state)
+        _measure(state, size, absolute)
+        _keep_better(state)
+    for k in range(LANES):
+        flat = state[_FLAT + k] != float32(0)
+        state[SCALE + k] = float32(0) if flat else state[SCALE + k]
+        state[WON_ISCALE + k] = float32(0) if flat else state[WON_ISCALE + k]
+
+
+@kernel
+def _begin_scale_min(state: Array, size: int) -> None:
+    """Find smallest (at most 0) and largest x, and the sums of w and w x."""
+    for k in range(LANES):
+        x, w = state[X + k], state[W + k]
+        state[MIN + k] = x
+        state[PEAK + k] = x
+        state[_SUM_W + k] = w
+        state[_SUM_X + k] = w * x
+    for i in range(1, size):
+        for k in range(LANES):
+            x, w = state[X + i * LANES + k], state[W + i * LANES + k]
+            low, high = state[MIN + k], state[PEAK + k]
+            state[MIN + k] = x if x < low else low  # noqa: FURB136 - as ggml treats -0
+            state[PEAK + k] = x if x > high else high  # noqa: FURB136 - as ggml treats -0
+            state[_SUM_W + k] += w
+            state[_SUM_X + k] += w * x
+    for k in range(LANES):
+        low = state[MIN + k]
+        low = float32(0) if low > float32(0) else low  # noqa: FURB136 - as ggml treats -0
+        state[MIN + k] = low
+        state[_FLAT + k] = float32(1) if low == state[PEAK + k] else float32(0)
+
+
+@kernel
+def _try_levels(state: Array, size: int, levels: int) -> None:
+    """Find the levels that the candidate inverse scale gives, and their sums."""
+    for k in range(LANES):
+        state[_SUM_L + k] = float32(0)
+        state[_SUM_L2 + k] = float32(0)
+        state[_SUM_XL + k] = float32(0)
+    for i in range(size):
+        for k in range(LANES):
+            x, w = state[X + i * LANES + k], state[W + i * LANES + k]
+            level = float32(clamped(state[_ISCALE + k] * (x - state[MIN + k]), 0, levels))
+            state[LEVELS + i * LANES + k] = level
+            weighted = w * level
+            state[_SUM_L + k] += weighted
+            state[_SUM_L2 + k] += weighted * level
+            state[_SUM_XL + k] += weighted * x
+
+
+@kernel
+def _solve(state: Array) -> None:
+    """Find the least-squares scale and minimum for the levels; the minimum is at most 0."""
+    for k in range(LANES):
+        sum_l, sum_l2, sum_xl = state[_SUM_L + k], state[_SUM_L2 + k], state[_SUM_XL + k]
+        sum_w, sum_x = state[_SUM_W + k], state[_SUM_X + k]
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        positive = low > float32(0)
+        state[_TRY_MIN + k] = float32(0) if positive else low
+        state[_TRY_SCALE + k] = sum_xl / sum_l2 if positive else scale
+        state[_SUM_L + k] = determinant  # its sign decides whether the candidate counts
+
+
+@kernel
+def _measure(state: Array, size: int, absolute: bool) -> None:
+    """Add up the weighted error of the candidate."""
+    for k in range(LANES):
+        state[_ERROR + k] = float32(0)
+    for i in range(size):
+        for k in range(LANES):
+            x, w = state[X + i * LANES + k], state[W + i * LANES + k]
+            gap = state[_TRY_SCALE + k] * state[LEVELS + i * LANES + k] + state[_TRY_MIN + k] - x
+            gap = abs(gap) if absolute else gap * gap
+            state[_ERROR + k] += w * gap
+
+
+@kernel
+def _keep_better(state: Array) -> None:
+    """Keep the candidate in the lanes where its error is smaller."""
+    for k in range(LANES):
+        error, best = state[_ERROR + k], state[_BEST + k]
+        won = (state[_SUM_L + k] > float32(0)) & (error < best)
+        state[_BEST + k] = error if won else best
+        state[SCALE + k] = state[_TRY_SCALE + k] if won else state[SCALE + k]
+        state[WON_ISCALE + k] = state[_ISCALE + k] if won else state[WON_ISCALE + k]
+        state[WON_MIN + k] = state[MIN + k] if won else state[WON_MIN + k]
+        state[MIN + k] = state[_TRY_MIN + k] if won else state[MIN + k]
+
+
+@kernel
+def _find_extreme(state: Array, size: int) -> None:
+    """Find the largest |x| of each lane and the first x that has it."""
+    for k in range(LANES):
+        state[PEAK + k] = float32(0)
+        state[EXTREME + k] = float32(0)
+    for i in range(size):
+        for k in range(LANES):
+            x, peak = state[X + i * LANES + k], state[PEAK + k]
+            larger = abs(x) > peak
+            state[PEAK + k] = abs(x) if larger else peak
+            state[EXTREME + k] = x if larger else state[EXTREME + k]
+
+
+@kernel
+def search_scale(state: Array, size: int, half: int) -> None:
+    """Find the scale of levels -half ... half - 1 (Q6_K); each x counts as much as its square.
+
+    Candidates are the inverse scales -(half + n / 10) / extreme for n = -9 ... 9.
+    """
+    _find_extreme(state, size)
+    for n in range(-10, 10):
+        # ggml begins with n = 0, and leaves it out of the search that follows.
+        if n == 0:
+            continue
+        offset = float32(0) if n == -10 else float32(float32(0.1) * float32(n))
+        numerator = -float32(float32(half) + offset)
+        for k in range(LANES):
+            state[_ISCALE + k] = numerator / state[EXTREME + k]
+            state[_SUM_XL + k] = float32(0)
+            state[_SUM_L2 + k] = float32(0)
+        for i in range(size):
+            for k in range(LANES):
+                x = state[X + i * LANES + k]
+                level = float32(clamped(state[_ISCALE + k] * x, -half, half - 1))
+                w = x * x
+                state[_SUM_XL + k] += w * x * level
+                state[_SUM_L2 + k] += w * level * level
+        _keep_steeper(state, n == -10)
+    _zero_tiny(state)
+
+
+@kernel
+def _keep_steeper(state: Array, begins: bool) -> None:
+    """Keep the candidate where (sum x l)^2 / (sum l^2) is larger."""
+    for k in range(LANES):
+        sum_xl, sum_l2, best = state[_SUM_XL + k], state[_SUM_L2 + k], state[_BEST + k]
+        better = (sum_l2 > float32(0)) & (sum_xl * sum_xl > best * sum_l2)
+        scale = sum_xl / sum_l2
+        if begins:
+            scale = float32(0) if sum_l2 == float32(0) else scale
+        won = begins | better
+        state[SCALE + k] = scale if won else state[SCALE + k]
+        state[_BEST + k] = scale * sum_xl if won else best
+        state[WON_ISCALE + k] = state[_ISCALE + k] if won else state[WON_ISCALE + k]
+
+
+@kernel
+def _zero_tiny(state: Array) -> None:
+    for k in range(LANES):
+        state[SCALE + k] = float32(0) if state[PEAK + k] < TINY else state[SCALE + k]
+
+
+@kernel
+def search_scale_moving(state: Array, size: int, half: int) -> None:
+    """Find the scale of levels -half ... half - 1 (Q3_K): levels move one by one while that helps.
+
+    The final levels stay at LEVELS.
+    """
+    _find_extreme(state, size)
+    for k in range(LANES):
+        state[_ISCALE + k] = float32(-half) / state[EXTREME + k]
+        state[_SUM_XL + k] = float32(0)
+        state[_SUM_L2 + k] = float32(0)
+    for i in range(size):
+        for k in range(LANES):
+            x = state[X + i * LANES + k]
+            level = float32(clamped(state[_ISCALE + k] * x, -half, half - 1))
+            state[LEVELS + i * LANES + k] = level
+            w = x * x
+            state[_SUM_XL + k] += w * x * level
+            state[_SUM_L2 + k] += w * level * level
+    for _ in range(5):
+        if not _move_levels(state, size, half):
+            break
+    for k in range(LANES):
+        sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
+        state[SCALE + k] = sum_xl / sum_l2 if sum_l2 > float32(0) else float32(0)
+    _zero_tiny(state)
+
+
+@kernel
+def _move_levels(state: Array, size: int, half: int) -> bool:
+    """Let each level move where that makes the fit better; return whether any one did."""
+    for k in range(LANES):
+        state[_FLAT + k] = float32(0)
+    for i in range(size):
+        for k in range(LANES):
+            x, level = state[X + i * LANES + k], state[LEVELS + i * LANES + k]
+            sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
+            w = x * x
+            rest_xl = sum_xl - w * x * level
+            rest_l2 = sum_l2 - w * level * level
+            moved = float32(clamped(x * rest_l2 / rest_xl, -half, half - 1))
+            new_xl = rest_xl + w * x * moved
+            new_l2 = rest_l2 + w * moved * moved
+            better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
+            moves = (rest_xl > float32(0)) & (moved != level) & (new_l2 > float32(0)) & better
+            state[LEVELS + i * LANES + k] = moved if moves else level
+            state[_SUM_XL + k] = new_xl if moves else sum_xl
+            state[_SUM_L2 + k] = new_l2 if moves else sum_l2
+            state[_FLAT + k] = float32(1) if moves else state[_FLAT + k]
+    moved_any = False
+    for k in range(LANES):
+        moved_any |= state[_FLAT + k] != float32(0)
+    return moved_any
+
+
+@kernel
+def search_scale_iq4(state: Array, size: int) -> None:
+    """Find the scale of IQ4's sixteen values; each x counts as much as its square.
+
+    Candidates are the inverse scales (n - 127) / extreme for n = -7 ... 7.
+    """
+    _find_extreme(state, size)
+    for n in range(-8, 8):
+        for k in range(LANES):
+            extreme = state[EXTREME + k]
+            first = float32(1) / (-extreme / IQ4_VALUES[0])
+            state[_ISCALE + k] = first if n == -8 else float32(float32(n) + IQ4_VALUES[0]) / extreme
+            state[_SUM_XL + k] = float32(0)
+            state[_SUM_L2 + k] = float32(0)
+        for i in range(size):
+            for k in range(LANES):
+                x = state[X + i * LANES + k]
+                scaled = state[_ISCALE + k] * x
+                value = IQ4_VALUES[0]
+                for step in range(15):
+                    value += float32(0) if scaled < IQ4_MIDDLES[step] else IQ4_STEPS[step]
+                w = x * x
+                state[_SUM_XL + k] += w * value * x
+                state[_SUM_L2 + k] += w * value * value
+        _keep_steeper(state, n == -8)
+    _zero_tiny(state)
+
+
+@kernel
+def iq4_index(scaled: Any) -> Any:
+    """Return which of IQ4's values is nearest, the upper one of two; the last one for NaN."""
+    index = 15
+    for step in range(15):
+        index -= scaled < IQ4_MIDDLES[step]
+    return index
