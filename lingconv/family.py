@@ -54,7 +54,10 @@ class Role(StrEnum):
 
 
 class LogicalTensor(NamedTuple):
-    """One tensor of the model at the finest grain, and the physical tensor that holds its rows."""
+    """One tensor of the model at the finest grain, and the physical tensor that holds its rows.
+
+    `stacked` tensors are a step of their own along the first axis of that tensor.
+    """
 
     name: LogicalName
     role: Role
@@ -62,6 +65,7 @@ class LogicalTensor(NamedTuple):
     address: PhysicalName
     keep_dtype: bool
     mtp: bool
+    stacked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,10 @@ class TensorRule:
     when: str
     repeat: tuple[tuple[str, str], ...]
     keep_dtype: bool
+
+    def stacks(self, layout: str) -> bool:
+        """Return whether all tensors that this rule repeats share one address in a layout."""
+        return any("{" + index + "}" not in self.addresses[layout] for index, _ in self.repeat)
 
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
         """Return the shape that the symbols give; an axis is a product of symbols and integers."""
@@ -214,6 +222,7 @@ class Family:
                         PhysicalName(address + address_rest),
                         rule.keep_dtype,
                         block.mtp,
+                        rule.stacks(layout),
                     )
 
     def _entries(

@@ -2,7 +2,8 @@
 
 An address is a physical tensor's name and a run of its rows. Logical tensors that share a name are
 that tensor's rows, one behind the other, in the order of the family file: Q, K and V in a fused
-matrix are three addresses. This module knows names and shapes; it opens no file.
+matrix are three addresses, and so are experts that are stacked: only the shape tells. This module
+knows names and shapes; it opens no file.
 """
 
 from collections.abc import Mapping
@@ -21,14 +22,25 @@ class Rows(NamedTuple):
 
 
 class PhysicalTensor(NamedTuple):
-    """A tensor as a layout names it, the logical rows that it is made of, and their common role."""
+    """A tensor as a layout names it, the logical rows that it is made of, and their common role.
+
+    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
+    """
 
     name: PhysicalName
     shape: Shape
     role: Role
     keep_dtype: bool
     mtp: bool
+    stack: int
     rows: tuple[Rows, ...]
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape as files state it: a stack has an axis of its own."""
+        if not self.stack:
+            return self.shape
+        return (self.stack, self.shape[0] // self.stack, *self.shape[1:])
 
 
 class Address(NamedTuple):
@@ -71,6 +83,7 @@ def _first(logical: LogicalTensor) -> PhysicalTensor:
         logical.role,
         logical.keep_dtype,
         logical.mtp,
+        int(logical.stacked),
         (Rows(logical.name, 0, logical.shape[0]),),
     )
 
@@ -85,5 +98,6 @@ def _append(held: PhysicalTensor, logical: LogicalTensor) -> PhysicalTensor:
         held.role,
         held.keep_dtype,
         held.mtp,
+        held.stack + logical.stacked,
         (*held.rows, Rows(logical.name, start, count)),
     )
