@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingconv.checkpoint import open_checkpoint
+from lingconv.containers.gguf import SUFFIX
 from lingconv.engine import Resources, Result, execute
 from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
@@ -16,12 +16,14 @@ from lingconv.options import (
     ForwardOptions,
     Fp8Options,
     Level,
+    Target,
     TargetDType,
     VerifyOptions,
 )
 from lingconv.plan import Plan
 from lingconv.planner import build_plan
 from lingconv.progress import Progress, Unwatched, Watcher
+from lingconv.readers import open_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +48,18 @@ def inspect(source: str | Path, *, formats: str | None = None) -> Report:
 
 
 def plan(
-    source: str | Path, options: ConvertOptions | None = None, *, formats: str | None = None
+    source: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    destination: str | Path = "",
+    formats: str | None = None,
 ) -> Plan:
-    """Return the plan of a conversion, down to the byte, without writing anything."""
-    return build_plan(open_model(source, formats=formats), options or ConvertOptions())
+    """Return the plan of a conversion, down to the byte, without writing anything.
+
+    `destination` gives GGUF files their name.
+    """
+    options = _named(options or ConvertOptions(), Path(destination))
+    return build_plan(open_model(source, formats=formats), options)
 
 
 def convert(
@@ -62,14 +72,15 @@ def convert(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> Result:
-    """Convert `source` into the folder `destination`; the same call again resumes.
+    """Convert `source` into the folder or GGUF file `destination`; the same call again resumes.
 
     Raises the errors of `lingconv.errors`.
     """
     _refuse_overlap(Path(source), Path(destination))
+    options = _named(options or ConvertOptions(), Path(destination))
     model = open_model(source, formats=formats)
     return execute(
-        build_plan(model, options or ConvertOptions()),
+        build_plan(model, options),
         model.checkpoint.storage,
         Path(destination),
         resources=resources,
@@ -120,8 +131,9 @@ def synth(
     model = synthetic_model(
         config, layers=layers, dense_layers=dense_layers, mtp=mtp, seed=seed, formats=formats
     )
+    options = _named(options or ConvertOptions(), Path(destination))
     return execute(
-        build_plan(model, options or ConvertOptions()),
+        build_plan(model, options),
         model.checkpoint.storage,
         Path(destination),
         resources=resources,
@@ -267,6 +279,18 @@ def next_tokens(source: str | Path, trace: "Trace", count: int = 5) -> list["Nex
     from lingconv.reference import prompts
 
     return prompts.next_tokens(open_checkpoint(source).storage, trace.tensors["logits"], count)
+
+
+def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
+    """Return the options with the name that DST gives to GGUF files."""
+    if destination.suffix != SUFFIX:
+        return options
+    if options.layout != Target.GGUF:
+        raise UsageError(
+            f"{destination} is the name of a GGUF file, `--to` is {options.layout}",
+            hint="leave `--to` out, or name a folder",
+        )
+    return replace(options, gguf=replace(options.gguf, stem=destination.stem))
 
 
 def _refuse_overlap(source: Path, destination: Path) -> None:

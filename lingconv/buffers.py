@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lingconv.containers import BLOCK_BYTES
+
 Array = np.ndarray[Any, Any]
 
 
@@ -16,13 +18,18 @@ class Arena:
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
 
-    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return an array for `purpose`; what it held before is gone."""
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any, like: int = 0) -> Array:
+        """Return an array for `purpose`; what it held before is gone.
+
+        It lies in its page as byte `like` of a file lies in its disk block, so that whole blocks
+        of the two fall together.
+        """
         nbytes = prod(shape) * np.dtype(dtype).itemsize
+        first = like % BLOCK_BYTES
         held = self._buffers.get(purpose)
-        if held is None or held.size < nbytes:
-            held = self._buffers[purpose] = _aligned_buffer(nbytes)
-        array: Array = held[:nbytes].view(dtype).reshape(shape)
+        if held is None or held.size < first + nbytes:
+            held = self._buffers[purpose] = _aligned_buffer(BLOCK_BYTES + nbytes)
+        array: Array = held[first : first + nbytes].view(dtype).reshape(shape)
         return array
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
-from lingconv.encodings import Fp8
-from lingconv.kernels import numeric
+from lingconv.encodings import Fp8, Ggml, Plain
+from lingconv.kernels import ggml_decode, numeric
 from lingconv.model import Segment, Stored
 from lingconv.storage import Blob
 
@@ -65,7 +65,8 @@ class Decoder:
         return decode_scales(raw, encoding.scale_dtype)
 
     def _decode(self, source: Stored, row: int, values: Array) -> Nonfinite | None:
-        kind = "fp8" if isinstance(source.encoding, Fp8) else source.encoding.dtype
+        encoding = source.encoding
+        kind = encoding.dtype if isinstance(encoding, Plain) else encoding.kind
         nonfinite = _DECODERS[kind, values.dtype](self, source, row, values)
         return Nonfinite(source, row) if nonfinite else None
 
@@ -98,6 +99,14 @@ class Decoder:
             codes, scales, values, block_rows, block_cols, row - top * block_rows
         )
 
+    def _ggml(self, source: Stored, row: int, values: Array) -> int:
+        kind = cast("Ggml", source.encoding).type
+        count = values.size // kind.elements
+        blocks = self._arena.take("read", (count, kind.nbytes), np.uint8)
+        self.read(source, 0, row * values.shape[1] // kind.elements * kind.nbytes, blocks)
+        ggml_decode.dequantize(kind, blocks, values.reshape(count, kind.elements))
+        return numeric.count_nonfinite(values.reshape(-1))
+
 
 _DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
     (DType.BF16, BF16_BITS): Decoder._plain,
@@ -106,6 +115,7 @@ _DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
     (DType.F32, F32): Decoder._plain,
     ("fp8", BF16_BITS): Decoder._fp8,
     ("fp8", F32): Decoder._fp8,
+    ("ggml", F32): Decoder._ggml,
 }
 _SCALE_STORAGE = {DType.F32: np.float32, DType.BF16: np.uint16, DType.F8_E8M0: np.uint8}
 

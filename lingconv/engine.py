@@ -15,7 +15,7 @@ from typing import Any
 
 from lingconv.checkpoint import RECORD_NAME
 from lingconv.errors import LingconvError, ResourceError
-from lingconv.journal import RunFolder, replace_file, run_identity
+from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import free_bytes, num_processors
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent
@@ -53,6 +53,7 @@ class Result:
     files_found_finished: int
     bytes_written: int
     seconds: float
+    warnings: tuple[str, ...]
 
 
 def execute(
@@ -65,8 +66,9 @@ def execute(
     fresh: bool = False,
     headers_only: bool = False,
 ) -> Result:
-    """Carry out `plan`, reading from `storage` and writing to the folder `destination`.
+    """Carry out `plan`, reading from `storage` and writing to `destination`.
 
+    That is a folder, or the name of a GGUF file, which may be split into several.
     With `headers_only` the weight files are sparse: headers and holes that read as zeros.
     Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
     """
@@ -77,11 +79,11 @@ def execute(
     identity = run_identity(plan, __version__, headers_only=headers_only)
     with (
         explained_writing(destination),
-        RunFolder(destination, identity, fresh=fresh) as folder,
+        RunFolder(place_of(destination), identity, fresh=fresh) as folder,
     ):
         todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
         if not headers_only:
-            check_disk(destination, sum(folder.bytes_missing(f.name, f.nbytes) for f in todo))
+            check_disk(folder.root, sum(folder.bytes_missing(f.name, f.nbytes) for f in todo))
         progress.begin(plan, len(plan.files) - len(todo), jobs)
         _carry_side_files(plan, storage, folder)
         crew = Crew(plan, storage, folder, progress, sparse=headers_only)
@@ -89,13 +91,15 @@ def execute(
         for name, data in last_files(plan, _source_record(storage), __version__).items():
             replace_file(folder.root / name, [data])
         folder.complete()
+    whole = len(plan.files) > 1 or not place_of(destination).name
     return Result(
-        destination=str(destination),
+        destination=str(destination if whole else folder.root / plan.files[0].name),
         digest=plan.digest,
         files_written=len(todo),
         files_found_finished=len(plan.files) - len(todo),
         bytes_written=sum(file.nbytes for file in todo),
         seconds=time.monotonic() - started,
+        warnings=plan.warnings,
     )
 
 

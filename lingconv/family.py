@@ -4,15 +4,16 @@ This module knows symbols, logical tensors and roles. It does not know files, by
 and no tensor name of any model stands in it: those are data (`formats/README.md`).
 """
 
+import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from typing import Any, NamedTuple, NewType
 
 from lingconv.errors import CheckpointError, Fault
-from lingconv.rules import RULES
+from lingconv.rules import AS_IT_IS, RULES, Spelling
 
 LogicalName = NewType("LogicalName", str)
 PhysicalName = NewType("PhysicalName", str)
@@ -70,26 +71,52 @@ class LogicalTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A number or switch of the model and where each layout keeps it: the first key wins."""
+    """A number or switch of the model and where each layout keeps it: the first key wins.
+
+    `spellings` say how a layout writes the value; `presence` is a glob of tensor names in a layout
+    that keeps no key for a switch, and what the switch is where there is such a tensor.
+    """
 
     name: str
     keys: Mapping[str, tuple[str, ...]]
     default: Any
     rule: str
+    spellings: Mapping[str, Spelling]
+    presence: Mapping[str, tuple[str, bool]]
 
     def key(self, layout: str) -> str:
         """Return the key that a layout uses first, or the symbol's name where it has none."""
         return self.keys.get(layout, (self.name,))[0]
 
-    def value(self, config: Mapping[str, Any], layout: str, symbols: Mapping[str, Any]) -> Any:
-        """Read the symbol from a config; raise KeyError when it is required and missing."""
+    def value(
+        self,
+        config: Mapping[str, Any],
+        layout: str,
+        symbols: Mapping[str, Any],
+        names: Collection[str],
+    ) -> Any:
+        """Read the symbol from a config; raise KeyError when it is required and missing.
+
+        `names` are the tensors that the checkpoint has.
+        """
+        if layout in self.presence:
+            pattern, value = self.presence[layout]
+            return value if fnmatch.filter(names, pattern) else not value
         found = (_look_up(config, key) for key in self.keys.get(layout, ()))
         own = next((value for value in found if value is not None), None)
+        if own is not None:
+            own = self.spellings.get(layout, AS_IT_IS).read(own, symbols)
         if self.rule:
             return RULES[self.rule](own, symbols)
         if own is None and self.default is None:
             raise KeyError(self.key(layout))
         return self.default if own is None else own
+
+    def written(self, layout: str, symbols: Mapping[str, Any]) -> Any:
+        """Return what a layout writes for the symbol, or None when it leaves it out."""
+        if layout not in self.keys:
+            return None
+        return self.spellings.get(layout, AS_IT_IS).write(symbols[self.name], symbols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +185,34 @@ class ScalePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownTokenizer:
+    """The family's tokenizer: what llama.cpp calls it (`pre`), and how it is recognised.
+
+    `check` is the SHA-256 of the tokens of llama.cpp's check text; `split` the regular expression
+    of tokenizer.json.
+    """
+
+    pre: str
+    check: str
+    control_tokens: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """What llama.cpp calls the models whose config.json names the architecture `of`."""
+
+    architecture: str
+    of: str
+    tokenizer: KnownTokenizer
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """A model family: the Rosetta stone between its layouts."""
+    """A model family: the Rosetta stone between its layouts.
+
+    `config` is what a rebuilt config.json says besides the symbols.
+    """
 
     name: str
     title: str
@@ -169,16 +222,20 @@ class Family:
     tensors: Mapping[str, tuple[TensorRule, ...]]
     drops: tuple[Drop, ...]
     scale_policies: Mapping[str, ScalePolicy]
+    config: Mapping[str, Any]
+    gguf: GgufModel | None
 
     def resolve(
         self,
         config: Mapping[str, Any],
         layout: str,
         overrides: Mapping[str, Any] | None = None,
+        names: Collection[str] = (),
     ) -> dict[str, Any]:
         """Return the value of every symbol under `config`, in the order of the family file.
 
-        `overrides` replace what the config says, before later symbols are derived from them.
+        `overrides` replace what the config says, before later symbols are derived from them;
+        `names` are the tensors that the checkpoint has.
         Raises CheckpointError that lists every key that is missing or not a usable number.
         """
         overrides = overrides or {}
@@ -188,7 +245,7 @@ class Family:
             key = symbol.key(layout)
             try:
                 value = overrides.get(symbol.name)
-                value = symbol.value(config, layout, symbols) if value is None else value
+                value = symbol.value(config, layout, symbols, names) if value is None else value
                 symbols[symbol.name] = value
                 _check_symbol(value)
             except KeyError as exc:
@@ -263,6 +320,8 @@ class Family:
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:
     """Return the value under `key`, whose dots lead into nested objects, or None."""
+    if key in config:
+        return config[key]
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from lingconv.errors import UsageError
-from lingconv.family import Block, Drop, Family, Role, ScalePolicy, Symbol, TensorRule
-from lingconv.rules import RULES
+from lingconv.family import (
+    Block,
+    Drop,
+    Family,
+    GgufModel,
+    KnownTokenizer,
+    Role,
+    ScalePolicy,
+    Symbol,
+    TensorRule,
+)
+from lingconv.rules import RULES, SPELLINGS
 
 
 def builtin_formats() -> Traversable:
@@ -59,6 +69,7 @@ def _read(entry: Traversable) -> Family:
 
 
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
+_SYMBOL_SUFFIXES = ("_as", "_with", "_without")
 _BLOCK_WORDS = {"name", "groups", "first", "end", "mtp"}
 
 
@@ -81,6 +92,8 @@ def parse_family(data: Mapping[str, Any]) -> Family:
             name: ScalePolicy(entry["min_amax"], tuple(entry["ue8m0"]))
             for name, entry in data.get("scale_policy", {}).items()
         },
+        config=family.get("config", {}),
+        gguf=_parse_gguf(data["gguf"]) if "gguf" in data else None,
     )
 
 
@@ -91,9 +104,26 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
     keys = {
         word: (key,) if isinstance(key, str) else tuple(key)
         for word, key in entry.items()
-        if word not in ("default", "rule")
+        if word not in ("default", "rule") and not word.endswith(_SYMBOL_SUFFIXES)
     }
-    return Symbol(name, keys, entry.get("default"), rule)
+    spellings = {
+        word.removesuffix("_as"): SPELLINGS[spelling]
+        for word, spelling in entry.items()
+        if word.endswith("_as")
+    }
+    presence = {
+        word.removesuffix(suffix): (pattern, suffix == "_with")
+        for suffix in ("_with", "_without")
+        for word, pattern in entry.items()
+        if word.endswith(suffix)
+    }
+    return Symbol(name, keys, entry.get("default"), rule, spellings, presence)
+
+
+def _parse_gguf(entry: Mapping[str, Any]) -> GgufModel:
+    tokenizer = dict(entry["tokenizer"])
+    tokenizer["control_tokens"] = tuple(tokenizer["control_tokens"])
+    return GgufModel(entry["architecture"], entry["of"], KnownTokenizer(**tokenizer))
 
 
 def _parse_block(entry: Mapping[str, Any]) -> Block:

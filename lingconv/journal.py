@@ -2,7 +2,9 @@
 
     DST/.lingconv/lock           held while a run writes (released by the system, whatever happens)
     DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
-    DST/.lingconv/journal.jsonl  a line for each finished weight file
+    DST/.lingconv/journal.jsonl  a line for each finished weight file, and for each finished piece
+
+A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingconv/OUT.gguf there.
 
 Crash-only: a file under its final name is finished, because only a rename puts it there, after its
 data is on disk. The journal adds what it looked like then, so that a later change is noticed. Once
@@ -13,13 +15,16 @@ nothing to do.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from lingconv.containers.gguf import SUFFIX as GGUF_SUFFIX
 from lingconv.errors import DestinationError
 from lingconv.plan import Plan
+from lingconv.sidecars import last_names
+from lingconv.version import __version__
 
 STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
@@ -33,21 +38,37 @@ def run_identity(plan: Plan, version: str, *, headers_only: bool) -> dict[str, A
         "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
         "options": {**plan.options.to_json(), "headers_only": headers_only},
         "family": plan.family,
-        "outputs": [file.name for file in plan.files] + list(plan.side_files),
+        "outputs": [*(file.name for file in plan.files), *plan.side_files, *last_names(plan)],
     }
     return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
+
+
+class Place(NamedTuple):
+    """Where a run writes: a folder of its own, or the file (or files) `name` in a shared one."""
+
+    folder: Path
+    name: str = ""
+
+
+def place_of(destination: Path) -> Place:
+    """Return where a run to `destination` writes: GGUF files are named, other targets folders."""
+    if destination.suffix == GGUF_SUFFIX:
+        return Place(destination.parent, destination.name)
+    return Place(destination)
 
 
 class RunFolder:
     """The target folder, locked. Use as a context manager."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], *, fresh: bool) -> None:
-        self.root = root
-        self._state = root / STATE_NAME
+    def __init__(self, place: Place, identity: Mapping[str, Any], *, fresh: bool) -> None:
+        self.root = place.folder
+        self._shared = bool(place.name)
+        self._state = place.folder / STATE_NAME / place.name
         self._identity = identity
         self._fresh = fresh
         self._lock = -1
         self._finished: dict[str, list[int]] = {}
+        self._pieces: dict[str, set[int]] = {}
 
     def __enter__(self) -> Self:
         """Take the folder: create it, or check that it holds this very run.
@@ -63,7 +84,7 @@ class RunFolder:
         except BlockingIOError as exc:
             os.close(self._lock)
             raise DestinationError(
-                f"another run is writing {self.root}", hint="wait for it, or choose another folder"
+                f"another run is writing {self.root}", hint="wait for it, or choose another target"
             ) from exc
         except BaseException:
             os.close(self._lock)
@@ -82,7 +103,16 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise DestinationError(f"{self.root} is not a folder")
-        if self.root.is_dir() and not self._state.is_dir() and any(self.root.iterdir()):
+        if self._state.is_dir():
+            return
+        if self._shared:
+            for name in self._identity["outputs"]:
+                if (self.root / name).exists():
+                    raise DestinationError(
+                        f"{self.root / name} is there, and not from a run that can go on",
+                        hint="choose another name, or remove it",
+                    )
+        elif self.root.is_dir() and any(self.root.iterdir()):
             raise DestinationError(
                 f"{self.root} is not empty and was not written by lingconv",
                 hint="choose a new folder",
@@ -102,11 +132,11 @@ class RunFolder:
                 details=list(_differences(held, self._identity)),
                 hint="choose another folder, or start over with `--fresh`",
             )
-        self._finished = self._read_journal()
+        self._read_journal()
 
     def _refuse_unclaimed(self) -> None:
         """Refuse a folder whose record is lost: nobody knows what its files belong to."""
-        for name in [*self._identity["outputs"], *_LAST_NAMES]:
+        for name in self._identity["outputs"]:
             if (self.root / name).exists():
                 raise DestinationError(
                     f"{self.root} has lost its record ({STATE_NAME}/run.json), and holds {name}",
@@ -115,7 +145,7 @@ class RunFolder:
 
     def _clear(self, outputs: Iterable[str]) -> None:
         """Remove what the earlier run wrote, and nothing else."""
-        for name in [*outputs, *_LAST_NAMES]:
+        for name in outputs:
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if inside:  # the record may have come with a folder from a stranger
                 (self.root / name).unlink(missing_ok=True)
@@ -123,16 +153,17 @@ class RunFolder:
         for name in ("run.json", "journal.jsonl"):
             (self._state / name).unlink(missing_ok=True)
 
-    def _read_journal(self) -> dict[str, list[int]]:
-        finished = {}
+    def _read_journal(self) -> None:
         path = self._state / "journal.jsonl"
         for line in path.read_text("utf-8").splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue  # the line that a kill cut short; its file is found under its final name
-            finished[entry["file"]] = entry["stat"]
-        return finished
+            if "stat" in entry:
+                self._finished[entry["file"]] = entry["stat"]
+            elif entry["lingconv"] == __version__:  # another one may cut files differently
+                self._pieces.setdefault(entry["file"], set()).add(entry["piece"])
 
     def is_finished(self, name: str, nbytes: int) -> bool:
         """Return whether a weight file stands complete under its final name.
@@ -156,6 +187,16 @@ class RunFolder:
         held = path.stat().st_blocks * 512 if path.exists() else 0
         return max(0, nbytes - held)
 
+    def pieces(self, name: str, nbytes: int) -> Collection[int]:
+        """Return the pieces of a file that are on disk already, if it is still there."""
+        path = self.partial(name)
+        there = path.exists() and path.stat().st_size == nbytes
+        return self._pieces.get(name, ()) if there else ()
+
+    def finish_piece(self, name: str, piece: int) -> None:
+        """Note that a piece of a file, whose data is on disk, is complete."""
+        self._note({"file": name, "piece": piece, "lingconv": __version__})
+
     def partial(self, name: str) -> Path:
         """Return where a file is written until it is finished."""
         return self.root / (name + PARTIAL_SUFFIX)
@@ -164,7 +205,10 @@ class RunFolder:
         """Give a file, whose data is on disk, its final name, and note it."""
         self.partial(name).replace(self.root / name)
         sync_folder(self.root)
-        line = json.dumps({"file": name, "stat": _stat(self.root / name)}) + "\n"
+        self._note({"file": name, "stat": _stat(self.root / name)})
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry) + "\n"
         journal = os.open(
             self._state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
         )
@@ -176,10 +220,6 @@ class RunFolder:
     def complete(self) -> None:
         """Note that everything is there: the journal has served its purpose."""
         (self._state / "journal.jsonl").unlink(missing_ok=True)
-
-
-# Written after all weights, so that a folder without them is visibly unfinished.
-_LAST_NAMES = ("model.safetensors.index.json", "config.json", "lingconv.json")
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:

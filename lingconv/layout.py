@@ -38,9 +38,12 @@ class PhysicalTensor(NamedTuple):
     @property
     def stored_shape(self) -> Shape:
         """The shape as files state it: a stack has an axis of its own."""
-        if not self.stack:
-            return self.shape
-        return (self.stack, self.shape[0] // self.stack, *self.shape[1:])
+        return stacked_shape(self.shape, self.stack)
+
+
+def stacked_shape(shape: Shape, stack: int) -> Shape:
+    """Return the shape of `stack` equal matrices whose rows make `shape`; 0 for a lone matrix."""
+    return (stack, shape[0] // stack, *shape[1:]) if stack else shape
 
 
 class Address(NamedTuple):

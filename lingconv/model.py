@@ -7,23 +7,26 @@ what was found here.
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint
-from lingconv.containers.safetensors import StoredTensor
-from lingconv.dtypes import DType
-from lingconv.encodings import Encoding, Fp8, quantization_config
+from lingconv.containers import StoredTensor, TensorSpec
+from lingconv.containers.gguf import Metadata
+from lingconv.dtypes import DType, GgmlType
+from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
-from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, LogicalName, PhysicalName
-from lingconv.layout import Address, Layout, PhysicalTensor, build_layout
+from lingconv.layout import Address, Layout, PhysicalTensor, build_layout, stacked_shape
+from lingconv.metadata.rebuild import plain_values, rebuild_config, rebuild_files
 from lingconv.patterns import Pattern
+from lingconv.storage.overlay import Overlay
 
 HF = "hf"
+GGUF = "gguf"
 _WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
 
 
@@ -36,12 +39,20 @@ class Extent(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An encoded matrix in its place: one extent for each of `encoding.tensors(name, shape)`."""
+    """An encoded matrix in its place: one extent for each tensor of its encoding.
+
+    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
+    """
 
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
     extents: tuple[Extent, ...]
+    stack: int = 0
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Return the tensors that hold it, with their shapes as files state them."""
+        return self.encoding.tensors(self.name, stacked_shape(self.shape, self.stack))
 
 
 class Segment(NamedTuple):
@@ -122,9 +133,21 @@ def recognise(checkpoint: Checkpoint, families: Sequence[Family]) -> Model:
     Raises CheckpointError when its config names no known architecture or lacks what describes the
     model; everything less is a fault of the returned Model.
     """
+    if checkpoint.metadata is not None:
+        return _recognise_gguf(checkpoint, checkpoint.metadata, families)
     family, architecture = _find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
-    layout = build_layout(family, symbols, HF)
+    return _matched(checkpoint, family, architecture, symbols, HF)
+
+
+def _matched(
+    checkpoint: Checkpoint,
+    family: Family,
+    architecture: str,
+    symbols: Mapping[str, Any],
+    layout_name: str,
+) -> Model:
+    layout = build_layout(family, symbols, layout_name)
     matcher = _Matcher(checkpoint, family, layout)
     matcher.match()
     return Model(
@@ -138,6 +161,36 @@ def recognise(checkpoint: Checkpoint, families: Sequence[Family]) -> Model:
         stated=matcher.stated,
         faults=(*checkpoint.faults, *matcher.faults),
     )
+
+
+def _recognise_gguf(
+    checkpoint: Checkpoint, metadata: Metadata, families: Sequence[Family]
+) -> Model:
+    """Recognise a GGUF checkpoint, and show it with the small files that Hugging Face has."""
+    values = plain_values(metadata)
+    found = values.get("general.architecture")
+    known = {family.gguf.architecture: family for family in families if family.gguf}
+    family = known.get(found) if isinstance(found, str) else None
+    if family is None or family.gguf is None:
+        raise CheckpointError(
+            f"{checkpoint.storage.uri} has the unknown GGUF architecture {found!r}",
+            faults=checkpoint.faults,
+            details=[f"known: {name}" for name in known] + [str(f) for f in checkpoint.faults],
+            hint="describe the model in a family file and pass it with `--formats PATH`",
+        )
+    symbols = family.resolve(values, GGUF, names=checkpoint.tensors)
+    files, faults = rebuild_files(metadata, family.gguf.tokenizer)
+    matrices = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 2]
+    dtype = matrices[0] if matrices and isinstance(matrices[0], DType) else DType.BF16
+    storage = Overlay(checkpoint.storage, list(checkpoint.shards), files)
+    shown = replace(
+        checkpoint,
+        storage=storage,
+        config=rebuild_config(family, symbols, metadata, dtype),
+        side_files={name: storage.stat(name) for name in files},
+        faults=(*checkpoint.faults, *faults),
+    )
+    return _matched(shown, family, family.gguf.of, symbols, GGUF)
 
 
 def _find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Family, str]:
@@ -194,6 +247,7 @@ class _Matcher:
         self.dropped: dict[str, str] = {}
         self.used: set[str] = set()
         self.stated = self._read_stated(checkpoint.config)
+        self.described_in = "config.json" if layout.name == HF else "its metadata"
         self.has_mtp = any(t.mtp and t.name in self.tensors for t in layout.tensors.values())
         self.block = self.stated.block if self.stated else quantization_config.DEFAULT_BLOCK
 
@@ -215,18 +269,19 @@ class _Matcher:
     def _find(self, tensor: PhysicalTensor) -> Stored | None:
         held = self.tensors.get(tensor.name)
         if held is None:
-            message = f"is missing, expected {list(tensor.shape)}"
+            message = f"is missing, expected {list(tensor.stored_shape)}"
             hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
             self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
             return None
         self.used.add(held.name)
-        if held.shape != tensor.shape:
-            message = f"has shape {list(held.shape)}, config.json calls for {list(tensor.shape)}"
-            self._fault("shape", message, held)
+        if held.shape != tensor.stored_shape:
+            wanted = f"{self.described_in} calls for {list(tensor.stored_shape)}"
+            self._fault("shape", f"has shape {list(held.shape)}, {wanted}", held)
             return None
-        if held.dtype != DType.F8_E4M3:
-            return Stored(tensor.name, held.shape, PLAIN[held.dtype], (_extent(held),))
-        return self._find_fp8(tensor, held)
+        if held.dtype == DType.F8_E4M3:
+            return self._find_fp8(tensor, held)
+        encoding = encoding_of(held.dtype)
+        return Stored(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
 
     def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> Stored | None:
         names = [held.name + suffix for suffix in SCALE_SUFFIXES]
@@ -237,7 +292,9 @@ class _Matcher:
             self._fault("scale", f"{message} ({' or '.join(names)})", held)
             return None
         scale = scales[0]
-        if scale.dtype not in SCALE_DTYPES or len(held.shape) != 2:
+        if isinstance(scale.dtype, GgmlType) or (
+            scale.dtype not in SCALE_DTYPES or len(held.shape) != 2
+        ):
             message = f"{scale.dtype} scale of an FP8 tensor of {len(held.shape)} axes is not read"
             self._fault("scale", message, scale)
             return None
@@ -264,7 +321,7 @@ class _Matcher:
         """Classify the stored tensors that nothing in the model asks for."""
         for name in sorted(self.tensors.keys() - self.used):
             held = self.tensors[name]
-            reason = self.family.drop_reason(name, HF)
+            reason = self.family.drop_reason(name, self.layout.name)
             owner = _scale_owner(name)
             if reason is not None:
                 self.dropped[name] = reason
@@ -275,7 +332,7 @@ class _Matcher:
                 )
                 self._fault("scale", message, held)
             else:
-                message = f"is no tensor of {self.family.title} with this config"
+                message = f"is no tensor of {self.family.title} by {self.described_in}"
                 hint = "pass `--drop PATTERN` to leave tensors out knowingly"
                 self._fault("extra tensor", message, held, hint=hint)
 
@@ -289,7 +346,8 @@ class _Matcher:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         kept = [Pattern(text) for text in (self.stated.kept_modules if self.stated else ())]
-        self.faults += _odd_dtypes(self.layout, self.stored, kept)
+        if self.layout.name == HF:  # GGUF mixes types by its nature
+            self.faults += _odd_dtypes(self.layout, self.stored, kept)
 
     def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:
         self.faults.append(Fault(kind, message, held.file, held.name, hint=hint))

@@ -4,16 +4,26 @@ Everything here changes the output; what a conversion is asked for is part of a 
 Threads, memory and progress do not, and live with the engine.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from lingconv.dtypes import DType
+from lingconv.dtypes import GGML_TYPES, DType, GgmlType
+from lingconv.encodings.ggml_mix import MIXES, Mix, is_written
 from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
 from lingconv.errors import UsageError
 
 DEFAULT_SHARD_BYTES = 10_000_000_000
+AUTO = "auto"
+
+
+class Target(StrEnum):
+    """`--to`: the layout to write, and with it the container."""
+
+    HF = "hf"
+    GGUF = "gguf"
 
 
 class TargetDType(StrEnum):
@@ -105,32 +115,101 @@ class Fp8Options:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """A whole request. `dtype` empty keeps every encoding as it is found."""
+class GgufOptions:
+    """What goes into GGUF files; empty strings and 0 stand for what the model itself suggests.
 
-    layout: str = "hf"
+    `tensor_types` are (regular expression, ggml type), the first one that is found in a name
+    counts; `metadata` are further texts under their keys; `stem` is the files' name without suffix.
+    """
+
+    outtype: str = AUTO
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    tokenizer_pre: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+    max_shard_tensors: int = 0
+    stem: str = ""
+
+    def overrides(self) -> list[tuple[re.Pattern[str], GgmlType]]:
+        """Return `tensor_types` compiled, as llama-quantize spells and compares them."""
+        found = []
+        known = [kind.lower() for kind in GgmlType if is_written(kind)]
+        for pattern, word in self.tensor_types:
+            _check_word("tensor-type", word.lower(), known)
+            try:
+                found.append((re.compile(pattern.lower()), GGML_TYPES[word.upper()]))
+            except re.error as exc:
+                raise UsageError(
+                    f"`--tensor-type {pattern}={word}` is no regular expression: {exc}"
+                ) from exc
+        return found
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be carried out."""
+        _check_word("outtype", self.outtype, [AUTO, *Mix])
+        overrides = self.overrides()
+        if overrides and (self.outtype == AUTO or not MIXES[self.outtype].default.is_quantized):
+            raise UsageError(
+                f"`--tensor-type` changes a quantized mix, `--outtype` is {self.outtype}",
+                hint="choose one, for example `--outtype q8_0`",
+            )
+        if self.max_shard_tensors < 0:
+            raise UsageError("`--split-max-tensors` must be positive")
+        for key, _ in self.metadata:
+            if not key.startswith("general."):
+                raise UsageError(
+                    f"`--metadata {key}=...`: only texts under `general.` are the user's to set",
+                    hint="for example `--metadata general.quantized_by=NAME`",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """A whole request. `dtype` empty keeps every encoding as it is found.
+
+    `max_shard_bytes` None is the layout's own: 10 GB for safetensors, one file for GGUF.
+    """
+
+    layout: str = Target.HF
     dtype: str = ""
     fp8: Fp8Options = field(default_factory=Fp8Options)
+    gguf: GgufOptions = field(default_factory=GgufOptions)
     mtp: str = Mtp.KEEP
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_shard_bytes: int | None = None
     drop: tuple[str, ...] = ()
     allow_nonfinite: bool = False
     allow_requantize: bool = False
 
     def check(self, policies: Iterable[str]) -> None:
         """Raise UsageError for what cannot be carried out; `policies` are the family's own."""
-        _check_word("to", self.layout, ["hf"])
+        _check_word("to", self.layout, list(Target))
         _check_word("mtp", self.mtp, list(Mtp))
         if self.dtype:
             _check_word("dtype", self.dtype, list(TargetDType))
-        if self.max_shard_bytes < 1:
+        if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
             raise UsageError("`--max-shard-size` must be positive")
         self.fp8.check(policies)
+        self._check_gguf()
         if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
             raise UsageError(
                 "`--scheme`, `--dialect`, `--scale`, `--scale-dtype` and `--ignore` are for FP8",
                 hint="add `--dtype fp8`",
             )
+
+    def _check_gguf(self) -> None:
+        self.gguf.check()
+        if self.layout != Target.GGUF and self.gguf != GgufOptions():
+            raise UsageError(
+                "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and"
+                " `--split-max-tensors` are for GGUF",
+                hint="add `--to gguf`, or let DST end with `.gguf`",
+            )
+        if self.layout == Target.GGUF and self.dtype:
+            raise UsageError(
+                "a GGUF file's types are chosen by `--outtype`, not by `--dtype`",
+                hint=f"one of {', '.join([AUTO, *Mix])}",
+            )
+        if self.layout == Target.GGUF and self.mtp == Mtp.ONLY:
+            raise UsageError("llama.cpp has no model that is MTP layers alone")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
@@ -143,7 +222,14 @@ class ConvertOptions:
         fp8 = dict(fields.pop("fp8"))
         fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
         fp8["ignore"] = tuple(fp8["ignore"])
-        return cls(**{**fields, "drop": tuple(fields["drop"])}, fp8=Fp8Options(**fp8))
+        gguf = dict(fields.pop("gguf"))
+        for name in ("tensor_types", "metadata"):
+            gguf[name] = tuple((left, right) for left, right in gguf[name])
+        return cls(
+            **{**fields, "drop": tuple(fields["drop"])},
+            fp8=Fp8Options(**fp8),
+            gguf=GgufOptions(**gguf),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lingconv.containers.safetensors import TensorSpec, build_header, tensor_spec
-from lingconv.dtypes import DTYPES
+from lingconv.containers import TensorSpec, gguf, safetensors, tensor_spec
+from lingconv.dtypes import DTYPES, GGML_TYPES
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
 from lingconv.model import Extent, Segment, Stored
 from lingconv.options import ConvertOptions
 from lingconv.storage import FileStat
 
-SCHEMA = "lingconv.plan/1"
+SCHEMA = "lingconv.plan/2"
 
 
 class Scaling(NamedTuple):
@@ -56,16 +56,22 @@ class Transfer(NamedTuple):
 
 
 class OutputFile(NamedTuple):
-    """A weight file: its tensors in the order of their bytes, and the transfers that fill it."""
+    """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
+
+    `metadata` are the key-values of a GGUF file; a safetensors file has None.
+    """
 
     name: str
     nbytes: int
     tensors: tuple[TensorSpec, ...]
     transfers: tuple[Transfer, ...]
+    metadata: gguf.Metadata | None = None
 
     def header(self) -> bytes:
         """Return the bytes before the data."""
-        return build_header(self.tensors)
+        if self.metadata is None:
+            return safetensors.build_header(self.tensors)
+        return gguf.build_header(self.metadata, self.tensors)
 
 
 class Dropped(NamedTuple):
@@ -98,6 +104,7 @@ class Plan:
         sha = hashlib.sha256()
         for file in self.files:
             sha.update(f"{file.name} {file.nbytes}\n".encode())
+            sha.update(json.dumps(_metadata_to_json(file.metadata)).encode())
             sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
         rest = {
             "schema": SCHEMA,
@@ -199,13 +206,27 @@ def _line(transfer: Transfer, encodings: _Numbers) -> str:
 
 def _describe(stored: Stored, encodings: _Numbers) -> str:
     places = " ".join(f"{e.file}@{e.offset}+{e.nbytes}" for e in stored.extents)
-    return f"{stored.name} {stored.shape} #{encodings.of(stored.encoding)} {places}"
+    number = encodings.of(stored.encoding)
+    return f"{stored.name} {stored.shape} x{stored.stack} #{number} {places}"
+
+
+def _metadata_to_json(metadata: gguf.Metadata | None) -> dict[str, Any] | None:
+    if metadata is None:
+        return None
+    return {key: gguf.value_to_json(value) for key, value in metadata.items()}
+
+
+def _metadata_from_json(value: Mapping[str, Any] | None) -> gguf.Metadata | None:
+    if value is None:
+        return None
+    return {key: gguf.value_from_json(fields) for key, fields in value.items()}
 
 
 def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
     return {
         "name": file.name,
         "bytes": file.nbytes,
+        "metadata": _metadata_to_json(file.metadata),
         "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in file.tensors],
         "transfers": [
             {
@@ -231,7 +252,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
         value["name"],
         value["bytes"],
         tuple(
-            tensor_spec(name, DTYPES[dtype], tuple(shape))
+            tensor_spec(name, DTYPES.get(dtype) or GGML_TYPES[dtype], tuple(shape))
             for name, dtype, shape in value["tensors"]
         ),
         tuple(
@@ -246,14 +267,17 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
             )
             for item in value["transfers"]
         ),
+        _metadata_from_json(value["metadata"]),
     )
 
 
 def _stored_to_json(stored: Stored, encodings: _Numbers) -> list[Any]:
     extents = [list(extent) for extent in stored.extents]
-    return [stored.name, list(stored.shape), encodings.of(stored.encoding), extents]
+    number = encodings.of(stored.encoding)
+    return [stored.name, list(stored.shape), number, extents, stored.stack]
 
 
 def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
-    name, shape, number, extents = value
-    return Stored(name, tuple(shape), encodings[number], tuple(Extent(*item) for item in extents))
+    name, shape, number, extents, stack = value
+    places = tuple(Extent(*item) for item in extents)
+    return Stored(name, tuple(shape), encodings[number], places, stack)

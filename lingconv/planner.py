@@ -5,29 +5,41 @@ each target tensor is filled completely. Pure: headers in, Plan out.
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from lingconv.dtypes import DType
-from lingconv.encodings import Encoding, Fp8, Plain, quantization_config
-from lingconv.encodings.plain import FLOATS
+from lingconv.dtypes import DType, GgmlType
+from lingconv.encodings import (
+    Encoding,
+    Fp8,
+    Ggml,
+    Plain,
+    encoding_of,
+    is_decodable,
+    quantization_config,
+)
+from lingconv.encodings.ggml_mix import MIXES, Mix, ModelSize, Tensor, choose_types
+from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
 from lingconv.layout import Layout, PhysicalTensor, build_layout
 from lingconv.model import HF, Model, Segment, Stored, refuse_faults
 from lingconv.options import (
+    AUTO,
+    DEFAULT_SHARD_BYTES,
     SCALE_F32,
     SCALE_UE8M0,
     ConvertOptions,
     Fp8Options,
     Mtp,
     Scheme,
+    Target,
     TargetDType,
 )
-from lingconv.packing import pack
+from lingconv.packing import pack_gguf, pack_safetensors
 from lingconv.patterns import Pattern
-from lingconv.plan import Dropped, Plan, Scaling, Transfer
+from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Transfer
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
 _PLAIN_DTYPES = {
@@ -59,7 +71,10 @@ class _Planner:
         self.ignore = [Pattern(text) for text in options.fp8.ignore]
         self.scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
         self.drop = [Pattern(text) for text in options.drop]
-        self.layout = _target_layout(model, options)
+        self.symbols, self.layout = _target_layout(model, options)
+        self.mix = _choose_mix(model, options) if options.layout == Target.GGUF else None
+        self.types = self._choose_types()
+        self.notes: list[str] = []
         self.fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
 
     def build(self) -> Plan:
@@ -74,13 +89,56 @@ class _Planner:
             source_files={**checkpoint.shards, **checkpoint.side_files},
             family=self.model.family.name,
             options=self.options,
-            files=pack(transfers, self.options.max_shard_bytes),
-            side_files={name: stat.size for name, stat in checkpoint.side_files.items()},
-            config=self._config(transfers),
+            files=self._pack(transfers),
+            side_files=self._side_files(),
+            config={} if self.mix else self._config(transfers),
             dropped=dropped,
             total_parameters=sum(prod(transfer.target.shape) for transfer in transfers),
-            warnings=tuple(str(fault) for fault in self.model.faults if not fault.fatal),
+            warnings=(
+                *(str(fault) for fault in self.model.faults if not fault.fatal),
+                *self.notes,
+            ),
         )
+
+    def _pack(self, transfers: list[Transfer]) -> tuple[OutputFile, ...]:
+        """Return the files of the target, in the container of its layout."""
+        limit = self.options.max_shard_bytes
+        if self.mix is None:
+            return pack_safetensors(transfers, limit or DEFAULT_SHARD_BYTES)
+        # With gguf-py, numpy and the tokenizer's library, which nothing else of planning needs.
+        from lingconv.metadata.describe import describe, file_stem
+
+        request = self.options.gguf
+        metadata, notes = describe(
+            self.model, self.layout, self.symbols, self.mix.file_type, request
+        )
+        self.notes += [*notes, *_lossy(transfers)]
+        return pack_gguf(
+            transfers,
+            metadata,
+            request.stem or file_stem(metadata, self.mix),
+            max_shard_bytes=limit,
+            max_tensors=request.max_shard_tensors,
+        )
+
+    def _side_files(self) -> dict[str, int]:
+        """Return the small files to carry over: a GGUF file holds all that it needs itself."""
+        if self.mix:
+            return {}
+        return {name: stat.size for name, stat in self.model.checkpoint.side_files.items()}
+
+    def _choose_types(self) -> dict[str, GgmlType]:
+        """Return the type of every tensor of a GGUF target."""
+        if self.mix is None:
+            return {}
+        symbols = self.symbols
+        size = ModelSize(
+            symbols["all_layers"], symbols["experts"], symbols["heads"], symbols["kv_heads"]
+        )
+        tensors = [
+            Tensor(name, tensor.stored_shape) for name, tensor in self.layout.tensors.items()
+        ]
+        return choose_types(tensors, self.mix, size, self.options.gguf.overrides())
 
     def _excused(self, fault: Fault) -> bool:
         """Return whether the user's options make a fault harmless."""
@@ -99,6 +157,12 @@ class _Planner:
             *(("scale", pattern, quantizable) for pattern, _ in self.scale_rules),
             *(("drop", pattern, extra) for pattern in self.drop),
         ]
+        for regex, kind in self.options.gguf.overrides():
+            if not any(regex.search(name) for name in self.layout.tensors):
+                raise UsageError(
+                    f"`--tensor-type {regex.pattern}={kind.lower()}` matches nothing",
+                    hint="patterns are regular expressions, found anywhere in GGUF's names",
+                )
         for option, pattern, names in checks:
             if not any(pattern.matches(name) for name in names):
                 raise UsageError(
@@ -129,19 +193,22 @@ class _Planner:
             target = self.fp8[found.power_of_two] if self.options.dtype else found
         if not copies:
             self._check_decoding(tensor, segments, target)
-        return Transfer(Stored(tensor.name, tensor.shape, target, ()), segments, scaling, copies)
+        stored = Stored(tensor.name, tensor.shape, target, (), tensor.stack)
+        return Transfer(stored, segments, scaling, copies)
 
     def _check_decoding(
         self, tensor: PhysicalTensor, segments: tuple[Segment, ...], target: Encoding
     ) -> None:
         for segment in segments:
             source = segment.source.encoding
-            if isinstance(source, Plain) and source.dtype not in FLOATS:
+            if not is_decodable(source):
                 raise ValueError(f"{source.label} cannot be converted to {target.label}")
-            if isinstance(source, Fp8) and isinstance(target, Fp8):
+            fp8_again = isinstance(source, Fp8) and isinstance(target, Fp8)
+            blocks_again = isinstance(source, Ggml) and isinstance(target, Fp8 | Ggml)
+            if fp8_again or blocks_again:
                 self._check_requantize(tensor, source, target)
 
-    def _check_requantize(self, tensor: PhysicalTensor, source: Fp8, target: Fp8) -> None:
+    def _check_requantize(self, tensor: PhysicalTensor, source: Encoding, target: Encoding) -> None:
         if not self.options.allow_requantize:
             raise UsageError(
                 f"{tensor.name} is {source.label} already; {target.label} would round it twice",
@@ -150,14 +217,22 @@ class _Planner:
 
     def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
         """Return the target encoding of a tensor, and how its scales are chosen."""
+        if self.mix:
+            return encoding_of(self.types[tensor.name]), PLAIN_SCALING
         dtype = self.options.dtype
+        if isinstance(found, Ggml) and not dtype:
+            raise UsageError(
+                f"{tensor.name} is {found.label}, which safetensors does not hold",
+                hint="add `--dtype bf16` (or f32, f16, fp8)",
+            )
         if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
             return found, PLAIN_SCALING
         if dtype != TargetDType.FP8:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), PLAIN_SCALING
         if not self._quantizes(tensor):
-            plain = found if isinstance(found, Plain) else Plain(DType.BF16)
-            return plain, PLAIN_SCALING
+            # GGUF keeps norms and routers in F32, whatever they were.
+            kept = isinstance(found, Plain) and self.model.layout.name == HF
+            return found if kept else PLAIN[DType.BF16], PLAIN_SCALING
         scaling = self._scaling(tensor)
         return self.fp8[scaling.power_of_two], scaling
 
@@ -263,10 +338,33 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
     )
 
 
-def _target_layout(model: Model, options: ConvertOptions) -> Layout:
-    """Return the target's layout: the source's model, but for what `--mtp` changes."""
+def _choose_mix(model: Model, options: ConvertOptions) -> Mix:
+    """Return the mix that was asked for; `auto` is the 16-bit float that the weights are in."""
+    if options.gguf.outtype != AUTO:
+        return MIXES[options.gguf.outtype]
+    f16 = PLAIN[DType.F16]
+    matrices = [stored for stored in model.stored.values() if len(stored.shape) > 1]
+    return Mix.F16 if matrices and matrices[0].encoding == f16 else Mix.BF16
+
+
+def _lossy(transfers: Iterable[Transfer]) -> Iterator[str]:
+    """Yield a note when FP8 weights are rounded a second time."""
+    again = sum(
+        isinstance(transfer.target.encoding, Ggml)
+        and any(isinstance(segment.source.encoding, Fp8) for segment in transfer.segments)
+        for transfer in transfers
+    )
+    if again:
+        yield (
+            f"{again} tensors are quantized from FP8, dequantized to BF16 first: a conversion from"
+            " the BF16 original loses less"
+        )
+
+
+def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, Any], Layout]:
+    """Return the target's symbols and layout: the source's model, but for what `--mtp` changes."""
     if options.mtp == Mtp.KEEP and options.layout == model.layout.name:
-        return model.layout
+        return model.symbols, model.layout
     overrides = {
         Mtp.KEEP: {"layers": model.symbols["layers"]},
         Mtp.DROP: {"mtp_layers": 0, "layers": model.symbols["layers"]},
@@ -274,9 +372,8 @@ def _target_layout(model: Model, options: ConvertOptions) -> Layout:
     }
     if options.mtp == Mtp.ONLY and not model.symbols["mtp_layers"]:
         raise UsageError("`--mtp only`: the source has no MTP layers")
-    config, layout = model.checkpoint.config, model.layout.name
-    symbols = model.family.resolve(config, layout, overrides[Mtp(options.mtp)])
-    return build_layout(model.family, symbols, options.layout)
+    symbols = model.family.resolve(model.checkpoint.config, HF, overrides[Mtp(options.mtp)])
+    return symbols, build_layout(model.family, symbols, options.layout)
 
 
 def _is_copy(segment: Segment, target: Encoding) -> bool:

@@ -11,8 +11,8 @@ class Progress(Protocol):
     def begin(self, plan: Plan, done: int, jobs: int) -> None:
         """A run starts; `done` files were finished by an earlier one."""
 
-    def file_begins(self, name: str, nbytes: int) -> None:
-        """A file is opened for writing."""
+    def file_begins(self, name: str, nbytes: int, held: int) -> None:
+        """A file is opened for writing; an earlier run wrote `held` of its bytes."""
 
     def advance(self, name: str, nbytes: int) -> None:
         """Bytes of a file were written."""
@@ -47,7 +47,7 @@ class Silent:
     def begin(self, plan: Plan, done: int, jobs: int) -> None:
         """Ignore."""
 
-    def file_begins(self, name: str, nbytes: int) -> None:
+    def file_begins(self, name: str, nbytes: int, held: int) -> None:
         """Ignore."""
 
     def advance(self, name: str, nbytes: int) -> None:

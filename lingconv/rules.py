@@ -1,12 +1,12 @@
-"""Named rules: what a family file's symbols need beyond looking up a key.
+"""Named rules and spellings: what a family file's symbols need beyond looking up a key.
 
 A rule gets the value found under the symbol's own key (None when the key is missing or null) and
-the symbols read before it, and returns the symbol's value. Family files refer to rules by name, so
-that they stay data.
+the symbols read before it, and returns the symbol's value. A spelling says how a format writes a
+value, and reads it back. Family files refer to both by name, so that they stay data.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Symbols = Mapping[str, Any]
 Rule = Callable[[Any, Symbols], Any]
@@ -18,15 +18,19 @@ def head_dim(own: Any, symbols: Symbols) -> Any:
 
 
 def rotary_dim(own: Any, symbols: Symbols) -> Any:
-    """Return `rotary_dim`, else partial_rotary_factor x head_dim, else 64.
+    """Return `rotary_dim`, else partial_rotary_factor (at most 1) x head_dim, else 64.
 
     Ling-1T has only the first key, mini and flash only the factor. The modeling file's own default
     (all of head_dim) would be wrong for Ling-1T.
     """
-    if own is not None:
-        return own
-    factor = symbols["partial_rotary_factor"]
-    return int(factor * symbols["head_dim"]) if factor else 64
+    if not own:
+        return 64
+    return own if own > 1 else int(own * symbols["head_dim"])
+
+
+def rotary_factor(own: Any, symbols: Symbols) -> Any:
+    """Return the share of head_dim that is rotated, whatever key said so."""
+    return symbols["rotary_dim"] / symbols["head_dim"]
 
 
 def shared_width(own: Any, symbols: Symbols) -> Any:
@@ -74,6 +78,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         head_dim,
         rotary_dim,
+        rotary_factor,
         shared_width,
         groups_or_one,
         dense_layers,
@@ -83,4 +88,58 @@ RULES: dict[str, Rule] = {
         own_head,
         has_shared,
     )
+}
+
+
+class Spelling(NamedTuple):
+    """How a format writes a symbol: `write` may return None for "leave the key out".
+
+    Both get the symbols: `read` those above the symbol itself, `write` all of them.
+    """
+
+    read: Rule
+    write: Rule
+
+
+# llama_expert_gating_func_type in src/llama-hparams.h of github.com/ggml-org/llama.cpp.
+_GATING_FUNCTIONS = {1: "softmax", 2: "sigmoid"}
+_GATING_NUMBERS = {name: number for number, name in _GATING_FUNCTIONS.items()}
+
+
+def _as_it_is(own: Any, symbols: Symbols) -> Any:
+    return own
+
+
+def _if_yarn(own: Any, symbols: Symbols) -> Any:
+    return own if symbols["rope_scaling"] == "yarn" and own else None
+
+
+def _read_rope_scaling(own: Any, symbols: Symbols) -> Any:
+    return "default" if own == "none" else own
+
+
+def _read_gating_function(own: Any, symbols: Symbols) -> Any:
+    if own not in _GATING_FUNCTIONS:
+        raise ValueError(f"{own!r} is no known gating function")
+    return _GATING_FUNCTIONS[own]
+
+
+def _write_gating_function(own: Any, symbols: Symbols) -> Any:
+    return _GATING_NUMBERS[own]
+
+
+def _without_mtp_layers(own: Any, symbols: Symbols) -> Any:
+    return own - symbols["mtp_layers"]
+
+
+def _with_mtp_layers(own: Any, symbols: Symbols) -> Any:
+    return own + symbols["mtp_layers"]
+
+
+AS_IT_IS = Spelling(_as_it_is, _as_it_is)
+SPELLINGS: dict[str, Spelling] = {
+    "with_mtp_layers": Spelling(_without_mtp_layers, _with_mtp_layers),
+    "gating_function": Spelling(_read_gating_function, _write_gating_function),
+    "rope_scaling": Spelling(_read_rope_scaling, _if_yarn),
+    "if_yarn": Spelling(_as_it_is, _if_yarn),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME
 from lingconv.containers.safetensors import INDEX_NAME, SINGLE_NAME
+from lingconv.options import Target
 from lingconv.plan import Plan
 
 
@@ -13,12 +14,20 @@ def last_files(
     plan: Plan, source_record: Mapping[str, Any] | None, version: str
 ) -> dict[str, bytes]:
     """Return the files that make a checkpoint complete, in the order they are to be written."""
-    files = {}
-    if [file.name for file in plan.files] != [SINGLE_NAME]:
-        files[INDEX_NAME] = index_json(plan)
-    files[RECORD_NAME] = _json(_record(plan, source_record, version))
-    files[CONFIG_NAME] = _json(plan.config)
-    return files
+    makers = {
+        INDEX_NAME: lambda: index_json(plan),
+        RECORD_NAME: lambda: _json(_record(plan, source_record, version)),
+        CONFIG_NAME: lambda: _json(plan.config),
+    }
+    return {name: makers[name]() for name in last_names(plan)}
+
+
+def last_names(plan: Plan) -> list[str]:
+    """Return the names of those files: GGUF needs none, a single safetensors file no index."""
+    if plan.options.layout == Target.GGUF:
+        return []
+    single = [file.name for file in plan.files] == [SINGLE_NAME]
+    return [RECORD_NAME, CONFIG_NAME] if single else [INDEX_NAME, RECORD_NAME, CONFIG_NAME]
 
 
 def index_json(plan: Plan) -> bytes:

@@ -7,9 +7,11 @@ a shard, nor of the model. Pure, like the plan.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lingconv.encodings import Encoding, Fp8, Plain
+from lingconv.dtypes import DType
+from lingconv.encodings import Encoding, Fp8, Ggml, Plain
+from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
-from lingconv.model import Extent, Segment, Stored
+from lingconv.model import Extent, Segment
 from lingconv.plan import OutputFile, Plan, Transfer
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
@@ -25,30 +27,54 @@ class CopyStrip(NamedTuple):
 
 
 class RowStrip(NamedTuple):
-    """Rows `first` to `last` of a target matrix, decoded and encoded."""
+    """Rows `first` to `last` of a target matrix, decoded and encoded; `segments` hold them."""
 
     transfer: Transfer
     first: int
     last: int
+    segments: tuple[Segment, ...]
 
 
 Strip = CopyStrip | RowStrip
 
 
-def lower(file: OutputFile) -> list[Strip]:
-    """Return the strips that fill a file, each byte behind the header exactly once."""
-    strips: list[Strip] = []
-    copies: list[CopyStrip] = []
+def lower(file: OutputFile) -> Iterator[Strip]:
+    """Yield the strips that fill a file, each byte of its tensors exactly once."""
+    copying = [transfer for transfer in file.transfers if transfer.copies]
+    yield from _cut(_join([copy for transfer in copying for copy in _copy_extents(transfer)]))
     for transfer in file.transfers:
-        if transfer.copies:
-            copies += _copy_extents(transfer)
-        else:
-            step = rows_per_strip(transfer)
-            strips += [
-                RowStrip(transfer, first, min(first + step, transfer.rows))
-                for first in range(0, transfer.rows, step)
-            ]
-    return [*_cut(_join(copies)), *strips]
+        if not transfer.copies:
+            yield from _row_strips(transfer)
+
+
+def written_bytes(strip: Strip) -> int:
+    """Return the bytes that a strip fills, scales that are stored apart left out."""
+    if isinstance(strip, CopyStrip):
+        return strip.source.nbytes
+    transfer = strip.transfer
+    return (strip.last - strip.first) * row_bytes(transfer.target.encoding, transfer.cols)
+
+
+def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
+    """Yield the strips of a transfer, each with the rows of the source that fill it."""
+    step = rows_per_strip(transfer)
+    rest = list(reversed(transfer.segments))
+    for first in range(0, transfer.rows, step):
+        last = min(first + step, transfer.rows)
+        segments: list[Segment] = []
+        missing = last - first
+        while missing:
+            segment = rest.pop()
+            if segment.num_rows > missing:
+                rest.append(_rows(segment, missing, segment.num_rows - missing))
+                segment = _rows(segment, 0, missing)
+            segments.append(segment)
+            missing -= segment.num_rows
+        yield RowStrip(transfer, first, last, tuple(segments))
+
+
+def _rows(segment: Segment, first: int, count: int) -> Segment:
+    return Segment(segment.source, segment.first_row + first, count)
 
 
 def _copy_extents(transfer: Transfer) -> Iterator[CopyStrip]:
@@ -120,28 +146,35 @@ def rows_per_strip(transfer: Transfer) -> int:
 def _widest(transfer: Transfer) -> int:
     """Return the bytes of an element where it is widest: source, target or in between."""
     encodings = [transfer.target.encoding, *_sources(transfer)]
-    return max(_F32_BYTES if works_in_f32(transfer) else 2, *map(_element_bytes, encodings))
+    in_f32 = works_in_f32(transfer) or isinstance(transfer.target.encoding, Ggml)
+    return max(_F32_BYTES if in_f32 else 2, *map(_element_bytes, encodings))
 
 
-def _element_bytes(encoding: Plain | Fp8) -> int:
+def _element_bytes(encoding: Encoding) -> int:
     return encoding.dtype.itemsize if isinstance(encoding, Plain) else 1
+
+
+def row_bytes(encoding: Encoding, cols: int) -> int:
+    """Return the bytes of a row of `cols` elements, scales that are stored apart left out."""
+    return (
+        encoding.row_bytes(cols) if isinstance(encoding, Ggml) else cols * _element_bytes(encoding)
+    )
 
 
 def works_in_f32(transfer: Transfer) -> bool:
     """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
-    sources = {_is_bf16_or_fp8(segment.source) for segment in transfer.segments}
+    sources = {segment.source.encoding for segment in transfer.segments}
     target = transfer.target.encoding
     if isinstance(target, Fp8):
-        return any(
-            isinstance(s.source.encoding, Fp8) or not _is_bf16_or_fp8(s.source)
-            for s in transfer.segments
-        )
-    return target.dtype != "BF16" or sources != {True}
+        return any(isinstance(source, Fp8) or not _fits_bf16(source) for source in sources)
+    if isinstance(target, Ggml) or target.dtype == DType.BF16:
+        return not all(map(_fits_bf16, sources))
+    return True
 
 
-def _is_bf16_or_fp8(stored: Stored) -> bool:
-    encoding = stored.encoding
-    return isinstance(encoding, Fp8) or encoding.dtype == "BF16"
+def _fits_bf16(encoding: Encoding) -> bool:
+    """Whether BF16 is what the numbers are, or what they are meant to be: FP8 x scale."""
+    return isinstance(encoding, Fp8) or encoding == PLAIN[DType.BF16]
 
 
 def strip_memory(strip: Strip) -> int:
@@ -161,7 +194,7 @@ def _transfer_memory(transfer: Transfer) -> int:
     if transfer.copies:
         return STRIP_BYTES
     rows = min(rows_per_strip(transfer), transfer.rows)
-    return strip_memory(RowStrip(transfer, 0, rows))
+    return strip_memory(RowStrip(transfer, 0, rows, ()))
 
 
 def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]:

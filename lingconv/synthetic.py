@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lingconv.checkpoint import Checkpoint
-from lingconv.containers.safetensors import StoredTensor, tensor_spec
+from lingconv.containers import StoredTensor, tensor_spec
 from lingconv.dtypes import DType
 from lingconv.errors import UsageError
 from lingconv.family import Family, Role

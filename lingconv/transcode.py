@@ -10,15 +10,14 @@ import numpy as np
 
 from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite
-from lingconv.dtypes import DType
-from lingconv.encodings import Fp8
+from lingconv.dtypes import DType, GgmlType
+from lingconv.encodings import Fp8, Ggml
 from lingconv.errors import CheckpointError
-from lingconv.kernels import numeric
-from lingconv.model import Segment
+from lingconv.kernels import ggml, numeric
 from lingconv.plan import Scaling
 from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
-from lingconv.strips import RowStrip, works_in_f32
+from lingconv.strips import RowStrip, row_bytes, works_in_f32
 
 
 class Transcoder:
@@ -34,11 +33,12 @@ class Transcoder:
         return self._write_rows(strip, self._decode_rows(strip), output)
 
     def _decode_rows(self, strip: RowStrip) -> Array:
-        """Return the strip's rows as numbers, from all the segments that hold some of them."""
+        """Return the strip's rows as numbers."""
         transfer = strip.transfer
         dtype = F32 if works_in_f32(transfer) else BF16_BITS
-        values = self._arena.take("values", (strip.last - strip.first, transfer.cols), dtype)
-        self._refuse(self._decoder.fill(transfer.segments, strip.first, values))
+        shape = strip.last - strip.first, transfer.cols
+        values = self._arena.take("values", shape, dtype, like=_offset(strip))
+        self._refuse(self._decoder.fill(strip.segments, 0, values))
         return values
 
     def _refuse(self, met: Nonfinite | None) -> None:
@@ -50,21 +50,47 @@ class Transcoder:
             )
 
     def _write_rows(self, strip: RowStrip, values: Array, output: OutputBlob) -> int:
-        target = strip.transfer.target
-        encoding = target.encoding
+        encoding = strip.transfer.target.encoding
         if isinstance(encoding, Fp8):
             return self._write_fp8(strip, encoding, values, output)
-        written, nonfinite = _ENCODERS[encoding.dtype, values.dtype](self, values)
+        if isinstance(encoding, Ggml):
+            return self._write_ggml(strip, encoding.type, values, output)
+        offset = _offset(strip)
+        written, nonfinite = _ENCODERS[encoding.dtype, values.dtype](self, values, offset)
         if nonfinite:
-            self._refuse(Nonfinite(_segment_of(strip).source, strip.first))
-        row_bytes = written.itemsize * strip.transfer.cols
-        return output.write(as_bytes(written), target.extents[0].offset + strip.first * row_bytes)
+            self._refuse(_source_of(strip, 0))
+        return output.write(as_bytes(written), offset)
+
+    def _write_ggml(
+        self, strip: RowStrip, kind: GgmlType, values: Array, output: OutputBlob
+    ) -> int:
+        numbers = self._finite_f32(strip, values).reshape(-1, kind.elements)
+        blocks = self._arena.take(
+            "write", (len(numbers), kind.nbytes), np.uint8, like=_offset(strip)
+        )
+        ggml.QUANTIZERS[kind](numbers, blocks)
+        for place in ggml.SCALES_AT[kind]:
+            if ggml.has_infinite_half(blocks, place):
+                self._refuse(_source_of(strip, 0))
+        return output.write(as_bytes(blocks), _offset(strip))
+
+    def _finite_f32(self, strip: RowStrip, values: Array) -> Array:
+        """Return the values as float32; what is NaN or Inf would spoil its whole block."""
+        if values.dtype == F32:
+            nonfinite = numeric.count_nonfinite(values.reshape(-1))
+            wide = values
+        else:
+            wide = self._arena.take("wide", values.shape, np.float32)
+            nonfinite = numeric.bf16_to_f32(values.reshape(-1), wide.reshape(-1))
+        if nonfinite:
+            self._refuse(_source_of(strip, 0))
+        return wide
 
     def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: OutputBlob) -> int:
-        elements, scale_extent = strip.transfer.target.extents
+        _, scale_extent = strip.transfer.target.extents
         rows, cols = values.shape
         block_rows, block_cols = encoding.block(strip.transfer.rows, cols)
-        codes = self._arena.take("write", values.shape, np.uint8)
+        codes = self._arena.take("write", values.shape, np.uint8, like=_offset(strip))
         scales = self._arena.take("scales out", encoding.grid(rows, cols), np.float32)
         scaling = strip.transfer.scaling
         bad_row = numeric.quantize(
@@ -78,21 +104,21 @@ class Transcoder:
             self._allow_nonfinite,
         )
         if bad_row != numeric.NO_NONFINITE:
-            self._refuse(Nonfinite(_segment_of(strip).source, strip.first + bad_row))
+            self._refuse(_source_of(strip, bad_row))
         raw = encode_scales(scales, encoding.scale_dtype)
         offset = scale_extent.offset + strip.first // block_rows * raw.shape[1] * raw.itemsize
-        written = output.write(as_bytes(codes), elements.offset + strip.first * cols)
+        written = output.write(as_bytes(codes), _offset(strip))
         return written + output.write(as_bytes(raw), offset)
 
-    def _encode_same(self, values: Array) -> tuple[Array, int]:
+    def _encode_same(self, values: Array, offset: int) -> tuple[Array, int]:
         return values, 0  # whoever decoded them has looked
 
-    def _encode_bf16(self, values: Array) -> tuple[Array, int]:
-        rounded = self._arena.take("write", values.shape, np.uint16)
+    def _encode_bf16(self, values: Array, offset: int) -> tuple[Array, int]:
+        rounded = self._arena.take("write", values.shape, np.uint16, like=offset)
         return rounded, numeric.f32_to_bf16(values.reshape(-1), rounded.reshape(-1))
 
-    def _encode_f16(self, values: Array) -> tuple[Array, int]:
-        rounded = self._arena.take("write", values.shape, np.float16)
+    def _encode_f16(self, values: Array, offset: int) -> tuple[Array, int]:
+        rounded = self._arena.take("write", values.shape, np.float16, like=offset)
         with np.errstate(over="ignore"):
             np.copyto(rounded, values, casting="same_kind")
         return rounded, not np.isfinite(rounded).all()
@@ -106,14 +132,19 @@ _ENCODERS: dict[tuple[DType, np.dtype[Any]], Callable[..., tuple[Array, int]]] =
 }
 
 
-def _segment_of(strip: RowStrip) -> Segment:
-    """Return the segment that holds the first row of a strip."""
-    top = 0
-    for segment in strip.transfer.segments:
-        top += segment.num_rows
-        if strip.first < top:
-            return segment
-    return strip.transfer.segments[-1]
+def _offset(strip: RowStrip) -> int:
+    """Return where the elements of a strip begin in the target's file."""
+    target, cols = strip.transfer.target, strip.transfer.cols
+    return target.extents[0].offset + strip.first * row_bytes(target.encoding, cols)
+
+
+def _source_of(strip: RowStrip, row: int) -> Nonfinite:
+    """Return where row `row` of a strip comes from."""
+    for segment in strip.segments:
+        if row < segment.num_rows:
+            return Nonfinite(segment.source, segment.first_row + row)
+        row -= segment.num_rows
+    raise AssertionError(f"a strip of {strip.transfer.target.name} has no row {row} more")
 
 
 def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:

@@ -1,15 +1,17 @@
 """The threads of a run: each takes strips, and the last one to finish a file gives it its name.
 
 Each worker keeps to one output file, because writers of one file wait for each other in the file
-system; when no file is left to begin, it helps with another's.
+system; when no file is left to begin, it helps with another's. A file is made durable piece by
+piece, so that even one of a terabyte goes on where a kill left it.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.journal import RunFolder
@@ -18,7 +20,7 @@ from lingconv.progress import Progress
 from lingconv.storage import Blob, Storage
 from lingconv.storage.opened import OpenedFiles
 from lingconv.storage.output import OutputBlob
-from lingconv.strips import RowStrip, Strip, lower
+from lingconv.strips import RowStrip, Strip, lower, written_bytes
 
 if TYPE_CHECKING:
     from lingconv.transcode import Transcoder
@@ -34,15 +36,32 @@ def check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
             )
 
 
-class _OpenFile:
-    """An output file being filled: its strips, and how many are taken but not yet written."""
+# What a kill may cost of a file, and how often a worker waits for the disk.
+PIECE_BYTES = 1 << 30
 
-    def __init__(self, file: OutputFile, path: Path, *, sparse: bool) -> None:
+
+class _Task(NamedTuple):
+    """A strip, and the number of the piece of its file that it belongs to."""
+
+    strip: Strip
+    piece: int
+
+
+class _OpenFile:
+    """An output file being filled: its strips, and how many are taken but not yet written.
+
+    A piece is a run of strips that write about PIECE_BYTES; those in `done` are left out.
+    """
+
+    def __init__(
+        self, file: OutputFile, path: Path, done: Collection[int], *, sparse: bool
+    ) -> None:
         self.file = file
         self.started = time.monotonic()
-        self.in_flight = 0
-        self._strips = iter(lower(file))
-        self._next: Strip | None = next(self._strips, None)
+        self.held_bytes = 0
+        self._in_flight: Counter[int] = Counter()
+        self._tasks = self._missing(done)
+        self._next = next(self._tasks, None)
         self.output = OutputBlob(path, file.nbytes, sparse=sparse)
         try:
             self.output.write(memoryview(file.header()), 0)
@@ -64,11 +83,37 @@ class _OpenFile:
         """Whether there are strips that nobody has taken."""
         return self._next is not None
 
-    def take(self) -> Strip | None:
+    def _missing(self, done: Collection[int]) -> Iterator[_Task]:
+        """Yield the strips of all pieces but those in `done`."""
+        position = 0
+        for strip in lower(self.file):
+            piece = position // PIECE_BYTES
+            nbytes = written_bytes(strip)
+            position += nbytes
+            if piece in done:
+                self.held_bytes += nbytes
+            else:
+                yield _Task(strip, piece)
+
+    def take(self) -> _Task | None:
         """Return the next strip."""
-        strip, self._next = self._next, next(self._strips, None)
-        self.in_flight += strip is not None
-        return strip
+        task, self._next = self._next, next(self._tasks, None)
+        if task is not None:
+            self._in_flight[task.piece] += 1
+        return task
+
+    def release(self, piece: int) -> bool:
+        """Note that a strip of a piece is written; return whether it was the last one of it."""
+        self._in_flight[piece] -= 1
+        if self._in_flight[piece] or (self._next is not None and self._next.piece == piece):
+            return False
+        del self._in_flight[piece]
+        return True
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether everything is written."""
+        return self._next is None and not self._in_flight
 
 
 class _Worker:
@@ -91,7 +136,7 @@ class _Worker:
         """Fill one strip of `output`; return how many bytes were written."""
         if isinstance(strip, RowStrip):
             return self._transcoder.run(strip, output)
-        data = self._arena.take("read", (strip.source.nbytes,), "u1").data
+        data = self._arena.take("read", (strip.source.nbytes,), "u1", like=strip.offset).data
         self._blobs[strip.source.file].read_into(strip.source.offset, data)
         return output.write(data, strip.offset)
 
@@ -156,11 +201,10 @@ class Crew:
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
-                file, strip = taken
-                written = worker.fill(strip, file.output)
+                file, task = taken
+                written = worker.fill(task.strip, file.output)
                 self._progress.advance(file.file.name, written)
-                if self._release(file):
-                    self._finish(file)
+                self._release(file, task.piece)
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self._stop(exc)
 
@@ -170,30 +214,38 @@ class Crew:
         with self._lock:
             self._error = self._error or error
 
-    def _take(self, mine: _OpenFile | None) -> tuple[_OpenFile, Strip] | None:
+    def _take(self, mine: _OpenFile | None) -> tuple[_OpenFile, _Task] | None:
         """Return a strip: of the worker's own file, of a new one, or of one that needs help."""
         with self._lock:
             if self._error is not None:
                 return None
             if mine is None or not mine.has_strips:
                 mine = self._begin_file() or next((f for f in self._open if f.has_strips), None)
-            strip = mine.take() if mine else None
-            return (mine, strip) if mine and strip else None
+            task = mine.take() if mine else None
+            return (mine, task) if mine and task else None
 
     def _begin_file(self) -> _OpenFile | None:
         file = next(self._waiting, None)
         if file is None:
             return None
-        opened = _OpenFile(file, self._folder.partial(file.name), sparse=self._sparse)
+        done = self._folder.pieces(file.name, file.nbytes)
+        opened = _OpenFile(file, self._folder.partial(file.name), done, sparse=self._sparse)
         self._open.append(opened)
-        self._progress.file_begins(file.name, file.nbytes)
+        self._progress.file_begins(file.name, file.nbytes, opened.held_bytes)
         return opened
 
-    def _release(self, file: _OpenFile) -> bool:
-        """Note that a strip is written; return whether it was the last one of its file."""
+    def _release(self, file: _OpenFile, piece: int) -> None:
+        """Note that a strip is written; make what it completes durable."""
         with self._lock:
-            file.in_flight -= 1
-            return not file.in_flight and not file.has_strips
+            whole_piece = file.release(piece)
+            whole_file = file.is_filled
+        if whole_file:
+            self._finish(file)
+        elif whole_piece:
+            file.output.sync()
+            check_unchanged(self._plan, self._storage, file.sources())
+            with self._lock:
+                self._folder.finish_piece(file.file.name, piece)
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""

@@ -152,7 +152,7 @@ def test_fp8_options_arrive(golden, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["inspect", "nowhere"], 2, "error: nowhere is not a folder"),
+        (["inspect", "nowhere"], 2, "error: nowhere is neither a folder nor a GGUF file"),
         (["convert", "GOLDEN", "OUT", "--dtype", "int3"], 2, "int3"),
         (["convert", "GOLDEN", "OUT", "--max-shard-size", "big"], 2, "`big` is not a size"),
         (["quantize", "GOLDEN", "OUT", "--ignore", "nothing*"], 2, "matches nothing"),

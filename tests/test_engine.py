@@ -157,7 +157,7 @@ def test_two_runs_exclude_each_other(golden, tmp_path):
     inside, go_on = threading.Event(), threading.Event()
 
     class Wait(Silent):
-        def file_begins(self, name, nbytes):
+        def file_begins(self, name, nbytes, held):
             inside.set()
             go_on.wait(30)
 

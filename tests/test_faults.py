@@ -274,7 +274,7 @@ def test_llada2_is_read_and_keeps_its_name(source):
 def test_no_checkpoint_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="holds no"):
         inspect(tmp_path)
-    with pytest.raises(UsageError, match="is not a folder"):
+    with pytest.raises(UsageError, match="is neither a folder nor"):
         inspect(tmp_path / "nowhere")
 
 

@@ -182,9 +182,9 @@ class RecordingStorage(LocalStorage):
 
 
 def test_only_chosen_experts_are_read(golden):
-    from lingconv.checkpoint import read_checkpoint
     from lingconv.formats import load_families
     from lingconv.model import recognise
+    from lingconv.readers import read_checkpoint
     from lingconv.reference.forward import trace
 
     storage = RecordingStorage(golden)

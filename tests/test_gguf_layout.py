@@ -7,7 +7,7 @@ import gguf
 import pytest
 
 from lingconv.api import open_model
-from lingconv.encodings.ggml import GgmlType
+from lingconv.dtypes import GgmlType
 from lingconv.encodings.ggml_mix import Mix, ModelSize, Tensor, choose_types
 from lingconv.layout import build_layout
 from tests.conftest import DATA

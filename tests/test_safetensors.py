@@ -8,15 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from lingconv.containers import BLOCK_BYTES, HeaderError, tensor_spec
 from lingconv.containers.safetensors import (
-    BLOCK_BYTES,
-    HeaderError,
     build_header,
     header_length,
     parse_header,
     shard_name,
     storage_order,
-    tensor_spec,
 )
 from lingconv.dtypes import DType
 

@@ -14,6 +14,7 @@ from lingconv.cli.options import (
     Destination,
     Dialect,
     Drop,
+    DType,
     Formats,
     Fresh,
     Ignore,
@@ -21,23 +22,31 @@ from lingconv.cli.options import (
     Json,
     MaxMemory,
     MaxShardSize,
+    MetadataText,
     MtpOption,
+    OutType,
     Quiet,
     Scale,
     ScaleDtype,
     SchemeOption,
     Source,
+    SplitMaxTensors,
+    TensorType,
+    TensorTypeFile,
+    To,
+    TokenizerPre,
     Verbose,
     Verify,
+    gguf_options,
+    layout_of,
     request,
     resources,
 )
 from lingconv.cli.output import output
-from lingconv.cli.plan import DType, To
 from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
-from lingconv.options import ConvertOptions, Mtp, Scheme
+from lingconv.options import AUTO, ConvertOptions, Mtp, Scheme, VerifyOptions
 
 if TYPE_CHECKING:
     from lingconv.verification.verdict import Verdict
@@ -48,9 +57,9 @@ SCHEMA = "lingconv.convert/1"
 def convert(
     source: Source,
     destination: Destination,
-    to: To = "hf",
+    to: To = None,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = "10GB",
+    max_shard_size: MaxShardSize = "",
     mtp: MtpOption = Mtp.KEEP,
     drop: Drop = None,
     scheme: SchemeOption = Scheme.BLOCK,
@@ -58,6 +67,12 @@ def convert(
     scale: Scale = None,
     scale_dtype: ScaleDtype = "",
     ignore: Ignore = None,
+    outtype: OutType = AUTO,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    tokenizer_pre: TokenizerPre = "",
+    metadata: MetadataText = None,
+    split_max_tensors: SplitMaxTensors = 0,
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     dry_run: Annotated[
@@ -75,10 +90,10 @@ def convert(
     """Convert a checkpoint. The same command resumes a run that was stopped.
 
     Examples: `lingconv convert Ling-1T-FP8 Ling-1T --dtype bf16`,
-    `lingconv convert Ling-1T out --max-shard-size 5GB`
+    `lingconv convert Ling-1T-FP8 Ling-1T-Q4_K_M.gguf --outtype q4_k_m --split-max-size 50GB`
     """
     options = request(
-        to=to,
+        to=layout_of(to, destination),
         dtype=dtype or "",
         max_shard_size=max_shard_size,
         mtp=mtp,
@@ -90,10 +105,13 @@ def convert(
         ignore=ignore,
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
+        gguf=gguf_options(
+            outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
+        ),
     )
     limits = resources(jobs, max_memory)
     if dry_run:
-        built = api.plan(source, options, formats=formats)
+        built = api.plan(source, options, destination=destination, formats=formats)
         plan_command.show(built, destination, limits, verbose=verbose)
         return
     run(source, destination, options, limits, formats=formats, fresh=fresh, verify=verify)
@@ -124,7 +142,12 @@ def run(
     if verify:
         with make_watcher("verify") as watcher:
             verdict = api.verify(
-                source, destination, formats=formats, jobs=limits.jobs, watcher=watcher
+                source,
+                result.destination,
+                VerifyOptions(mtp=options.mtp),
+                formats=formats,
+                jobs=limits.jobs,
+                watcher=watcher,
             )
     show(result, verdict)
 
@@ -148,11 +171,14 @@ def show(result: Result, verdict: "Verdict | None" = None) -> None:
         "files_found_finished": found,
         "bytes_written": result.bytes_written,
         "seconds": round(result.seconds, 3),
+        "warnings": list(result.warnings),
     }
     proof = []
     if verdict is not None:
         value["verdict"] = verdict.to_json()
         proof = verify_command.lines(verdict, verbose=output.verbose)
     output.result([line, *proof], value, result.destination)
+    for warning in result.warnings:
+        output.warning(warning)
     if verdict is not None and not verdict.ok:
         raise typer.Exit(verify_command.ANSWER_IS_NO)

@@ -7,22 +7,110 @@ import typer
 
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
+from lingconv.containers.gguf import SUFFIX
 from lingconv.engine import Resources
-from lingconv.options import SCALE_F32, ConvertOptions, Fp8Options, Mtp, Scheme
+from lingconv.errors import UsageError
+from lingconv.options import (
+    SCALE_F32,
+    ConvertOptions,
+    Fp8Options,
+    GgufOptions,
+    Mtp,
+    Scheme,
+    Target,
+    TargetDType,
+)
 
 FP8 = "FP8"
+GGUF = "GGUF"
 OUTPUT = "Output"
 RUN = "Run"
 FORWARD = "Forward pass"
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint to read.")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="Checkpoint to read: a folder, or a .gguf file.")
+]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, or NAME.gguf.")]
+To = Annotated[
+    Target | None,
+    typer.Option(
+        "--to", help="Layout; `gguf` where DST says so, else `hf`.", rich_help_panel=OUTPUT
+    ),
+]
+DType = Annotated[
+    TargetDType | None,
+    typer.Option(
+        "--dtype", help="What to store weights in; kept by default.", rich_help_panel=OUTPUT
+    ),
+]
 Formats = Annotated[
     str | None, typer.Option("--formats", metavar="PATH", help="Family file or folder of your own.")
 ]
 MaxShardSize = Annotated[
     str,
-    typer.Option("--max-shard-size", metavar="SIZE", help="5GB, 10GiB ...", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--max-shard-size",
+        "--split-max-size",
+        metavar="SIZE",
+        help="5GB, 10GiB ...; 10GB by default, for GGUF one file.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+SplitMaxTensors = Annotated[
+    int,
+    typer.Option(
+        "--split-max-tensors",
+        metavar="N",
+        min=0,
+        help="Tensors in a file; 0 is no limit.",
+        rich_help_panel=GGUF,
+    ),
+]
+OutType = Annotated[
+    str,
+    typer.Option(
+        "--outtype",
+        metavar="TYPE",
+        help="bf16, q8_0, q4_k_m ... as llama-quantize names them; `auto` is the weights' own"
+        " 16-bit float.",
+        rich_help_panel=GGUF,
+    ),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        help="Another type for some tensors, the first match counts. Repeatable.",
+        rich_help_panel=GGUF,
+    ),
+]
+TensorTypeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensor-type-file",
+        metavar="FILE",
+        help="A file of REGEX=TYPE, after those of `--tensor-type`.",
+        rich_help_panel=GGUF,
+    ),
+]
+TokenizerPre = Annotated[
+    str,
+    typer.Option(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="How llama.cpp splits text; known for Ling's tokenizer.",
+        rich_help_panel=GGUF,
+    ),
+]
+MetadataText = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metadata",
+        metavar="KEY=TEXT",
+        help="A text of your own, such as general.quantized_by=ME. Repeatable.",
+        rich_help_panel=GGUF,
+    ),
 ]
 MtpOption = Annotated[
     Mtp, typer.Option("--mtp", help="What to do with MTP layers.", rich_help_panel=OUTPUT)
@@ -81,7 +169,9 @@ AllowNonfinite = Annotated[
 AllowRequantize = Annotated[
     bool,
     typer.Option(
-        "--allow-requantize", help="Round FP8 weights a second time.", rich_help_panel=FP8
+        "--allow-requantize",
+        help="Round what is quantized a second time.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Jobs = Annotated[
@@ -185,18 +275,64 @@ def request(
     ignore: list[str] | None,
     allow_nonfinite: bool,
     allow_requantize: bool,
+    gguf: GgufOptions | None = None,
 ) -> ConvertOptions:
     """Return what the options of `plan`, `convert` and `quantize` ask for together."""
     return ConvertOptions(
         layout=to,
         dtype=dtype,
         fp8=_fp8_options(scheme, dialect, scale, scale_dtype, ignore),
+        gguf=gguf or GgufOptions(),
         mtp=mtp.value,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=shard_bytes(max_shard_size),
         drop=tuple(drop or ()),
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
     )
+
+
+def shard_bytes(text: str) -> int | None:
+    """Return the largest size of a file; None leaves it to the layout."""
+    return parse_size(text) if text else None
+
+
+def layout_of(to: Target | None, destination: Path) -> str:
+    """Return the layout that is asked for, in words or by the name of DST."""
+    return to or (Target.GGUF if destination.suffix == SUFFIX else Target.HF)
+
+
+def gguf_options(
+    outtype: str,
+    tensor_type: list[str] | None,
+    tensor_type_file: Path | None,
+    tokenizer_pre: str,
+    metadata: list[str] | None,
+    split_max_tensors: int,
+) -> GgufOptions:
+    """Return the GGUF part of a request."""
+    words = [*(tensor_type or ()), *(_words(tensor_type_file) if tensor_type_file else ())]
+    return GgufOptions(
+        outtype=outtype.lower(),
+        tensor_types=tuple(_pair("--tensor-type", word, "REGEX=TYPE") for word in words),
+        tokenizer_pre=tokenizer_pre,
+        metadata=tuple(_pair("--metadata", text, "KEY=TEXT") for text in metadata or ()),
+        max_shard_tensors=split_max_tensors,
+    )
+
+
+def _words(path: Path) -> list[str]:
+    """Return the words of a text file."""
+    try:
+        return path.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} cannot be read: {exc}") from exc
+
+
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
+    left, sign, right = text.partition("=")
+    if not (left and sign and right):
+        raise UsageError(f"`{option} {text}`", hint=f"write it as `{option} {form}`")
+    return left, right
 
 
 def resources(jobs: int, max_memory: str) -> Resources:

@@ -8,25 +8,34 @@ import typer
 
 from lingconv import api
 from lingconv.cli.options import (
-    OUTPUT,
     AllowNonfinite,
     AllowRequantize,
     Destination,
     Dialect,
     Drop,
+    DType,
     Formats,
     Ignore,
     Jobs,
     Json,
     MaxMemory,
     MaxShardSize,
+    MetadataText,
     MtpOption,
+    OutType,
     Quiet,
     Scale,
     ScaleDtype,
     SchemeOption,
     Source,
+    SplitMaxTensors,
+    TensorType,
+    TensorTypeFile,
+    To,
+    TokenizerPre,
     Verbose,
+    gguf_options,
+    layout_of,
     request,
     resources,
 )
@@ -35,28 +44,20 @@ from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
-from lingconv.options import Mtp, Scheme, TargetDType
+from lingconv.options import AUTO, Mtp, Scheme
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
 _MAX_FILES = 10
 SCHEMA = "lingconv.dry-run/1"
 
-To = Annotated[str, typer.Option("--to", help="Layout: `hf`.", rich_help_panel=OUTPUT)]
-DType = Annotated[
-    TargetDType | None,
-    typer.Option(
-        "--dtype", help="What to store weights in; kept by default.", rich_help_panel=OUTPUT
-    ),
-]
-
 
 def plan(
     source: Source,
     destination: Destination,
-    to: To = "hf",
+    to: To = None,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = "10GB",
+    max_shard_size: MaxShardSize = "",
     mtp: MtpOption = Mtp.KEEP,
     drop: Drop = None,
     scheme: SchemeOption = Scheme.BLOCK,
@@ -64,6 +65,12 @@ def plan(
     scale: Scale = None,
     scale_dtype: ScaleDtype = "",
     ignore: Ignore = None,
+    outtype: OutType = AUTO,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    tokenizer_pre: TokenizerPre = "",
+    metadata: MetadataText = None,
+    split_max_tensors: SplitMaxTensors = 0,
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     plan_file: Annotated[
@@ -81,7 +88,7 @@ def plan(
     Example: `lingconv plan Ling-1T Ling-1T-FP8 --dtype fp8`
     """
     options = request(
-        to=to,
+        to=layout_of(to, destination),
         dtype=dtype or "",
         max_shard_size=max_shard_size,
         mtp=mtp,
@@ -93,8 +100,11 @@ def plan(
         ignore=ignore,
         allow_nonfinite=allow_nonfinite,
         allow_requantize=allow_requantize,
+        gguf=gguf_options(
+            outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
+        ),
     )
-    built = api.plan(source, options, formats=formats)
+    built = api.plan(source, options, destination=destination, formats=formats)
     if plan_file is not None:
         save(built, plan_file)
     show(built, destination, resources(jobs, max_memory), verbose=verbose)

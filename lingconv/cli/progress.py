@@ -135,9 +135,10 @@ class Bars(Silent):
         self._total = self._bars.add_task("total", total=total)
         self._bars.advance(self._total, _bytes_done(plan, done))
 
-    def file_begins(self, name: str, nbytes: int) -> None:
+    def file_begins(self, name: str, nbytes: int, held: int) -> None:
         """Show a row for the file."""
-        self._rows[name] = self._bars.add_task(name, total=nbytes)
+        self._rows[name] = self._bars.add_task(name, total=nbytes, completed=held)
+        self._bars.advance(self._total, held)
 
     def advance(self, name: str, nbytes: int) -> None:
         """Move both bars."""
@@ -179,6 +180,12 @@ class Lines(Silent):
         output.note(_headline(plan))
         if done:
             output.note(_resuming(plan, done))
+
+    def file_begins(self, name: str, nbytes: int, held: int) -> None:
+        """Say what an earlier run did of it."""
+        if held:
+            output.note(f"resuming {name}: {file_size(held)} of {file_size(nbytes)} are there")
+            self._total -= held
 
     def advance(self, name: str, nbytes: int) -> None:
         """Speak up when it has been quiet for long."""

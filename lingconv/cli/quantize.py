@@ -41,7 +41,7 @@ def quantize(
     scale: Scale = None,
     scale_dtype: ScaleDtype = "",
     ignore: Ignore = None,
-    max_shard_size: MaxShardSize = "10GB",
+    max_shard_size: MaxShardSize = "",
     mtp: MtpOption = Mtp.KEEP,
     drop: Drop = None,
     allow_nonfinite: AllowNonfinite = False,

@@ -9,20 +9,22 @@ from lingconv.cli.convert import show
 from lingconv.cli.options import (
     OUTPUT,
     Destination,
+    DType,
     Formats,
     Fresh,
     Jobs,
     Json,
     MaxMemory,
     MaxShardSize,
+    OutType,
     Quiet,
     Verbose,
+    layout_of,
     resources,
+    shard_bytes,
 )
-from lingconv.cli.plan import DType
 from lingconv.cli.progress import make_progress
-from lingconv.cli.units import parse_size
-from lingconv.options import ConvertOptions
+from lingconv.options import AUTO, ConvertOptions, GgufOptions
 
 
 def synth(
@@ -43,7 +45,8 @@ def synth(
     mtp: Annotated[int | None, typer.Option("--mtp", min=0, help="Number of MTP layers.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same bytes.")] = 0,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = "10GB",
+    outtype: OutType = AUTO,
+    max_shard_size: MaxShardSize = "",
     headers_only: Annotated[
         bool,
         typer.Option(
@@ -69,7 +72,12 @@ def synth(
         result = api.synth(
             config,
             destination,
-            ConvertOptions(dtype=dtype or "", max_shard_bytes=parse_size(max_shard_size)),
+            ConvertOptions(
+                layout=layout_of(None, destination),
+                dtype=dtype or "",
+                gguf=GgufOptions(outtype=outtype.lower()),
+                max_shard_bytes=shard_bytes(max_shard_size),
+            ),
             layers=layers,
             dense_layers=dense_layers,
             mtp=mtp,

@@ -1,1 +1,37 @@
 """What the files look like: names, headers and offsets, never the meaning of a tensor."""
+
+from typing import NamedTuple
+
+from lingconv.dtypes import StoredType
+
+# Disk blocks and pages: where data starts at a multiple, it can be written past the page cache.
+BLOCK_BYTES = 4096
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes."""
+
+    name: str
+    dtype: StoredType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that a file is going to hold; `nbytes` follows from dtype and shape."""
+
+    name: str
+    dtype: StoredType
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def tensor_spec(name: str, dtype: StoredType, shape: tuple[int, ...]) -> TensorSpec:
+    """Return the spec of a tensor, with its size in bytes."""
+    return TensorSpec(name, dtype, shape, dtype.nbytes_of(shape))
+
+
+class HeaderError(ValueError):
+    """The header as a whole cannot be used; single bad entries are faults instead."""

@@ -9,48 +9,18 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from lingconv.dtypes import DTYPES, DType
+from lingconv.containers import BLOCK_BYTES, HeaderError, StoredTensor, TensorSpec
+from lingconv.dtypes import DTYPES
 from lingconv.errors import Fault
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Data and large tensors start at multiples of this: a disk block, a page.
-BLOCK_BYTES = 4096
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-
-class TensorSpec(NamedTuple):
-    """A tensor that a file is going to hold; `nbytes` follows from dtype and shape."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def tensor_spec(name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
-    """Return the spec of a tensor, with its size in bytes."""
-    return TensorSpec(name, dtype, shape, math.prod(shape) * dtype.bits // 8)
-
-
-class HeaderError(ValueError):
-    """The header as a whole cannot be used; single bad entries are faults instead."""
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from lingconv.containers.safetensors import TensorSpec, tensor_spec
+from lingconv.containers import TensorSpec, tensor_spec
 from lingconv.dtypes import DTYPES, DType
 
 E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max

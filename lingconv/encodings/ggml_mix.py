@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Self
 
-from lingconv.encodings.ggml import GgmlType
-from lingconv.encodings.ggml import GgmlType as T
+from lingconv.dtypes import GgmlType
+from lingconv.dtypes import GgmlType as T
 
 
 class Mix(StrEnum):
@@ -51,6 +51,16 @@ class Mix(StrEnum):
         member.file_type = file_type
         member.default = default
         return member
+
+
+MIXES: dict[str, Mix] = {mix.value: mix for mix in Mix}
+# Types that llama-quantize makes without an importance matrix.
+_WRITTEN = frozenset({T.F32, T.F16, T.BF16, *(mix.default for mix in Mix)})
+
+
+def is_written(kind: GgmlType) -> bool:
+    """Return whether tensors can be written in this type."""
+    return kind in _WRITTEN
 
 
 class Kind(StrEnum):

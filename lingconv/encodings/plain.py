@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.containers.safetensors import TensorSpec, tensor_spec
+from lingconv.containers import TensorSpec, tensor_spec
 from lingconv.dtypes import DTYPES, DType
 
 # What can be decoded to numbers; tensors of any other dtype are only ever copied.

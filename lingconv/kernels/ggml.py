@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy import float32, float64, int32, uint8, uint16, uint32
 
+from lingconv.dtypes import GgmlType
 from lingconv.kernels.ggml_search import (
     LANES,
     LEVELS,
@@ -576,3 +577,49 @@ def quantize_tq2_0(values: Array, out: Array) -> None:
         for i in range(256):
             levels[i] = uint8(_round_half_away(values[block, i] * inverse) + 1)
         _put_bit_pairs(levels, out, block, 0)
+
+
+@kernel
+def has_infinite_half(blocks: Array, place: int) -> bool:
+    """Return whether any block's F16 at byte `place` is Inf or NaN: its numbers were too large."""
+    found = False
+    for number in range(blocks.shape[0]):
+        found |= (blocks[number, place + 1] & 0x7C) == 0x7C
+    return found
+
+
+QUANTIZERS: Final = {
+    GgmlType.Q4_0: quantize_q4_0,
+    GgmlType.Q4_1: quantize_q4_1,
+    GgmlType.Q5_0: quantize_q5_0,
+    GgmlType.Q5_1: quantize_q5_1,
+    GgmlType.Q8_0: quantize_q8_0,
+    GgmlType.Q2_K: quantize_q2_k,
+    GgmlType.Q3_K: quantize_q3_k,
+    GgmlType.Q4_K: quantize_q4_k,
+    GgmlType.Q5_K: quantize_q5_k,
+    GgmlType.Q6_K: quantize_q6_k,
+    GgmlType.IQ4_NL: quantize_iq4_nl,
+    GgmlType.IQ4_XS: quantize_iq4_xs,
+    GgmlType.MXFP4: quantize_mxfp4,
+    GgmlType.TQ1_0: quantize_tq1_0,
+    GgmlType.TQ2_0: quantize_tq2_0,
+}
+# Where a block's F16 scales are, in bytes from its begin.
+SCALES_AT: Final = {
+    GgmlType.Q4_0: (0,),
+    GgmlType.Q4_1: (0, 2),
+    GgmlType.Q5_0: (0,),
+    GgmlType.Q5_1: (0, 2),
+    GgmlType.Q8_0: (0,),
+    GgmlType.Q2_K: (80, 82),
+    GgmlType.Q3_K: (108,),
+    GgmlType.Q4_K: (0, 2),
+    GgmlType.Q5_K: (0, 2),
+    GgmlType.Q6_K: (208,),
+    GgmlType.IQ4_NL: (0,),
+    GgmlType.IQ4_XS: (0,),
+    GgmlType.MXFP4: (),
+    GgmlType.TQ1_0: (52,),
+    GgmlType.TQ2_0: (64,),
+}

@@ -306,6 +306,16 @@ def bf16_to_f32(source: Array, target: Array) -> int:
 
 
 @njit(nogil=True, cache=True)
+def count_nonfinite(values: Array) -> int:
+    """Return how many float32 values are NaN or Inf."""
+    count = 0
+    bits = values.view(np.uint32)
+    for index in range(bits.size):
+        count += (bits[index] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    return count
+
+
+@njit(nogil=True, cache=True)
 def f32_to_bf16(source: Array, target: Array) -> int:
     """Round float32 to BF16 (uint16); return 1 when any result is NaN or Inf."""
     bits = source.view(np.uint32)

@@ -59,9 +59,9 @@ class LocalBlob:
 class LocalStorage:
     """A folder on this machine."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, uri: str = "") -> None:
         self.root = root
-        self.uri = str(root)
+        self.uri = uri or str(root)
 
     def files(self) -> Mapping[str, FileStat]:
         """Return every file, hidden ones left out; links to files count as files."""

@@ -1,9 +1,9 @@
 """Output files of this machine: allocated at once, filled in any order by many threads.
 
-Aligned strips bypass the page cache (O_DIRECT). A conversion writes each byte once and reads none
-of them back; through the cache, the same bytes cost a copy, fresh pages (dear on virtual machines)
-and the whole write-back again before the rename. What is not aligned, or not supported, goes
-through the cache as usual; the two never share a page, because only whole pages go direct.
+Whole disk blocks bypass the page cache (O_DIRECT). A conversion writes each byte once and reads
+none of them back; through the cache, the same bytes cost a copy, fresh pages (dear on virtual
+machines) and the whole write-back again before the rename. What is not aligned, or not supported,
+goes through the cache as usual; the two never share a page, because only whole pages go direct.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lingconv.containers.safetensors import BLOCK_BYTES
+from lingconv.containers import BLOCK_BYTES
 from lingconv.errors import SAME_COMMAND, DestinationError, PermissionDenied, ResourceError
 
 
@@ -67,12 +67,24 @@ class OutputBlob:
                 raise OSError(code, os.strerror(code))
 
     def write(self, data: memoryview, offset: int) -> int:
-        """Write all of `data` (bytes) at `offset`; return its size."""
-        aligned = not (offset | len(data)) % BLOCK_BYTES
-        done = self._write_direct(data, offset) if aligned and self._direct_fd >= 0 else 0
+        """Write all of `data` (bytes) at `offset`; return its size.
+
+        Its whole blocks bypass the cache if they lie at page boundaries in memory too.
+        """
+        first = -offset % BLOCK_BYTES
+        last = len(data) - (offset + len(data)) % BLOCK_BYTES
+        if self._direct_fd < 0 or last <= first:
+            self._write_cached(data, offset)
+        else:
+            self._write_cached(data[:first], offset)
+            done = first + self._write_direct(data[first:last], offset + first)
+            self._write_cached(data[done:], offset + done)
+        return len(data)
+
+    def _write_cached(self, data: memoryview, offset: int) -> None:
+        done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], offset + done)
-        return len(data)
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
         """Return how much was written past the cache: all, or less where the system balks."""

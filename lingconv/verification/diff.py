@@ -12,9 +12,10 @@ import numpy as np
 
 from lingconv.buffers import Arena
 from lingconv.checkpoint import Checkpoint
-from lingconv.containers.safetensors import StoredTensor
+from lingconv.containers import StoredTensor
 from lingconv.decoding import F32, Decoder
-from lingconv.encodings.plain import FLOATS, PLAIN
+from lingconv.encodings import encoding_of
+from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError
 from lingconv.model import Extent, Segment, Stored
 from lingconv.progress import Watcher
@@ -190,7 +191,7 @@ def _chunks(size: int, itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def _flat(tensor: StoredTensor) -> Stored:
-    """Return a tensor as a vector of plain numbers."""
+    """Return a tensor as a vector of plain numbers, or, for the bytes alone, of its blocks."""
     extent = Extent(tensor.file, tensor.offset, tensor.nbytes)
     size = tensor.nbytes // tensor.dtype.itemsize
-    return Stored(tensor.name, (size,), PLAIN[tensor.dtype], (extent,))
+    return Stored(tensor.name, (size,), encoding_of(tensor.dtype), (extent,))

@@ -14,13 +14,19 @@ rounds them to e4m3, which moves about 3 % of its codes by one step.
     f32       fp8            2^-22        2^-22
     fp8       plain          0.07         0.04       rounding to nearest: at most 2^-4, and 0.0361
     fp8       fp8            0.14         0.08       (rounded twice)
+    ggml      any            _TO_GGML                (a share of the block's largest magnitude)
+
+In ggml's blocks an element may be off by a share of the largest magnitude in its block, and by what
+an F16 scale cannot express. The numbers are a third above the largest that normal, Laplace,
+Student's t (2 and 3), uniform, log-normal, sparse and all-positive weights came to.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lingconv.dtypes import DType
-from lingconv.encodings import Encoding, Fp8, Plain
+from lingconv.dtypes import DType, GgmlType
+from lingconv.encodings import Encoding, Fp8, Ggml, Plain
 from lingconv.options import VerifyOptions
 from lingconv.verification.verdict import TensorFigures
 
@@ -31,8 +37,9 @@ _F16_SUBNORMAL = 2.0**-24
 class Limit(NamedTuple):
     """What a tensor may deviate by.
 
-    An element by `relative` x |element| + `floor`, where `floor` counts in scales for FP8; the
-    whole tensor by `rel_error`, the Frobenius norm of the difference over that of the source.
+    An element by `relative` x |element| + `floor`, where `floor` counts in scales for FP8, and for
+    ggml's blocks in the largest magnitude of the block; the whole tensor by `rel_error`, the
+    Frobenius norm of the difference over that of the source.
     """
 
     relative: float
@@ -52,6 +59,26 @@ _TO_F16 = Limit(2.0**-11 * 1.001, _F16_SUBNORMAL, 2.0**-9)
 _FP8_TO_F32 = Limit(2.0**-22, 1e-38, 2.0**-22)
 _TO_FP8 = Limit(0.07, _FP8_SUBNORMAL_STEP, 0.04)
 _FP8_TO_FP8 = Limit(0.14, 2 * _FP8_SUBNORMAL_STEP, 0.08)
+# Share of the block's largest magnitude, relative error of the whole tensor.
+_TO_GGML = {
+    GgmlType.Q8_0: (0.0065, 0.018),
+    GgmlType.Q6_K: (0.036, 0.044),
+    GgmlType.Q5_1: (0.045, 0.075),
+    GgmlType.Q5_0: (0.085, 0.09),
+    GgmlType.Q5_K: (0.1, 0.065),
+    GgmlType.Q4_1: (0.09, 0.16),
+    GgmlType.Q4_0: (0.17, 0.17),
+    GgmlType.Q4_K: (0.17, 0.125),
+    GgmlType.IQ4_NL: (0.18, 0.14),
+    GgmlType.IQ4_XS: (0.2, 0.14),
+    GgmlType.MXFP4: (0.34, 0.24),
+    GgmlType.Q3_K: (0.37, 0.25),
+    GgmlType.Q2_K: (0.85, 0.5),
+}
+# Ternary types, and those that are only read: a block's largest magnitude bounds what can be said.
+_COARSEST = (1.0, 1.0)
+# A scale below F16's smallest step is lost, with a block of numbers up to 2^8 times as large.
+GGML_STEP = 2.0**-17
 _HOLDS = {
     DType.F32: (DType.BF16, DType.F16, DType.F32),
     DType.BF16: (DType.BF16,),
@@ -66,6 +93,9 @@ def limit_for(source: Encoding, target: Encoding, *, keep_dtype: bool) -> Limit:
     """
     if keep_dtype or _same_numbers(source, target):
         return EXACT
+    if isinstance(target, Ggml):
+        share, rel_error = _TO_GGML.get(target.type, _COARSEST)
+        return Limit(0.0, share, rel_error)
     if isinstance(target, Fp8):
         return _FP8_TO_FP8 if isinstance(source, Fp8) else _TO_FP8
     if isinstance(source, Fp8):
@@ -112,13 +142,18 @@ _FORWARD = {
     "relayout": ((1 - 1e-6, 1e-7), (1 - 1e-6, 1e-7)),
     "rounded": ((0.97, 0.02), (0.999, 0.001)),
     "fp8": ((0.9, 0.15), (0.98, 0.02)),
+    "few bits": ((0.3, 2.0), (0.5, 1.0)),
 }
+
+
+# By the largest relative error that any tensor is allowed.
+_KINDS = {"relayout": 0.0, "rounded": 0.03, "fp8": 0.09, "few bits": math.inf}
 
 
 def thresholds_for(tensors: Iterable[TensorFigures], options: VerifyOptions) -> Thresholds:
     """Return the defaults for what was done, with the user's own numbers in place of them."""
     largest = max((item.allowed for item in tensors), default=0.0)
-    kind = "relayout" if largest == 0 else "rounded" if largest < _TO_FP8.rel_error else "fp8"
+    kind = next(kind for kind, highest in _KINDS.items() if largest <= highest)
     cosine, kld = _FORWARD[kind][options.pin_routing]
     return Thresholds(
         kind,

@@ -15,16 +15,17 @@ import numpy as np
 
 from lingconv.buffers import Arena
 from lingconv.decoding import BF16_BITS, F32, Decoder
-from lingconv.dtypes import DType
-from lingconv.encodings import Encoding, Fp8, Plain
+from lingconv.dtypes import DType, GgmlType
+from lingconv.encodings import Encoding, Fp8, Ggml
 from lingconv.encodings.fp8 import E4M3_MAX
 from lingconv.encodings.plain import PLAIN
 from lingconv.kernels import compare as kernel
 from lingconv.model import Model, Segment, Stored
 from lingconv.progress import Watcher
 from lingconv.storage.opened import OpenedFiles
+from lingconv.strips import row_bytes
 from lingconv.verification import scales
-from lingconv.verification.limits import EXACT, Limit, limit_for
+from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts
 from lingconv.verification.totals import (
@@ -153,7 +154,10 @@ class Comparison:
         else:
             right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
             target.fill([_whole(pair.target)], strip.first, right)
-        scale_grid = _per_block(pair.target, strip, stored)
+        if isinstance(pair.target.encoding, Ggml) and not exact:
+            scale_grid = _peaks(left, pair.target.encoding.type, self._limits[strip.pair])
+        else:
+            scale_grid = _per_block(pair.target, strip, stored)
         peaks = np.zeros(scale_grid.shape, np.float64)
         for number, rows_of in enumerate(pair.rows):
             first = max(strip.first, rows_of.start)
@@ -230,6 +234,13 @@ def _per_block(target: Stored, strip: _Strip, stored: Array | None) -> Array:
     return np.full((height, width), 1.0 if stored is None else stored.flat[0], np.float32)
 
 
+def _peaks(values: Array, kind: GgmlType, limit: Limit) -> Array:
+    """Return the largest magnitude of each block, raised by what an F16 scale cannot express."""
+    in_blocks = np.abs(values).reshape(values.shape[0], -1, kind.elements)
+    peaks: Array = in_blocks.max(axis=2) + np.float32(GGML_STEP / limit.floor)
+    return peaks
+
+
 def _limit(pair: Pair, *, only_exact: bool) -> Limit:
     """Return the most lenient limit among the rows that a tensor is made of."""
     if only_exact and _rounds_to_bf16(pair):
@@ -266,6 +277,8 @@ def _working(pair: Pair) -> np.dtype[Any]:
     """Return what SRC is decoded to: BF16 where it is, or where DST is its rounding to BF16."""
     if _rounds_to_bf16(pair):
         return BF16_BITS
+    if isinstance(pair.target.encoding, Ggml):
+        return F32
     kinds = {_decoded(segment.source.encoding) for segment in pair.segments}
     return BF16_BITS if kinds == {BF16_BITS} else F32
 
@@ -281,11 +294,11 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     if others or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
     rows, cols = strip.last - strip.first, matrix(pair.target)[1]
-    row_bytes = cols * (encoding.dtype.itemsize if isinstance(encoding, Plain) else 1)
-    left = arena.take("left", (rows, row_bytes), np.uint8)
-    right = arena.take("right", (rows, row_bytes), np.uint8)
-    source.read(segment.source, 0, first * row_bytes, left)
-    target.read(pair.target, 0, strip.first * row_bytes, right)
+    size = row_bytes(encoding, cols)
+    left = arena.take("left", (rows, size), np.uint8)
+    right = arena.take("right", (rows, size), np.uint8)
+    source.read(segment.source, 0, first * size, left)
+    target.read(pair.target, 0, strip.first * size, right)
     if not np.array_equal(left, right):
         return False
     if not isinstance(encoding, Fp8):

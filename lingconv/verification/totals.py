@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lingconv.encodings import Fp8
+from lingconv.encodings import Fp8, Ggml
 from lingconv.kernels import compare as kernel
 from lingconv.layout import Rows
 from lingconv.model import Stored
@@ -43,6 +43,8 @@ def blocks(stored: Stored) -> tuple[int, int]:
     encoding = stored.encoding
     if isinstance(encoding, Fp8) and has_block_scales(stored):
         return encoding.block(rows, cols)
+    if isinstance(encoding, Ggml):
+        return 1, encoding.type.elements
     return _BLOCK, _BLOCK
 
 

@@ -1,0 +1,103 @@
+"""The key-values of a GGUF file, from a recognised model: as llama.cpp's converter writes them."""
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+from lingconv.containers.gguf import Metadata, Value, ValueType
+from lingconv.errors import UsageError
+from lingconv.family import Family, GgufModel
+from lingconv.layout import Layout
+from lingconv.metadata.hf_files import HfFiles
+from lingconv.metadata.tokenizer import describe_tokenizer
+from lingconv.model import GGUF, Model
+from lingconv.options import GgufOptions
+
+FILE_TYPE = "general.file_type"
+QUANTIZATION_VERSION = "general.quantization_version"
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
+
+
+def describe(
+    model: Model, layout: Layout, symbols: Mapping[str, Any], file_type: int, options: GgufOptions
+) -> tuple[dict[str, Value], list[str]]:
+    """Return the key-values of the GGUF file that `model` becomes, and what is to be said of them.
+
+    `layout` and `symbols` are the target's. Raises UsageError for a tokenizer that is not known,
+    and CheckpointError when a file that describes the model cannot be used.
+    """
+    named = {key: Value(ValueType.STRING, text) for key, text in options.metadata}
+    if model.checkpoint.metadata is not None:
+        held = model.checkpoint.metadata
+        kept = {key: value for key, value in held.items() if not key.startswith("split.")}
+        numbers = {key: value for key, value in _numbers(model.family, symbols) if key in kept}
+        return {**kept, **numbers, **_encoding(file_type), **named}, []
+    arch = _architecture(model)
+    with HfFiles(model.checkpoint) as files:
+        general = files.general(arch.architecture, _parameters(layout))
+        tokens, warnings = describe_tokenizer(
+            files, arch.tokenizer, symbols["vocab_size"], options.tokenizer_pre
+        )
+    numbers = dict(_numbers(model.family, symbols))
+    return {**general, **named, **numbers, **_encoding(file_type), **tokens}, warnings
+
+
+def file_stem(metadata: Metadata, mix: str) -> str:
+    """Return what files are called when nobody says: `Ling-1T-v2-Q4_K_M`, as gguf-py names them."""
+    import gguf
+
+    name, base, finetune, version, size = (
+        metadata[key].data if key in metadata else None
+        for key in map(
+            "general.{}".format, ("name", "basename", "finetune", "version", "size_label")
+        )
+    )
+    stem: str = gguf.naming_convention(name, base, finetune, version, size, mix)
+    return stem.replace("/", "-")
+
+
+def _architecture(model: Model) -> GgufModel:
+    arch = model.family.gguf
+    if arch is None or arch.of != model.architecture:
+        known = f": it has {arch.of} as `{arch.architecture}`" if arch else ""
+        raise UsageError(f"llama.cpp has no architecture for {model.architecture}{known}")
+    return arch
+
+
+def _encoding(file_type: int) -> dict[str, Value]:
+    return {
+        QUANTIZATION_VERSION: Value(ValueType.UINT32, _QUANTIZATION_VERSION),
+        FILE_TYPE: Value(ValueType.UINT32, file_type),
+    }
+
+
+def _numbers(family: Family, symbols: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """Yield the model's numbers and switches under their GGUF keys."""
+    for symbol in family.symbols:
+        value = symbol.written(GGUF, symbols)
+        if value is not None:
+            for key in symbol.keys[GGUF]:
+                yield key, _typed(value, is_float=isinstance(symbol.default, float))
+
+
+def _typed(value: Any, *, is_float: bool) -> Value:
+    """Return a number as GGUF types it: what may have a fraction is a float even if it has none."""
+    if isinstance(value, str):
+        return Value(ValueType.STRING, value)
+    if isinstance(value, bool):
+        return Value(ValueType.BOOL, value)
+    if is_float or isinstance(value, float):
+        return Value(ValueType.FLOAT32, float(value))
+    return Value(ValueType.UINT32, value)
+
+
+def _parameters(layout: Layout) -> tuple[int, int, int, int]:
+    """Return all parameters, those outside of experts, those of one expert, and the experts.
+
+    As gguf-py counts them for the size label (GGUFWriter.get_total_parameter_count).
+    """
+    stacks = [tensor for tensor in layout.tensors.values() if tensor.stack]
+    shared = sum(prod(t.shape) for t in layout.tensors.values() if not t.stack)
+    expert = sum(prod(tensor.shape) // tensor.stack for tensor in stacks)
+    experts = sum(tensor.stack for tensor in stacks) // len(stacks) if stacks else 0
+    return shared + sum(prod(t.shape) for t in stacks), shared, expert, experts

@@ -1,0 +1,212 @@
+"""The small files of a Hugging Face folder, made again from the key-values of a GGUF file."""
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from lingconv.containers.gguf import Metadata, ValueType
+from lingconv.dtypes import DType
+from lingconv.errors import Fault
+from lingconv.family import Family, KnownTokenizer
+from lingconv.metadata.tokenizer import MERGES, MODEL, PRE, TOKEN_TYPES, TOKENS, TokenType
+
+_HF = "hf"
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_ID_KEYS = {"pad": "padding", "sep": "seperator", "unk": "unknown"}  # as gguf.Keys spells them
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+_TEMPLATE = "tokenizer.chat_template"
+# GPT-2's own splitting, which tokenizers has built in.
+_GPT2 = ("gpt-2", "default")
+
+
+def plain_values(metadata: Metadata) -> dict[str, Any]:
+    """Return the values by key; a float32 as the shortest decimal that stands for it."""
+    return {
+        key: _shortest(value.data) if value.type == ValueType.FLOAT32 else value.data
+        for key, value in metadata.items()
+    }
+
+
+def _shortest(value: float) -> float:
+    """Return 1e-06 for 9.999999974752427e-07."""
+    for digits in range(1, 9):
+        short = float(f"{value:.{digits}g}")
+        try:
+            if struct.unpack("<f", struct.pack("<f", short))[0] == value:
+                return short
+        except OverflowError:  # the largest float32, rounded up
+            continue
+    return value
+
+
+def rebuild_config(
+    family: Family, symbols: Mapping[str, Any], metadata: Metadata, dtype: DType
+) -> dict[str, Any]:
+    """Return config.json; `dtype` is what most weights are to be held in."""
+    config: dict[str, Any] = {"architectures": [family.gguf.of if family.gguf else family.name]}
+    config.update(family.config)
+    for symbol in family.symbols:
+        value = symbol.written(_HF, symbols)
+        if value is not None:
+            _put(config, symbol.key(_HF), value)
+    for name in ("bos", "eos", "pad"):
+        number = _special_id(metadata, name)
+        if number is not None:
+            config[f"{name}_token_id"] = number
+    names = {DType.F16: "float16", DType.F32: "float32"}
+    config["torch_dtype"] = names.get(dtype, "bfloat16")
+    return config
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key whose dots lead into nested objects."""
+    *path, last = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
+def _special_id(metadata: Metadata, name: str) -> int | None:
+    key = f"tokenizer.ggml.{_ID_KEYS.get(name, name)}_token_id"
+    value = metadata[key].data if key in metadata else None
+    return value if isinstance(value, int) else None
+
+
+def rebuild_files(
+    metadata: Metadata, known: KnownTokenizer
+) -> tuple[dict[str, bytes], list[Fault]]:
+    """Return tokenizer and generation files, and why some of them cannot be made."""
+    files = {"generation_config.json": _json(_generation_config(metadata))}
+    if TOKENS not in metadata:
+        return files, [Fault("tokenizer", "holds no tokenizer", fatal=False)]
+    model, pre = _text(metadata, MODEL), _text(metadata, PRE)
+    tokens = [text for text in metadata[TOKENS].data if isinstance(text, str)]
+    types = _types(metadata, len(tokens))
+    if model != "gpt2" or len(tokens) != len(metadata[TOKENS].data):
+        message = f"tokenizer of kind `{model}` is not rebuilt, only byte-level BPE (`gpt2`) is"
+        return files, [Fault("tokenizer", message, fatal=False)]
+    if pre not in (known.pre, *_GPT2):
+        message = f"tokenizer is not rebuilt: how `{pre}` splits text is not known here"
+        return files, [Fault("tokenizer", message, fatal=False)]
+    files["tokenizer.json"] = _json(_tokenizer(metadata, tokens, types, _splitting(pre, known)))
+    files["tokenizer_config.json"] = _json(_tokenizer_config(metadata, tokens))
+    return files, []
+
+
+def _text(metadata: Metadata, key: str) -> str:
+    return str(metadata[key].data) if key in metadata else ""
+
+
+def _types(metadata: Metadata, count: int) -> list[int]:
+    held = metadata[TOKEN_TYPES].data if TOKEN_TYPES in metadata else None
+    return (
+        held if isinstance(held, list) and len(held) == count else [int(TokenType.NORMAL)] * count
+    )
+
+
+def _splitting(pre: str, known: KnownTokenizer) -> dict[str, Any]:
+    """Return the pre-tokenizer of tokenizer.json."""
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if pre in _GPT2:
+        return {**letters, "use_regex": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": known.split},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {"type": "Sequence", "pretokenizers": [split, {**letters, "use_regex": False}]}
+
+
+def _tokenizer(
+    metadata: Metadata, tokens: list[str], types: list[int], splitting: dict[str, Any]
+) -> dict[str, Any]:
+    """Return tokenizer.json; added tokens are in the vocabulary too, or they get other numbers."""
+    merges = metadata[MERGES].data if MERGES in metadata else []
+    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": number,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": types[number] == TokenType.CONTROL,
+            }
+            for number, text in enumerate(tokens)
+            if types[number] in added
+        ],
+        "normalizer": None,
+        "pre_tokenizer": splitting,
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {
+                text: number
+                for number, text in enumerate(tokens)
+                if types[number] != TokenType.UNUSED
+            },
+            "merges": [str(merge).split(" ", 1) for merge in merges],
+        },
+    }
+
+
+def _tokenizer_config(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in _SPECIAL:
+        number = _special_id(metadata, name)
+        if number is not None and number < len(tokens):
+            config[f"{name}_token"] = tokens[number]
+        switch = f"tokenizer.ggml.add_{name}_token"
+        if switch in metadata:
+            config[f"add_{name}_token"] = bool(metadata[switch].data)
+    template = _chat_template(metadata)
+    if template:
+        config["chat_template"] = template
+    return config
+
+
+def _chat_template(metadata: Metadata) -> str | list[dict[str, str]]:
+    """Return the chat template, or all of them by name where there are several."""
+    default = _text(metadata, _TEMPLATE)
+    named = [
+        {"name": key.removeprefix(_TEMPLATE + "."), "template": str(value.data)}
+        for key, value in metadata.items()
+        if key.startswith(_TEMPLATE + ".")
+    ]
+    return [{"name": "default", "template": default}, *named] if named else default
+
+
+def _generation_config(metadata: Metadata) -> dict[str, Any]:
+    values = plain_values({key: metadata[key] for key in _SAMPLING if key in metadata})
+    config = {_SAMPLING[key]: value for key, value in values.items()}
+    ids = {f"{name}_token_id": _special_id(metadata, name) for name in ("bos", "eos", "pad")}
+    return {**config, **{key: number for key, number in ids.items() if number is not None}}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")

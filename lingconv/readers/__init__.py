@@ -1,0 +1,47 @@
+"""From stored files to a Checkpoint: a module for each container.
+
+Opening never fails on a broken file: everything wrong or odd is a Fault, so that `inspect` can show
+all of it and `plan` can refuse with the whole list.
+"""
+
+from pathlib import Path
+
+from lingconv.checkpoint import Checkpoint
+from lingconv.containers import gguf
+from lingconv.errors import UsageError
+from lingconv.readers.gguf import GgufReader, models_in
+from lingconv.readers.safetensors import SafetensorsReader
+from lingconv.storage import Storage
+from lingconv.storage.local import LocalStorage
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Read the headers of the checkpoint at a local path.
+
+    Raises UsageError when there is no such folder and CheckpointError when it holds no checkpoint.
+    """
+    root = Path(source)
+    if root.is_file() and root.suffix == gguf.SUFFIX:
+        return GgufReader(LocalStorage(root.parent, str(source)), root.name).read()
+    if not root.is_dir():
+        hint = ""
+        if not root.is_absolute() and str(source).count("/") == 1:
+            hint = "SRC is a folder on this machine; download a Hub repository first"
+        raise UsageError(f"{source} is neither a folder nor a GGUF file", hint=hint)
+    return read_checkpoint(LocalStorage(root))
+
+
+def read_checkpoint(storage: Storage) -> Checkpoint:
+    """Read the headers of all weight files in `storage`: safetensors, else one GGUF model."""
+    names = list(storage.files())
+    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        models = models_in(names)
+        if len(models) == 1:
+            return GgufReader(storage, models[0]).read()
+        if models:
+            raise UsageError(
+                f"{storage.uri} holds {len(models)} GGUF models",
+                details=models[:10],
+                hint="name the one to read",
+            )
+    return SafetensorsReader(storage).read()

@@ -1,0 +1,40 @@
+"""Some files of a storage, and small ones made up beside them."""
+
+from collections.abc import Collection, Mapping
+
+from lingconv.errors import CheckpointError
+from lingconv.storage import Blob, FileStat, Storage
+
+
+class Overlay:
+    """The files `names` of another storage, and `made`, which exist in memory alone."""
+
+    def __init__(self, storage: Storage, names: Collection[str], made: Mapping[str, bytes]) -> None:
+        self.uri = storage.uri
+        self._storage = storage
+        self._names = names
+        self._made = made
+
+    def files(self) -> Mapping[str, FileStat]:
+        """Return all files, real and made."""
+        held = self._storage.files()
+        real = {name: held[name] for name in self._names}
+        return {**real, **{name: self.stat(name) for name in self._made}}
+
+    def stat(self, name: str) -> FileStat:
+        """Return what the storage says of a file; what was made never changes."""
+        if name in self._made:
+            return FileStat(len(self._made[name]), "made")
+        return self._storage.stat(name)
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return bytes of a file."""
+        if name in self._made:
+            return self._made[name][offset : None if size is None else offset + size]
+        if name not in self._names:
+            raise CheckpointError(f"{name} is no part of {self.uri}")
+        return self._storage.read(name, offset, size)
+
+    def open(self, name: str) -> Blob:
+        """Open a file of the storage."""
+        return self._storage.open(name)
