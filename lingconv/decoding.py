@@ -105,7 +105,7 @@ class Decoder:
         blocks = self._arena.take("read", (count, kind.nbytes), np.uint8)
         self.read(source, 0, row * values.shape[1] // kind.elements * kind.nbytes, blocks)
         ggml_decode.dequantize(kind, blocks, values.reshape(count, kind.elements))
-        return numeric.count_nonfinite(values.reshape(-1))
+        return numeric.count_beyond(values.reshape(-1), 128)
 
 
 _DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {

@@ -20,6 +20,10 @@ from lingconv.storage.output import OutputBlob
 from lingconv.strips import RowStrip, row_bytes, works_in_f32
 
 
+# From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
+_SQUARES_OVERFLOW = 17
+
+
 class Transcoder:
     """Fills strips of rows, one at a time; one Transcoder per thread."""
 
@@ -58,32 +62,35 @@ class Transcoder:
         offset = _offset(strip)
         written, nonfinite = _ENCODERS[encoding.dtype, values.dtype](self, values, offset)
         if nonfinite:
-            self._refuse(_source_of(strip, 0))
+            infinity = 0x7F80 if encoding.dtype == DType.BF16 else 0x7C00
+            bad = (written.view(np.uint16) & infinity) == infinity
+            self._refuse(_source_of(strip, int(bad.any(axis=1).argmax())))
         return output.write(as_bytes(written), offset)
 
     def _write_ggml(
         self, strip: RowStrip, kind: GgmlType, values: Array, output: OutputBlob
     ) -> int:
-        numbers = self._finite_f32(strip, values).reshape(-1, kind.elements)
+        numbers = self._tame_f32(strip, values).reshape(-1, kind.elements)
         blocks = self._arena.take(
             "write", (len(numbers), kind.nbytes), np.uint8, like=_offset(strip)
         )
         ggml.QUANTIZERS[kind](numbers, blocks)
         for place in ggml.SCALES_AT[kind]:
-            if ggml.has_infinite_half(blocks, place):
-                self._refuse(_source_of(strip, 0))
+            bad_block = ggml.find_infinite_half(blocks, place)
+            if bad_block >= 0:
+                row = bad_block * kind.elements // strip.transfer.cols
+                self._refuse(_source_of(strip, row))
         return output.write(as_bytes(blocks), _offset(strip))
 
-    def _finite_f32(self, strip: RowStrip, values: Array) -> Array:
-        """Return the values as float32; what is NaN or Inf would spoil its whole block."""
-        if values.dtype == F32:
-            nonfinite = numeric.count_nonfinite(values.reshape(-1))
-            wide = values
-        else:
+    def _tame_f32(self, strip: RowStrip, values: Array) -> Array:
+        """Return the values as float32; one that is NaN or huge would spoil its whole block."""
+        wide = values
+        if values.dtype != F32:
             wide = self._arena.take("wide", values.shape, np.float32)
-            nonfinite = numeric.bf16_to_f32(values.reshape(-1), wide.reshape(-1))
-        if nonfinite:
-            self._refuse(_source_of(strip, 0))
+            numeric.bf16_to_f32(values.reshape(-1), wide.reshape(-1))
+        if numeric.count_beyond(wide.reshape(-1), _SQUARES_OVERFLOW):
+            tame = np.abs(wide) < 2.0**_SQUARES_OVERFLOW
+            self._refuse(_source_of(strip, int((~tame).any(axis=1).argmax())))
         return wide
 
     def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: OutputBlob) -> int:

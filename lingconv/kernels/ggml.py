@@ -580,12 +580,15 @@ def quantize_tq2_0(values: Array, out: Array) -> None:
 
 
 @kernel
-def has_infinite_half(blocks: Array, place: int) -> bool:
-    """Return whether any block's F16 at byte `place` is Inf or NaN: its numbers were too large."""
-    found = False
+def find_infinite_half(blocks: Array, place: int) -> int:
+    """Return the first block whose F16 at byte `place` is Inf or NaN, or -1.
+
+    Its numbers were too large for the type.
+    """
     for number in range(blocks.shape[0]):
-        found |= (blocks[number, place + 1] & 0x7C) == 0x7C
-    return found
+        if (blocks[number, place + 1] & 0x7C) == 0x7C:
+            return number
+    return -1
 
 
 QUANTIZERS: Final = {

@@ -306,12 +306,13 @@ def bf16_to_f32(source: Array, target: Array) -> int:
 
 
 @njit(nogil=True, cache=True)
-def count_nonfinite(values: Array) -> int:
-    """Return how many float32 values are NaN or Inf."""
+def count_beyond(values: Array, exponent: int) -> int:
+    """Return how many float32 values are NaN, Inf or at least 2^exponent in magnitude."""
     count = 0
     bits = values.view(np.uint32)
+    least = np.uint32((127 + exponent) << 23)
     for index in range(bits.size):
-        count += (bits[index] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+        count += (bits[index] & np.uint32(0x7FFFFFFF)) >= least
     return count
 
 

@@ -17,7 +17,7 @@ MERGES = "tokenizer.ggml.merges"
 MODEL = "tokenizer.ggml.model"
 # The text whose tokens tell one tokenizer from another (conversion/base.py of
 # github.com/ggml-org/llama.cpp at 0c1e5709): white space, emoji, digits, scripts, contractions.
-_CHECK_TEXT = (
+CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis"
     " concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3"
     " កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天\uff5e ------======= нещо на Български"
@@ -94,7 +94,7 @@ def _load(files: HfFiles) -> Any:
 
 def _choose_pre(tokenizer: Any, known: KnownTokenizer, added: set[str]) -> tuple[str, list[str]]:
     """Return the family's splitting rule if the tokenizer is the family's; else refuse to guess."""
-    ids = tokenizer.encode(_CHECK_TEXT).ids
+    ids = tokenizer.encode(CHECK_TEXT).ids
     if hashlib.sha256(str(ids).encode()).hexdigest() == known.check:
         return known.pre, []
     if added.issuperset(known.control_tokens):
