@@ -19,7 +19,6 @@ from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
 from lingconv.strips import RowStrip, row_bytes, works_in_f32
 
-
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
 _SQUARES_OVERFLOW = 17
 

@@ -297,7 +297,8 @@ def dequantize(kind: GgmlType, blocks: Array, values: Array) -> None:
         return
     import gguf
 
-    values[:] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.id))
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever asked looks for NaN and Inf
+        values[:] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.id))
 
 
 DEQUANTIZERS: Final[dict[GgmlType, Callable[[Array, Array], None]]] = {
