@@ -34,6 +34,7 @@ from lingconv.kernels.ggml_search import (
     search_scale_iq4,
     search_scale_min,
     search_scale_moving,
+    search_scales_moving,
 )
 from lingconv.kernels.numeric import Array, float_bits
 
@@ -287,20 +288,28 @@ def quantize_iq4_xs(values: Array, out: Array) -> None:
 
 
 @kernel
-def _largest(state: Array, lane: int, count: int) -> Any:
-    """Return the first of `count` scales whose magnitude is the largest, or 0."""
+def _largest(scales: Array, first: int) -> Any:
+    """Return the first of sixteen scales whose magnitude is the largest, or 0."""
     largest = float32(0)
-    for j in range(count):
-        scale = state[SCALE + lane + j]
+    for j in range(16):
+        scale = scales[first + j]
         if abs(scale) > abs(largest):
             largest = scale
     return largest
 
 
 @kernel
+def _levels_of(values: Array, block: int, steps: Array, low: int, high: int, levels: Array) -> None:
+    """Find the levels of a block of 256, counted from `low`; each x has its own step."""
+    for i in range(256):
+        levels[i] = uint8(clamped(values[block, i] / steps[i], low, high) - int32(low))
+
+
+@kernel
 def quantize_q6_k(values: Array, out: Array) -> None:
     """Low nibbles, high bit pairs, 16 signed scales, F16 scale of scales."""
     state = np.empty(STATE_SIZE, np.float32)
+    steps = np.empty(256, np.float32)
     levels = np.empty(256, np.uint8)
     parts = values.reshape(-1, 16)
     for first in range(0, parts.shape[0], LANES):
@@ -308,7 +317,7 @@ def quantize_q6_k(values: Array, out: Array) -> None:
         search_scale(state, 16, 32)
         for block in range(first // 16, min(first + LANES, parts.shape[0]) // 16):
             lane = block * 16 - first
-            largest = _largest(state, lane, 16)
+            largest = _largest(state, SCALE + lane)
             if abs(largest) < TINY:
                 out[block] = 0
                 continue
@@ -317,17 +326,22 @@ def quantize_q6_k(values: Array, out: Array) -> None:
             for j in range(16):
                 code = min(int32(127), nearest_int(inverse * state[SCALE + lane + j]))
                 out[block, 192 + j] = uint8(code)
-                step = scale * float32(code)
-                for i in range(16):
-                    x = values[block, 16 * j + i]
-                    if step != float32(0):
-                        level = clamped(x / step, -32, 31) + 32
-                    elif state[PEAK + lane + j] < TINY:
-                        level = 0
-                    else:
-                        level = clamped(state[WON_ISCALE + lane + j] * x, -32, 31) + 32
-                    levels[16 * j + i] = uint8(level)
+                steps[16 * j : 16 * j + 16] = scale * float32(code)
+            _levels_of(values, block, steps, -32, 31, levels)
+            for j in range(16):
+                if steps[16 * j] == float32(0):
+                    _keep_q6_levels(values, block, j, state, lane + j, levels)
             _put_q6_levels(levels, out, block)
+
+
+@kernel
+def _keep_q6_levels(
+    values: Array, block: int, part: int, state: Array, lane: int, levels: Array
+) -> None:
+    """Take the levels that the search found, where the rounded scale is 0."""
+    for i in range(16 * part, 16 * part + 16):
+        level = clamped(state[WON_ISCALE + lane] * values[block, i], -32, 31) + 32
+        levels[i] = uint8(0 if state[PEAK + lane] < TINY else level)
 
 
 @kernel
@@ -342,39 +356,66 @@ def _put_q6_levels(levels: Array, out: Array, block: int) -> None:
             out[block, 128 + 32 * part + i] = uint8(pairs)
 
 
+# Blocks whose sixteen sub-blocks are searched together: enough that those which take longer than
+# the others fill lanes of their own.
+_Q3_BLOCKS: Final = 64
+
+
 @kernel
 def quantize_q3_k(values: Array, out: Array) -> None:
     """Third bits, low bit pairs, 16 scales of 6 bits, F16 scale of scales."""
     state = np.empty(STATE_SIZE, np.float32)
+    waiting = np.empty(STATE_SIZE, np.float32)
+    scales = np.empty(16 * _Q3_BLOCKS, np.float32)
+    codes = np.empty(16, np.uint8)
+    steps = np.empty(256, np.float32)
     levels = np.empty(256, np.uint8)
     parts = values.reshape(-1, 16)
-    for first in range(0, parts.shape[0], LANES):
-        load_lanes(parts, first, 16, state)
-        search_scale_moving(state, 16, 4)
-        for block in range(first // 16, min(first + LANES, parts.shape[0]) // 16):
-            lane = block * 16 - first
-            largest = _largest(state, lane, 16)
-            inverse = float32(-32) / largest
-            scale = _put_half(
-                out, block, 108, float32(1) / inverse if largest != float32(0) else float32(0)
-            )
-            out[block, 96:108] = 0
+    for first in range(0, values.shape[0], _Q3_BLOCKS):
+        last = min(first + _Q3_BLOCKS, values.shape[0])
+        search_scales_moving(parts[16 * first : 16 * last], 16, 4, state, waiting, scales)
+        for block in range(first, last):
+            _put_q3_scales(scales, 16 * (block - first), out, block, codes, steps)
+            _levels_of(values, block, steps, -4, 3, levels)
             for j in range(16):
-                code = int32(0)  # ggml leaves the bits of an all-zero block at zero: scale -32
-                if largest != float32(0):
-                    code = clamped(inverse * state[SCALE + lane + j], -32, 31) + int32(32)
-                out[block, 96 + j % 8] |= uint8((code & 15) << (4 * (j // 8)))
-                out[block, 104 + j % 4] |= uint8((code >> 4) << (2 * (j // 4)))
-                step = scale * float32(code - int32(32))
-                for i in range(16):
-                    if step != float32(0):
-                        level = clamped(values[block, 16 * j + i] / step, -4, 3) + 4
-                    elif state[PEAK + lane + j] < TINY:
-                        level = 0
-                    else:
-                        level = int32(state[LEVELS + i * LANES + lane + j]) + 4
-                    levels[16 * j + i] = uint8(level)
+                if steps[16 * j] == float32(0):
+                    _keep_q3_levels(parts[16 * block + j : 16 * block + j + 1], state, j, levels)
             _put_q3_levels(levels, out, block)
+
+
+@kernel
+def _put_q3_scales(
+    scales: Array, first: int, out: Array, block: int, codes: Array, steps: Array
+) -> None:
+    """Store the scale of scales and 16 scales of 6 bits; fill `steps` with what they come to."""
+    largest = _largest(scales, first)
+    inverse = float32(-32) / largest
+    scale = _put_half(
+        out, block, 108, float32(1) / inverse if largest != float32(0) else float32(0)
+    )
+    for j in range(16):
+        codes[j] = uint8(clamped(inverse * scales[first + j], -32, 31) + int32(32))
+    if largest == float32(0):  # ggml leaves the bits of an all-zero block at zero: scale -32
+        for j in range(16):
+            codes[j] = 0
+    for j in range(16):
+        steps[16 * j : 16 * j + 16] = scale * float32(int32(codes[j]) - int32(32))
+    for j in range(8):
+        out[block, 96 + j] = uint8((codes[j] & 15) | ((codes[j + 8] & 15) << 4))
+    for j in range(4):
+        pairs = (codes[j] >> 4) | ((codes[j + 4] >> 4) << 2)
+        pairs |= ((codes[j + 8] >> 4) << 4) | ((codes[j + 12] >> 4) << 6)
+        out[block, 104 + j] = uint8(pairs)
+
+
+@kernel
+def _keep_q3_levels(sub_block: Array, state: Array, part: int, levels: Array) -> None:
+    """Search a sub-block again for the levels themselves, where the rounded scale is 0."""
+    load_lanes(sub_block, 0, 16, state)
+    search_scale_moving(state, 16, 4)
+    for i in range(16):
+        level = int32(state[LEVELS + i * LANES]) + 4
+        levels[16 * part + i] = uint8(0 if state[PEAK] < TINY else level)
 
 
 @kernel

@@ -73,6 +73,13 @@ def clamped(value: Any, low: int, high: int) -> Any:
 
 
 @kernel
+def rounded(value: Any, low: Any, high: Any) -> Any:
+    """Return the nearest integer within low ... high as float32; `value` must be below 2^22."""
+    inside = min(max(value, low), high)
+    return float32(float32(inside + _ROUNDER) - _ROUNDER)
+
+
+@kernel
 def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
     """Put sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
 
@@ -233,20 +240,35 @@ def search_scale(state: Array, size: int, half: int) -> None:
         if n == 0:
             continue
         offset = float32(0) if n == -10 else float32(float32(0.1) * float32(n))
-        numerator = -float32(float32(half) + offset)
-        for k in range(LANES):
-            state[_ISCALE + k] = numerator / state[EXTREME + k]
-            state[_SUM_XL + k] = float32(0)
-            state[_SUM_L2 + k] = float32(0)
-        for i in range(size):
-            for k in range(LANES):
-                x = state[X + i * LANES + k]
-                level = float32(clamped(state[_ISCALE + k] * x, -half, half - 1))
-                w = x * x
-                state[_SUM_XL + k] += w * x * level
-                state[_SUM_L2 + k] += w * level * level
+        _begin_candidate(state, -float32(float32(half) + offset))
+        _fit_levels(state, size, half)
         _keep_steeper(state, n == -10)
     _zero_tiny(state)
+
+
+@kernel
+def _begin_candidate(state: Array, numerator: Any) -> None:
+    for k in range(LANES):
+        state[_ISCALE + k] = numerator / state[EXTREME + k]
+        state[_SUM_XL + k] = float32(0)
+        state[_SUM_L2 + k] = float32(0)
+
+
+@kernel
+def _fit_levels(state: Array, size: int, half: int) -> None:
+    """Add up w x l and w l^2 for the levels of the candidate; size must be a multiple of 4."""
+    low, high = float32(-half), float32(half - 1)
+    for start in range(0, size, 4):
+        for k in range(LANES):
+            sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
+            for i in range(4):  # unrolled, so that the sums stay in registers meanwhile
+                x = state[X + (start + i) * LANES + k]
+                level = rounded(state[_ISCALE + k] * x, low, high)
+                w = x * x
+                sum_xl += w * x * level
+                sum_l2 += w * level * level
+            state[_SUM_XL + k] = sum_xl
+            state[_SUM_L2 + k] = sum_l2
 
 
 @kernel
@@ -276,22 +298,95 @@ def search_scale_moving(state: Array, size: int, half: int) -> None:
 
     The final levels stay at LEVELS.
     """
-    _find_extreme(state, size)
-    for k in range(LANES):
-        state[_ISCALE + k] = float32(-half) / state[EXTREME + k]
-        state[_SUM_XL + k] = float32(0)
-        state[_SUM_L2 + k] = float32(0)
+    _begin_moving(state, size, half)
+    _go_on_moving(state, size, half, 5)
+
+
+@kernel
+def search_scales_moving(
+    parts: Array, size: int, half: int, state: Array, waiting: Array, scales: Array
+) -> None:
+    """Fill `scales` with what `search_scale_moving` finds for each sub-block of `parts`.
+
+    Most sub-blocks come to rest at once. Those that do not are moved to the lanes of the second
+    state, `waiting`, and go on when there are enough of them.
+    """
+    where = np.empty(LANES, np.intp)
+    moving = np.empty(LANES + 1, np.intp)
+    count = 0
+    for first in range(0, parts.shape[0], LANES):
+        load_lanes(parts, first, size, state)
+        _begin_moving(state, size, half)
+        _move_levels(state, size, half)
+        _end_moving(state)
+        num_moving = 0
+        for k in range(min(LANES, parts.shape[0] - first)):
+            scales[first + k] = state[SCALE + k]
+            moving[num_moving] = k
+            num_moving += state[_FLAT + k] != float32(0)
+        if count + num_moving > LANES:
+            _settle(waiting, size, half, where, count, scales)
+            count = 0
+        for number in range(num_moving):
+            _copy_lane(state, moving[number], waiting, count, size)
+            where[count] = first + moving[number]
+            count += 1
+    _settle(waiting, size, half, where, count, scales)
+
+
+@kernel
+def _copy_lane(source: Array, lane: int, target: Array, to: int, size: int) -> None:
     for i in range(size):
+        target[X + i * LANES + to] = source[X + i * LANES + lane]
+        target[LEVELS + i * LANES + to] = source[LEVELS + i * LANES + lane]
+    target[_SUM_XL + to] = source[_SUM_XL + lane]
+    target[_SUM_L2 + to] = source[_SUM_L2 + lane]
+    target[PEAK + to] = source[PEAK + lane]
+
+
+@kernel
+def _settle(state: Array, size: int, half: int, where: Array, count: int, scales: Array) -> None:
+    """Move the levels of the first `count` lanes to their end, and put their scales in place."""
+    for k in range(count, LANES):
+        for i in range(size):
+            state[LEVELS + i * LANES + k] = float32(0)
+        state[_SUM_XL + k] = float32(0)  # nothing moves in such a lane
+    _go_on_moving(state, size, half, 4)
+    for k in range(count):
+        scales[where[k]] = state[SCALE + k]
+
+
+@kernel
+def _begin_moving(state: Array, size: int, half: int) -> None:
+    """Find the levels that the largest |x| calls for, and their sums."""
+    _find_extreme(state, size)
+    _begin_candidate(state, float32(-half))
+    low, high = float32(-half), float32(half - 1)
+    for start in range(0, size, 4):
         for k in range(LANES):
-            x = state[X + i * LANES + k]
-            level = float32(clamped(state[_ISCALE + k] * x, -half, half - 1))
-            state[LEVELS + i * LANES + k] = level
-            w = x * x
-            state[_SUM_XL + k] += w * x * level
-            state[_SUM_L2 + k] += w * level * level
-    for _ in range(5):
+            sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
+            for i in range(4):
+                x = state[X + (start + i) * LANES + k]
+                level = rounded(state[_ISCALE + k] * x, low, high)
+                state[LEVELS + (start + i) * LANES + k] = level
+                w = x * x
+                sum_xl += w * x * level
+                sum_l2 += w * level * level
+            state[_SUM_XL + k] = sum_xl
+            state[_SUM_L2 + k] = sum_l2
+
+
+@kernel
+def _go_on_moving(state: Array, size: int, half: int, rounds: int) -> None:
+    """Move levels for some rounds, or until all are at rest; then find the scales."""
+    for _ in range(rounds):
         if not _move_levels(state, size, half):
             break
+    _end_moving(state)
+
+
+@kernel
+def _end_moving(state: Array) -> None:
     for k in range(LANES):
         sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
         state[SCALE + k] = sum_xl / sum_l2 if sum_l2 > float32(0) else float32(0)
@@ -300,9 +395,13 @@ def search_scale_moving(state: Array, size: int, half: int) -> None:
 
 @kernel
 def _move_levels(state: Array, size: int, half: int) -> bool:
-    """Let each level move where that makes the fit better; return whether any one did."""
+    """Let each level move where that makes the fit better; return whether any one did.
+
+    Every move makes (sum x l)^2 / (sum l^2) larger, so the sums tell whether there was one.
+    """
     for k in range(LANES):
-        state[_FLAT + k] = float32(0)
+        state[_SUM_X + k] = state[_SUM_XL + k]
+        state[_SUM_L + k] = state[_SUM_L2 + k]
     for i in range(size):
         for k in range(LANES):
             x, level = state[X + i * LANES + k], state[LEVELS + i * LANES + k]
@@ -318,10 +417,12 @@ def _move_levels(state: Array, size: int, half: int) -> bool:
             state[LEVELS + i * LANES + k] = moved if moves else level
             state[_SUM_XL + k] = new_xl if moves else sum_xl
             state[_SUM_L2 + k] = new_l2 if moves else sum_l2
-            state[_FLAT + k] = float32(1) if moves else state[_FLAT + k]
     moved_any = False
     for k in range(LANES):
-        moved_any |= state[_FLAT + k] != float32(0)
+        same_xl = state[_SUM_X + k] == state[_SUM_XL + k]
+        rests = same_xl & (state[_SUM_L + k] == state[_SUM_L2 + k])
+        state[_FLAT + k] = float32(0) if rests else float32(1)
+        moved_any |= not rests
     return moved_any
 
 
