@@ -269,7 +269,7 @@ def quantize_iq4_xs(values: Array, out: Array) -> None:
         search_scale_iq4(state, 32)
         for block in range(first // 8, min(first + LANES, parts.shape[0]) // 8):
             lane = block * 8 - first
-            scale = -_largest(state, lane, 8) / float32(32)
+            scale = -_largest(state, SCALE + lane, 8) / float32(32)
             inverse = _inverse(scale)
             _put_half(out, block, 0, scale)
             high_bits = uint32(0)
@@ -288,10 +288,10 @@ def quantize_iq4_xs(values: Array, out: Array) -> None:
 
 
 @kernel
-def _largest(scales: Array, first: int) -> Any:
-    """Return the first of sixteen scales whose magnitude is the largest, or 0."""
+def _largest(scales: Array, first: int, count: int) -> Any:
+    """Return the first of `count` scales whose magnitude is the largest, or 0."""
     largest = float32(0)
-    for j in range(16):
+    for j in range(count):
         scale = scales[first + j]
         if abs(scale) > abs(largest):
             largest = scale
@@ -317,7 +317,7 @@ def quantize_q6_k(values: Array, out: Array) -> None:
         search_scale(state, 16, 32)
         for block in range(first // 16, min(first + LANES, parts.shape[0]) // 16):
             lane = block * 16 - first
-            largest = _largest(state, SCALE + lane)
+            largest = _largest(state, SCALE + lane, 16)
             if abs(largest) < TINY:
                 out[block] = 0
                 continue
@@ -388,7 +388,7 @@ def _put_q3_scales(
     scales: Array, first: int, out: Array, block: int, codes: Array, steps: Array
 ) -> None:
     """Store the scale of scales and 16 scales of 6 bits; fill `steps` with what they come to."""
-    largest = _largest(scales, first)
+    largest = _largest(scales, first, 16)
     inverse = float32(-32) / largest
     scale = _put_half(
         out, block, 108, float32(1) / inverse if largest != float32(0) else float32(0)
