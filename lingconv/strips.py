@@ -19,11 +19,23 @@ STRIP_BYTES = 4 << 20
 _F32_BYTES = 4
 
 
-class CopyStrip(NamedTuple):
-    """Bytes that are moved as they are."""
+class _Move(NamedTuple):
+    """Bytes of a source, and where they go in the target's file."""
 
     source: Extent
     offset: int
+
+
+class CopyStrip(NamedTuple):
+    """Bytes that are moved as they are: `sources`, one behind the other, to `offset`."""
+
+    sources: tuple[Extent, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.nbytes for source in self.sources)
 
 
 class RowStrip(NamedTuple):
@@ -41,7 +53,7 @@ Strip = CopyStrip | RowStrip
 def lower(file: OutputFile) -> Iterator[Strip]:
     """Yield the strips that fill a file, each byte of its tensors exactly once."""
     copying = [transfer for transfer in file.transfers if transfer.copies]
-    yield from _cut(_join([copy for transfer in copying for copy in _copy_extents(transfer)]))
+    yield from _cut([move for transfer in copying for move in _moves(transfer)])
     for transfer in file.transfers:
         if not transfer.copies:
             yield from _row_strips(transfer)
@@ -50,7 +62,7 @@ def lower(file: OutputFile) -> Iterator[Strip]:
 def written_bytes(strip: Strip) -> int:
     """Return the bytes that a strip fills, scales that are stored apart left out."""
     if isinstance(strip, CopyStrip):
-        return strip.source.nbytes
+        return strip.nbytes
     transfer = strip.transfer
     return (strip.last - strip.first) * row_bytes(transfer.target.encoding, transfer.cols)
 
@@ -77,13 +89,13 @@ def _rows(segment: Segment, first: int, count: int) -> Segment:
     return Segment(segment.source, segment.first_row + first, count)
 
 
-def _copy_extents(transfer: Transfer) -> Iterator[CopyStrip]:
+def _moves(transfer: Transfer) -> Iterator[_Move]:
     """Yield the byte moves of a transfer: elements, and scales where there are some."""
     for part, target in enumerate(transfer.target.extents):
         offset = target.offset
         for segment in transfer.segments:
             extent = _rows_of(segment, part)
-            yield CopyStrip(extent, offset)
+            yield _Move(extent, offset)
             offset += extent.nbytes
 
 
@@ -101,39 +113,40 @@ def _rows_of(segment: Segment, part: int) -> Extent:
     return Extent(extent.file, extent.offset + first * unit_bytes, count * unit_bytes)
 
 
-def _join(copies: list[CopyStrip]) -> Iterator[CopyStrip]:
-    """Join moves that are neighbours in the source and in the target."""
-    last: CopyStrip | None = None
-    for copy in sorted(copies, key=lambda copy: copy.offset):
-        if last and _follows(last, copy):
-            source = last.source._replace(nbytes=last.source.nbytes + copy.source.nbytes)
-            last = CopyStrip(source, last.offset)
-        else:
-            if last:
-                yield last
-            last = copy
-    if last:
-        yield last
+def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
+    """Cut moves into strips that end at multiples of STRIP_BYTES of the target's file.
+
+    Neighbours in the target share a strip, so that what is written is large and aligned, however
+    small and scattered its sources are.
+    """
+    sources: list[Extent] = []
+    start = end = 0
+    for source, offset in sorted(moves, key=lambda move: move.offset):
+        if sources and offset != end:
+            yield CopyStrip(tuple(sources), start)
+            sources = []
+        if not sources:
+            start = end = offset
+        done = 0
+        while done < source.nbytes:
+            count = min(STRIP_BYTES - end % STRIP_BYTES, source.nbytes - done)
+            _append(sources, Extent(source.file, source.offset + done, count))
+            done += count
+            end += count
+            if end % STRIP_BYTES == 0:
+                yield CopyStrip(tuple(sources), start)
+                sources, start = [], end
+    if sources:
+        yield CopyStrip(tuple(sources), start)
 
 
-def _follows(last: CopyStrip, copy: CopyStrip) -> bool:
-    return (
-        last.source.file == copy.source.file
-        and last.source.offset + last.source.nbytes == copy.source.offset
-        and last.offset + last.source.nbytes == copy.offset
-    )
-
-
-def _cut(copies: Iterator[CopyStrip]) -> Iterator[CopyStrip]:
-    """Cut moves into strips."""
-    for copy in copies:
-        for start in range(0, copy.source.nbytes, STRIP_BYTES):
-            source = Extent(
-                copy.source.file,
-                copy.source.offset + start,
-                min(STRIP_BYTES, copy.source.nbytes - start),
-            )
-            yield CopyStrip(source, copy.offset + start)
+def _append(sources: list[Extent], extent: Extent) -> None:
+    """Add an extent, or lengthen the last one if it goes on right behind."""
+    last = sources[-1] if sources else None
+    if last and last.file == extent.file and last.offset + last.nbytes == extent.offset:
+        sources[-1] = last._replace(nbytes=last.nbytes + extent.nbytes)
+    else:
+        sources.append(extent)
 
 
 def rows_per_strip(transfer: Transfer) -> int:
@@ -180,7 +193,7 @@ def _fits_bf16(encoding: Encoding) -> bool:
 def strip_memory(strip: Strip) -> int:
     """Return the bytes of buffers that a strip needs: read, worked on, written."""
     if isinstance(strip, CopyStrip):
-        return strip.source.nbytes
+        return strip.nbytes
     transfer = strip.transfer
     elements = (strip.last - strip.first) * max(1, transfer.cols)
     return 3 * elements * _widest(transfer)

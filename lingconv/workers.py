@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,7 +38,7 @@ def check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
 
 
 # What a kill may cost of a file, and how often a worker waits for the disk.
-PIECE_BYTES = 1 << 30
+PIECE_BYTES = 256 << 20
 
 
 class _Task(NamedTuple):
@@ -136,8 +137,12 @@ class _Worker:
         """Fill one strip of `output`; return how many bytes were written."""
         if isinstance(strip, RowStrip):
             return self._transcoder.run(strip, output)
-        data = self._arena.take("read", (strip.source.nbytes,), "u1", like=strip.offset).data
-        self._blobs[strip.source.file].read_into(strip.source.offset, data)
+        data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
+        filled = 0
+        for source in strip.sources:
+            part = data[filled : filled + source.nbytes]
+            self._blobs[source.file].read_into(source.offset, part)
+            filled += source.nbytes
         return output.write(data, strip.offset)
 
 
@@ -184,7 +189,7 @@ class Crew:
 
     def _work_in_threads(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
-        for thread in threads:
+        for thread in [*threads, threading.Thread(target=self._load_transcoder, daemon=True)]:
             thread.start()
         waiting = list(threads)
         while waiting:
@@ -194,6 +199,11 @@ class Crew:
                     waiting.pop()
             except KeyboardInterrupt as exc:
                 self._stop(exc)
+
+    def _load_transcoder(self) -> None:
+        """Import numba while the first bytes are copied, if rows are to follow."""
+        if not all(transfer.copies for transfer in self._plan.transfers()):
+            import_module("lingconv.transcode")
 
     def _work(self) -> None:
         """Take strips until there are none, or somebody failed."""

@@ -65,7 +65,7 @@ def _ranges(file):
     for strip in lower(file):
         assert strip_memory(strip) <= 4 * STRIP_BYTES
         if isinstance(strip, CopyStrip):
-            yield strip.offset, strip.offset + strip.source.nbytes
+            yield strip.offset, strip.offset + strip.nbytes
             continue
         target = strip.transfer.target
         for spec, extent in zip(

@@ -69,8 +69,11 @@ def fill(path, transfer, blobs):
     written = 0
     for strip in lower(OutputFile("out", offset, specs, (placed,))):
         if isinstance(strip, CopyStrip):
-            data = bytearray(strip.source.nbytes)
-            blobs[strip.source.file].read_into(strip.source.offset, memoryview(data))
+            data = b""
+            for source in strip.sources:
+                part = bytearray(source.nbytes)
+                blobs[source.file].read_into(source.offset, memoryview(part))
+                data += part
             written += output.write(memoryview(data), strip.offset)
         else:
             written += transcoder.run(strip, output)
