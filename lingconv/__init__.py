@@ -20,7 +20,13 @@ from lingconv.errors import (
     UsageError,
 )
 from lingconv.inspection import Report
-from lingconv.options import ConvertOptions, ForwardOptions, Fp8Options, VerifyOptions
+from lingconv.options import (
+    ConvertOptions,
+    ForwardOptions,
+    Fp8Options,
+    GgufOptions,
+    VerifyOptions,
+)
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Watcher
 from lingconv.version import __version__
@@ -32,6 +38,7 @@ __all__ = [
     "Fault",
     "ForwardOptions",
     "Fp8Options",
+    "GgufOptions",
     "Interrupted",
     "LingconvError",
     "PermissionDenied",

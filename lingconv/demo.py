@@ -84,7 +84,14 @@ def main() -> None:
         page = OUT / f"{other.name}.html"
         write_report(verdict, page)
         console.print(f"   a report to look at: {page}\n")
-    console.print(f"The three checkpoints are in {OUT}/. Next: lingconv --help, README.md")
+    gguf = OUT / "tiny-Q4_K_M.gguf"
+    console.print("[bold]6.[/] for llama.cpp: lingconv convert", fp8, gguf, "--outtype q4_k_m")
+    q4_k_m = lingconv.GgufOptions(outtype="q4_k_m")
+    lingconv.convert(fp8, gguf, lingconv.ConvertOptions(layout="gguf", gguf=q4_k_m))
+    found = lingconv.inspect(gguf)
+    types = ", ".join(f"{number} x {label}" for label, number in found.encodings.items())
+    console.print(f"   {types}: {file_size(found.file_bytes)}\n")
+    console.print(f"All of it is in {OUT}/. Next: lingconv --help, README.md")
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -106,11 +106,12 @@ class _Planner:
         if self.mix is None:
             return pack_safetensors(transfers, limit or DEFAULT_SHARD_BYTES)
         # With gguf-py, numpy and the tokenizer's library, which nothing else of planning needs.
-        from lingconv.metadata.describe import describe, file_stem
+        from lingconv.metadata.describe import Described, describe, file_stem
 
-        request = self.options.gguf
+        request, model = self.options.gguf, self.model
+        target = Described(self.layout, self.symbols, self.mix.file_type)
         metadata, notes = describe(
-            self.model, self.layout, self.symbols, self.mix.file_type, request
+            model.checkpoint, model.family, model.architecture, target, request
         )
         self.notes += [*notes, *_lossy(transfers)]
         return pack_gguf(

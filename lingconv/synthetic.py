@@ -20,6 +20,7 @@ from lingconv.family import Family, Role
 from lingconv.formats import presets
 from lingconv.kernels.random import normal_rows, normal_table
 from lingconv.layout import build_layout
+from lingconv.metadata.tokenizer_json import gpt2_splitting, tokenizer_json
 from lingconv.model import HF
 from lingconv.storage import FileStat
 
@@ -171,49 +172,12 @@ class SynthBlob:
 def _small_files(config: Mapping[str, Any]) -> dict[str, bytes]:
     """Return a byte-level BPE tokenizer without merges, and generation_config.json."""
     vocab = [*_SPECIAL_TOKENS, *_byte_letters()]
-    tokenizer: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for number, token in enumerate(_SPECIAL_TOKENS)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: number for number, token in enumerate(vocab)},
-            "merges": [],
-        },
-    }
+    tokenizer = tokenizer_json(
+        {token: number for number, token in enumerate(vocab)},
+        [],
+        [(number, token, True) for number, token in enumerate(_SPECIAL_TOKENS)],
+        gpt2_splitting(),
+    )
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|startoftext|>",

@@ -1,45 +1,57 @@
-"""The key-values of a GGUF file, from a recognised model: as llama.cpp's converter writes them."""
+"""The key-values of a GGUF file that a checkpoint becomes, as llama.cpp's converter writes them."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+from lingconv.checkpoint import Checkpoint
 from lingconv.containers.gguf import Metadata, Value, ValueType
 from lingconv.errors import UsageError
 from lingconv.family import Family, GgufModel
 from lingconv.layout import Layout
 from lingconv.metadata.hf_files import HfFiles
 from lingconv.metadata.tokenizer import describe_tokenizer
-from lingconv.model import GGUF, Model
-from lingconv.options import GgufOptions
+from lingconv.options import GgufOptions, Target
 
 FILE_TYPE = "general.file_type"
 QUANTIZATION_VERSION = "general.quantization_version"
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
 
-def describe(
-    model: Model, layout: Layout, symbols: Mapping[str, Any], file_type: int, options: GgufOptions
-) -> tuple[dict[str, Value], list[str]]:
-    """Return the key-values of the GGUF file that `model` becomes, and what is to be said of them.
+class Described(NamedTuple):
+    """What a GGUF file is going to hold: the target's layout and symbols, and the file type."""
 
-    `layout` and `symbols` are the target's. Raises UsageError for a tokenizer that is not known,
+    layout: Layout
+    symbols: Mapping[str, Any]
+    file_type: int
+
+
+def describe(
+    checkpoint: Checkpoint,
+    family: Family,
+    architecture: str,
+    target: Described,
+    options: GgufOptions,
+) -> tuple[dict[str, Value], list[str]]:
+    """Return the key-values of the GGUF file that a checkpoint becomes, and what to say of them.
+
+    Those of a GGUF source are carried over. Raises UsageError for a tokenizer that is not known,
     and CheckpointError when a file that describes the model cannot be used.
     """
     named = {key: Value(ValueType.STRING, text) for key, text in options.metadata}
-    if model.checkpoint.metadata is not None:
-        held = model.checkpoint.metadata
+    held = checkpoint.metadata
+    if held is not None:
         kept = {key: value for key, value in held.items() if not key.startswith("split.")}
-        numbers = {key: value for key, value in _numbers(model.family, symbols) if key in kept}
-        return {**kept, **numbers, **_encoding(file_type), **named}, []
-    arch = _architecture(model)
-    with HfFiles(model.checkpoint) as files:
-        general = files.general(arch.architecture, _parameters(layout))
+        numbers = {key: value for key, value in _numbers(family, target.symbols) if key in kept}
+        return {**kept, **numbers, **_encoding(target.file_type), **named}, []
+    arch = _architecture(family, architecture)
+    with HfFiles(checkpoint) as files:
+        general = files.general(arch.architecture, _parameters(target.layout))
         tokens, warnings = describe_tokenizer(
-            files, arch.tokenizer, symbols["vocab_size"], options.tokenizer_pre
+            files, arch.tokenizer, target.symbols["vocab_size"], options.tokenizer_pre
         )
-    numbers = dict(_numbers(model.family, symbols))
-    return {**general, **named, **numbers, **_encoding(file_type), **tokens}, warnings
+    numbers = dict(_numbers(family, target.symbols))
+    return {**general, **named, **numbers, **_encoding(target.file_type), **tokens}, warnings
 
 
 def file_stem(metadata: Metadata, mix: str) -> str:
@@ -56,11 +68,11 @@ def file_stem(metadata: Metadata, mix: str) -> str:
     return stem.replace("/", "-")
 
 
-def _architecture(model: Model) -> GgufModel:
-    arch = model.family.gguf
-    if arch is None or arch.of != model.architecture:
+def _architecture(family: Family, architecture: str) -> GgufModel:
+    arch = family.gguf
+    if arch is None or arch.of != architecture:
         known = f": it has {arch.of} as `{arch.architecture}`" if arch else ""
-        raise UsageError(f"llama.cpp has no architecture for {model.architecture}{known}")
+        raise UsageError(f"llama.cpp has no architecture for {architecture}{known}")
     return arch
 
 
@@ -74,9 +86,9 @@ def _encoding(file_type: int) -> dict[str, Value]:
 def _numbers(family: Family, symbols: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """Yield the model's numbers and switches under their GGUF keys."""
     for symbol in family.symbols:
-        value = symbol.written(GGUF, symbols)
+        value = symbol.written(Target.GGUF, symbols)
         if value is not None:
-            for key in symbol.keys[GGUF]:
+            for key in symbol.keys[Target.GGUF]:
                 yield key, _typed(value, is_float=isinstance(symbol.default, float))
 
 

@@ -29,6 +29,7 @@ _FILES = (
 )
 _TEMPLATES = "additional_chat_templates/"
 _MAX_BYTES = 250_000_000
+_LOGGERS = ("metadata", "gguf.vocab", "gguf.gguf_writer")
 
 
 class HfFiles:
@@ -101,11 +102,9 @@ class HfFiles:
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Keep gguf-py's log to itself, and translate whatever a broken file makes it raise."""
-    logger = logging.getLogger("gguf")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    for name in ("metadata", "gguf.vocab", "gguf.gguf_writer"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     except Exception as exc:
@@ -114,7 +113,8 @@ def _explained(what: str) -> Iterator[None]:
             hint="mend the file, or leave it out of the folder",
         ) from exc
     finally:
-        logger.setLevel(level)
+        for logger in loggers:
+            logger.disabled = False
 
 
 def _collected(writer: Any) -> dict[str, Value]:

@@ -10,6 +10,7 @@ from lingconv.dtypes import DType
 from lingconv.errors import Fault
 from lingconv.family import Family, KnownTokenizer
 from lingconv.metadata.tokenizer import MERGES, MODEL, PRE, TOKEN_TYPES, TOKENS, TokenType
+from lingconv.metadata.tokenizer_json import gpt2_splitting, splitting_by, tokenizer_json
 
 _HF = "hf"
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -95,7 +96,8 @@ def rebuild_files(
     if pre not in (known.pre, *_GPT2):
         message = f"tokenizer is not rebuilt: how `{pre}` splits text is not known here"
         return files, [Fault("tokenizer", message, fatal=False)]
-    files["tokenizer.json"] = _json(_tokenizer(metadata, tokens, types, _splitting(pre, known)))
+    split = "" if pre in _GPT2 else known.split
+    files["tokenizer.json"] = _json(_tokenizer(metadata, tokens, types, split))
     files["tokenizer_config.json"] = _json(_tokenizer_config(metadata, tokens))
     return files, []
 
@@ -111,68 +113,20 @@ def _types(metadata: Metadata, count: int) -> list[int]:
     )
 
 
-def _splitting(pre: str, known: KnownTokenizer) -> dict[str, Any]:
-    """Return the pre-tokenizer of tokenizer.json."""
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if pre in _GPT2:
-        return {**letters, "use_regex": True}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": known.split},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {"type": "Sequence", "pretokenizers": [split, {**letters, "use_regex": False}]}
-
-
-def _tokenizer(
-    metadata: Metadata, tokens: list[str], types: list[int], splitting: dict[str, Any]
-) -> dict[str, Any]:
-    """Return tokenizer.json; added tokens are in the vocabulary too, or they get other numbers."""
+def _tokenizer(metadata: Metadata, tokens: list[str], types: list[int], split: str) -> Any:
+    """Return tokenizer.json; `split` is a regular expression, or empty for GPT-2's own rule."""
     merges = metadata[MERGES].data if MERGES in metadata else []
-    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": types[number] == TokenType.CONTROL,
-            }
-            for number, text in enumerate(tokens)
-            if types[number] in added
+    numbered = list(zip(range(len(tokens)), tokens, types, strict=True))
+    return tokenizer_json(
+        {text: number for number, text, kind in numbered if kind != TokenType.UNUSED},
+        [str(merge).split(" ", 1) for merge in merges],
+        [
+            (number, text, kind == TokenType.CONTROL)
+            for number, text, kind in numbered
+            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ],
-        "normalizer": None,
-        "pre_tokenizer": splitting,
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {
-                text: number
-                for number, text in enumerate(tokens)
-                if types[number] != TokenType.UNUSED
-            },
-            "merges": [str(merge).split(" ", 1) for merge in merges],
-        },
-    }
+        splitting_by(split) if split else gpt2_splitting(),
+    )
 
 
 def _tokenizer_config(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
