@@ -45,7 +45,7 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did."""
+    """What a run did; `destination` is a folder, or the first of the GGUF files."""
 
     destination: str
     digest: str
@@ -91,9 +91,9 @@ def execute(
         for name, data in last_files(plan, _source_record(storage), __version__).items():
             replace_file(folder.root / name, [data])
         folder.complete()
-    whole = len(plan.files) > 1 or not place_of(destination).name
+    named = place_of(destination).name
     return Result(
-        destination=str(destination if whole else folder.root / plan.files[0].name),
+        destination=str(folder.root / plan.files[0].name if named else destination),
         digest=plan.digest,
         files_written=len(todo),
         files_found_finished=len(plan.files) - len(todo),

@@ -268,3 +268,37 @@ def test_sizes():
     assert file_size(1_999_410_696_192) == "2.00 TB"
     assert memory_size(1 << 30) == "1.00 GiB"
     assert count(999_705_328_640) == "999.71 B"
+
+
+def test_gguf_from_the_command_line(golden, golden_channel, tmp_path):
+    types = tmp_path / "types.txt"
+    types.write_text("token_embd=q6_k\nblk\\.1\\.ffn_up=q5_0\n")
+    out = tmp_path / "out.gguf"
+    command = ["convert", golden_channel, out, "--outtype", "Q4_K_M", "--tensor-type-file", types]
+    stdout, stderr = run(*command, "--split-max-tensors", "30", "--verify", "--json")
+    assert json.loads(stdout)["verdict"]["ok"]
+    assert "warning: 21 tensors are quantized from FP8" in stderr
+    first = tmp_path / "out-00001-of-00002.gguf"
+    report = json.loads(run("inspect", first, "--json")[0])
+    assert (report["layout"], report["encodings"]["q6_k"]) == ("gguf", 2)
+    stdout, stderr = run(*command, "--split-max-tensors", "30")
+    assert "nothing to do, all 2 weight files are there" in stdout
+    run("convert", first, tmp_path / "back", "--to", "hf", "--dtype", "bf16", "-q")
+    stdout, _ = run("verify", first, tmp_path / "back", "--level", "tensors", "-q")
+    assert stdout.strip() == "YES"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--outtype", "q4_k_x"], "error: `--outtype` is `q4_k_x`"),
+        (["--tensor-type", "ffn"], "hint: write it as `--tensor-type REGEX=TYPE`"),
+        (["--tensor-type-file", "nowhere"], "error: nowhere cannot be read"),
+        (["--dtype", "fp8"], "not by `--dtype`"),
+        (["--to", "hf"], "is the name of a GGUF file, `--to` is hf"),
+    ],
+)
+def test_gguf_requests_that_cannot_be_meant(golden, tmp_path, words, says):
+    _, stderr = run("convert", golden, tmp_path / "x.gguf", *words, code=2)
+    assert says in stderr
+    assert not list(tmp_path.iterdir())

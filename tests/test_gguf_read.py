@@ -263,6 +263,14 @@ def test_verify_says_yes_to_every_type(golden, tmp_path, mix):
     assert verdict.ok, verdict.findings
 
 
+@pytest.mark.parametrize("outtype", ["q8_0", "q6_k", "q4_k_m"])
+def test_verify_says_yes_to_blocks_of_fp8(golden_channel, golden_block, tmp_path, outtype):
+    for source in (golden_channel, golden_block):
+        convert(source, tmp_path / f"{source.name}.gguf", to_gguf(outtype))
+        verdict = verify(source, tmp_path / f"{source.name}.gguf", VerifyOptions(level="tensors"))
+        assert verdict.ok, verdict.findings
+
+
 @pytest.mark.parametrize("direction", ["forth", "back"])
 def test_verify_proves_bf16_bit_for_bit(golden, files, tmp_path, direction):
     convert(files / "bf16.gguf", tmp_path / "back", BF16)

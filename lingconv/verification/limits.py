@@ -17,7 +17,7 @@ rounds them to e4m3, which moves about 3 % of its codes by one step.
     ggml      any            _TO_GGML                (a share of the block's largest magnitude)
 
 In ggml's blocks an element may be off by a share of the largest magnitude in its block, and by what
-an F16 scale cannot express. The numbers are a third above the largest that normal, Laplace,
+an F16 scale cannot express; FP8 weights are rounded to BF16 before. The numbers are a third above the largest that normal, Laplace,
 Student's t (2 and 3), uniform, log-normal, sparse and all-positive weights came to.
 """
 
@@ -95,7 +95,8 @@ def limit_for(source: Encoding, target: Encoding, *, keep_dtype: bool) -> Limit:
         return EXACT
     if isinstance(target, Ggml):
         share, rel_error = _TO_GGML.get(target.type, _COARSEST)
-        return Limit(0.0, share, rel_error)
+        through_bf16 = 2.0**-8 if isinstance(source, Fp8) else 0.0
+        return Limit(through_bf16, share, rel_error)
     if isinstance(target, Fp8):
         return _FP8_TO_FP8 if isinstance(source, Fp8) else _TO_FP8
     if isinstance(source, Fp8):
