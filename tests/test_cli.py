@@ -285,7 +285,7 @@ def test_gguf_from_the_command_line(golden, golden_channel, tmp_path):
     assert "nothing to do, all 2 weight files are there" in stdout
     run("convert", first, tmp_path / "back", "--to", "hf", "--dtype", "bf16", "-q")
     stdout, _ = run("verify", first, tmp_path / "back", "--level", "tensors", "-q")
-    assert stdout.strip() == "YES"
+    assert stdout.strip() == "yes"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ rounds them to e4m3, which moves about 3 % of its codes by one step.
     ggml      any            _TO_GGML                (a share of the block's largest magnitude)
 
 In ggml's blocks an element may be off by a share of the largest magnitude in its block, and by what
-an F16 scale cannot express; FP8 weights are rounded to BF16 before. The numbers are a third above the largest that normal, Laplace,
-Student's t (2 and 3), uniform, log-normal, sparse and all-positive weights came to.
+an F16 scale cannot express; FP8 weights are rounded to BF16 before. The numbers are a third above
+the largest that normal, Laplace, Student's t (2 and 3), uniform, log-normal, sparse and
+all-positive weights came to.
 """
 
 import math
