@@ -1,8 +1,10 @@
 """What the files look like: names, headers and offsets, never the meaning of a tensor."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from lingconv.dtypes import StoredType
+from lingconv.errors import Fault
 
 # Disk blocks and pages: where data starts at a multiple, it can be written past the page cache.
 BLOCK_BYTES = 4096
@@ -35,3 +37,24 @@ def tensor_spec(name: str, dtype: StoredType, shape: tuple[int, ...]) -> TensorS
 
 class HeaderError(ValueError):
     """The header as a whole cannot be used; single bad entries are faults instead."""
+
+
+def check_coverage(
+    tensors: Iterable[StoredTensor], start: int, alignment: int = 1
+) -> tuple[list[Fault], int]:
+    """Return the overlaps and holes between tensors in the order of their bytes, and their end.
+
+    The first one has to be at `start`, each other one at the next multiple of `alignment`.
+    """
+    faults = []
+    position = start
+    for tensor in tensors:
+        if tensor.offset < position:
+            message = "data overlaps the tensor before it"
+            faults.append(Fault("header", message, tensor.file, tensor.name))
+        elif tensor.offset > position:
+            message = f"hole of {tensor.offset - position:,} bytes before it"
+            faults.append(Fault("header", message, tensor.file, tensor.name))
+        end = tensor.offset + tensor.nbytes
+        position = max(position, -(-end // alignment) * alignment)
+    return faults, position

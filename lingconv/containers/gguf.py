@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from lingconv.containers import HeaderError, StoredTensor, TensorSpec
+from lingconv.containers import HeaderError, StoredTensor, TensorSpec, check_coverage
 from lingconv.dtypes import DTYPES, GGML_TYPES, GgmlType, StoredType
 from lingconv.errors import Fault
 
@@ -105,7 +105,10 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -
     start = _padded(cursor.position, alignment)
     tensors, faults = _place(infos, start, alignment, file_bytes, file)
     if not faults:
-        faults = _check_coverage(tensors, start, alignment, file_bytes, file)
+        faults, end = check_coverage(tensors, start, alignment)
+        if file_bytes > end:
+            message = f"{file_bytes - end:,} bytes behind the last tensor"
+            faults.append(Fault("header", message, file, fatal=False))
     return Header(metadata, tensors, faults)
 
 
@@ -286,25 +289,6 @@ def _place_one(info: _Info, start: int, alignment: int, file_bytes: int, file: s
 
 def _stored_type(kind: GgmlType) -> StoredType:
     return kind if kind.is_quantized else DTYPES[kind]
-
-
-def _check_coverage(
-    tensors: Sequence[StoredTensor], start: int, alignment: int, file_bytes: int, file: str
-) -> list[Fault]:
-    """Report overlaps and holes: llama.cpp wants each tensor right behind the one before it."""
-    faults = []
-    position = start
-    for tensor in tensors:
-        if tensor.offset < position:
-            faults.append(Fault("header", "data overlaps the tensor before it", file, tensor.name))
-        elif tensor.offset > position:
-            hole = tensor.offset - position
-            faults.append(Fault("header", f"hole of {hole:,} bytes before it", file, tensor.name))
-        position = max(position, _padded(tensor.offset + tensor.nbytes, alignment))
-    if file_bytes > position:
-        message = f"{file_bytes - position:,} bytes behind the last tensor"
-        faults.append(Fault("header", message, file, fatal=False))
-    return faults
 
 
 def build_header(metadata: Metadata, specs: Sequence[TensorSpec]) -> bytes:

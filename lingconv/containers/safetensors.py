@@ -8,10 +8,16 @@ The real library's writer needs a whole shard in memory, which is why this modul
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from lingconv.containers import BLOCK_BYTES, HeaderError, StoredTensor, TensorSpec
+from lingconv.containers import (
+    BLOCK_BYTES,
+    HeaderError,
+    StoredTensor,
+    TensorSpec,
+    check_coverage,
+)
 from lingconv.dtypes import DTYPES
 from lingconv.errors import Fault
 
@@ -65,7 +71,10 @@ def parse_header(
             faults.append(Fault("header", str(exc), file, name))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     if not faults:
-        faults = _check_coverage(entries, start, file_bytes, file)
+        faults, end = check_coverage(entries, start)
+        if end != file_bytes:
+            message = f"{file_bytes - end:,} bytes behind the last tensor"
+            faults.append(Fault("header", message, file))
     return entries, faults
 
 
@@ -132,25 +141,6 @@ def _sizes(value: Any, what: str) -> tuple[int, ...]:
         if type(size) is not int or size < 0:
             raise HeaderError(f"{what} has {size!r} where a size must be")
     return tuple(value)
-
-
-def _check_coverage(
-    entries: Sequence[StoredTensor], start: int, file_bytes: int, file: str
-) -> list[Fault]:
-    """Report overlaps and holes: the data must be covered exactly once."""
-    faults = []
-    position = start
-    for entry in entries:
-        if entry.offset < position:
-            faults.append(Fault("header", "data overlaps the tensor before it", file, entry.name))
-        elif entry.offset > position:
-            hole = entry.offset - position
-            faults.append(Fault("header", f"hole of {hole:,} bytes before it", file, entry.name))
-        position = max(position, entry.offset + entry.nbytes)
-    if position != file_bytes:
-        rest = file_bytes - position
-        faults.append(Fault("header", f"{rest:,} bytes behind the last tensor", file))
-    return faults
 
 
 def storage_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -16,6 +16,7 @@ from lingconv.containers.gguf import (
 )
 from lingconv.errors import CheckpointError, Fault
 from lingconv.metadata.rebuild import plain_values
+from lingconv.readers.joined import add_tensors
 from lingconv.storage import Storage
 
 
@@ -39,7 +40,9 @@ class GgufReader:
         first = headers.get(self.names[0])
         if first is None:
             raise CheckpointError(f"{self.storage.uri} cannot be read", faults=self.faults)
-        tensors = self._join(headers)
+        tensors: dict[str, StoredTensor] = {}
+        for header in headers.values():
+            add_tensors(tensors, header.tensors, self.faults)
         self._check_split(headers, len(tensors))
         split = (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)
         metadata = {key: value for key, value in first.metadata.items() if key not in split}
@@ -68,18 +71,6 @@ class GgufReader:
             return None
         self.faults += header.faults
         return header
-
-    def _join(self, headers: dict[str, Header]) -> dict[str, StoredTensor]:
-        tensors: dict[str, StoredTensor] = {}
-        for name, header in headers.items():
-            for tensor in header.tensors:
-                twin = tensors.get(tensor.name)
-                if twin is not None:
-                    message = f"is in {twin.file} too"
-                    self.faults.append(Fault("duplicate tensor", message, name, tensor.name))
-                    continue
-                tensors[tensor.name] = tensor
-        return tensors
 
     def _check_split(self, headers: dict[str, Header], num_tensors: int) -> None:
         """Compare what the files say of each other with their names and with what is there."""

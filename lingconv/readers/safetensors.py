@@ -7,6 +7,7 @@ from typing import Any
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
 from lingconv.containers import HeaderError, StoredTensor, safetensors
 from lingconv.errors import CheckpointError, Fault
+from lingconv.readers.joined import add_tensors
 from lingconv.storage import FileStat, Storage
 
 MAX_JSON_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.js)
@@ -119,13 +120,7 @@ class SafetensorsReader:
             self.faults.append(Fault("header", str(exc), file))
             return False
         self.faults += faults
-        for entry in entries:
-            twin = tensors.get(entry.name)
-            if twin is not None:
-                message = f"is in {twin.file} too"
-                self.faults.append(Fault("duplicate tensor", message, file, entry.name))
-                continue
-            tensors[entry.name] = entry
+        add_tensors(tensors, entries, self.faults)
         return True
 
     def _check_index(
