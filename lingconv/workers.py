@@ -189,7 +189,8 @@ class Crew:
 
     def _work_in_threads(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
-        for thread in [*threads, threading.Thread(target=self._load_transcoder, daemon=True)]:
+        threads.append(threading.Thread(target=self._load_transcoder, daemon=True))
+        for thread in threads:
             thread.start()
         waiting = list(threads)
         while waiting:

@@ -15,13 +15,20 @@ from pathlib import Path
 
 import lingconv
 import lingconv.transcode
+import lingconv.workers
 from tests.support import tree_digest
 
-OPTIONS = lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000)
+OPTIONS = {
+    "fp8": lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000),
+    "gguf": lingconv.ConvertOptions(layout="gguf", gguf=lingconv.GgufOptions(outtype="q8_0")),
+}
+KIND = sys.argv[4]
+lingconv.workers.PIECE_BYTES = 100_000
 
 
 def convert(source, target):
-    lingconv.convert(source, target, OPTIONS, resources=lingconv.Resources(jobs=2))
+    target = target / "x.gguf" if KIND == "gguf" else target
+    lingconv.convert(source, target, OPTIONS[KIND], resources=lingconv.Resources(jobs=2))
 
 
 def in_child(source, target):
@@ -41,8 +48,15 @@ def finished_files(target):
     """Return the weight files under their final names, each with what would change if rewritten."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in target.glob("*.safetensors")
+        for pattern in ("*.safetensors", "*.gguf")
+        for path in target.glob(pattern)
     }
+
+
+def finished_pieces(target):
+    """Return how many pieces of unfinished files are noted."""
+    journals = (target / ".lingconv").rglob("journal.jsonl")
+    return sum(path.read_text().count('"piece"') for path in journals)
 
 
 def main(source, work, rounds):
@@ -63,10 +77,10 @@ def main(source, work, rounds):
         _, status = os.waitpid(child, 0)
         seen["killed"] += os.WIFSIGNALED(status)
         before = finished_files(target)
-        stages.add(len(before))
-        seen["resumed"] += (
-            0 < len(before) < len([n for n in expected if n.endswith(".safetensors")])
-        )
+        stages.add((len(before), finished_pieces(target)))
+        files = [name for name in expected if name.endswith((".safetensors", ".gguf"))]
+        begun = len(before) or finished_pieces(target)
+        seen["resumed"] += begun > 0 and len(before) < len(files)
         _, status = os.waitpid(in_child(source, target), 0)
         seen["failed"] += status != 0
         after = finished_files(target)

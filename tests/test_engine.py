@@ -45,10 +45,11 @@ class StopAfter(Silent):
             raise self.error
 
 
-def test_a_hundred_kills(golden, tmp_path):
+@pytest.mark.parametrize("kind", ["fp8", "gguf"])
+def test_a_hundred_kills(golden, tmp_path, kind):
     """kill -9 at random instants: the same command gives the same bytes, no file written twice."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killer", golden, tmp_path, "100"],
+        [sys.executable, "-m", "tests.killer", golden, tmp_path, "100", kind],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
