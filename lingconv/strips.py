@@ -64,7 +64,7 @@ def written_bytes(strip: Strip) -> int:
     if isinstance(strip, CopyStrip):
         return strip.nbytes
     transfer = strip.transfer
-    return (strip.last - strip.first) * row_bytes(transfer.target.encoding, transfer.cols)
+    return (strip.last - strip.first) * transfer.target.encoding.row_bytes(transfer.cols)
 
 
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
@@ -165,13 +165,6 @@ def _widest(transfer: Transfer) -> int:
 
 def _element_bytes(encoding: Encoding) -> int:
     return encoding.dtype.itemsize if isinstance(encoding, Plain) else 1
-
-
-def row_bytes(encoding: Encoding, cols: int) -> int:
-    """Return the bytes of a row of `cols` elements, scales that are stored apart left out."""
-    return (
-        encoding.row_bytes(cols) if isinstance(encoding, Ggml) else cols * _element_bytes(encoding)
-    )
 
 
 def works_in_f32(transfer: Transfer) -> bool:

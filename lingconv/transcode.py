@@ -17,7 +17,7 @@ from lingconv.kernels import ggml, numeric
 from lingconv.plan import Scaling
 from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
-from lingconv.strips import RowStrip, row_bytes, works_in_f32
+from lingconv.strips import RowStrip, works_in_f32
 
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
 _SQUARES_OVERFLOW = 17
@@ -141,7 +141,7 @@ _ENCODERS: dict[tuple[DType, np.dtype[Any]], Callable[..., tuple[Array, int]]] =
 def _offset(strip: RowStrip) -> int:
     """Return where the elements of a strip begin in the target's file."""
     target, cols = strip.transfer.target, strip.transfer.cols
-    return target.extents[0].offset + strip.first * row_bytes(target.encoding, cols)
+    return target.extents[0].offset + strip.first * target.encoding.row_bytes(cols)
 
 
 def _source_of(strip: RowStrip, row: int) -> Nonfinite:

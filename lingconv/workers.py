@@ -70,6 +70,7 @@ class _OpenFile:
             self.output.close()
             raise
 
+    @cached_property
     def sources(self) -> set[str]:
         """Return the source files that this one is made of."""
         return {
@@ -254,14 +255,14 @@ class Crew:
             self._finish(file)
         elif whole_piece:
             file.output.sync()
-            check_unchanged(self._plan, self._storage, file.sources())
+            check_unchanged(self._plan, self._storage, file.sources)
             with self._lock:
                 self._folder.finish_piece(file.file.name, piece)
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
         file.output.sync()
-        check_unchanged(self._plan, self._storage, file.sources())
+        check_unchanged(self._plan, self._storage, file.sources)
         with self._lock:
             self._open.remove(file)
             file.output.close()

@@ -72,6 +72,10 @@ class Fp8:
         shapes = {ScaleShape.VECTOR: (grid[0],), ScaleShape.SCALAR: ()}
         return shapes.get(self.scale_shape, grid)
 
+    def row_bytes(self, cols: int) -> int:
+        """Return the bytes of a row of `cols` elements, scales left out."""
+        return cols * DType.F8_E4M3.itemsize
+
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """Return the physical tensors that hold a matrix: elements, then scales."""
         return (

@@ -27,6 +27,10 @@ class Plain:
         """Rows that must be encoded together."""
         return 1
 
+    def row_bytes(self, cols: int) -> int:
+        """Return the bytes of a row of `cols` elements."""
+        return cols * self.dtype.itemsize
+
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """Return the physical tensors that hold a matrix: just itself."""
         return (tensor_spec(name, self.dtype, shape),)

@@ -11,8 +11,8 @@ from lingconv.errors import Fault
 from lingconv.family import Family, KnownTokenizer
 from lingconv.metadata.tokenizer import MERGES, MODEL, PRE, TOKEN_TYPES, TOKENS, TokenType
 from lingconv.metadata.tokenizer_json import gpt2_splitting, splitting_by, tokenizer_json
+from lingconv.options import Target
 
-_HF = "hf"
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ID_KEYS = {"pad": "padding", "sep": "seperator", "unk": "unknown"}  # as gguf.Keys spells them
 _SAMPLING = {
@@ -54,9 +54,9 @@ def rebuild_config(
     config: dict[str, Any] = {"architectures": [family.gguf.of if family.gguf else family.name]}
     config.update(family.config)
     for symbol in family.symbols:
-        value = symbol.written(_HF, symbols)
+        value = symbol.written(Target.HF, symbols)
         if value is not None:
-            _put(config, symbol.key(_HF), value)
+            _put(config, symbol.key(Target.HF), value)
     for name in ("bos", "eos", "pad"):
         number = _special_id(metadata, name)
         if number is not None:

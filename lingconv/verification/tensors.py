@@ -23,7 +23,6 @@ from lingconv.kernels import compare as kernel
 from lingconv.model import Model, Segment, Stored
 from lingconv.progress import Watcher
 from lingconv.storage.opened import OpenedFiles
-from lingconv.strips import row_bytes
 from lingconv.verification import scales
 from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
 from lingconv.verification.pairing import Pair
@@ -294,7 +293,7 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     if others or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
     rows, cols = strip.last - strip.first, matrix(pair.target)[1]
-    size = row_bytes(encoding, cols)
+    size = encoding.row_bytes(cols)
     left = arena.take("left", (rows, size), np.uint8)
     right = arena.take("right", (rows, size), np.uint8)
     source.read(segment.source, 0, first * size, left)
