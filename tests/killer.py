@@ -1,7 +1,9 @@
-"""Kills conversions at random instants and checks what is left. Run as a program by test_engine.py.
+"""Kills conversions and checks what is left. Run as a program by test_engine.py.
 
-One process loads everything once and forks a real process for each run, so that a hundred runs are
-killed in seconds. Prints a JSON object with what it saw.
+Every other run is killed at a random instant; the ones between them right after a random line of
+the journal, so that what they leave does not depend on the speed of the machine. One process loads
+everything once and forks a real process for each run, so that a hundred runs are killed in seconds.
+Prints a JSON object with what it saw.
 """
 
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 import lingconv
 import lingconv.transcode
 import lingconv.workers
+from lingconv.journal import RunFolder
 from tests.support import tree_digest
 
 OPTIONS = {
@@ -31,12 +34,31 @@ def convert(source, target):
     lingconv.convert(source, target, OPTIONS[KIND], resources=lingconv.Resources(jobs=2))
 
 
-def in_child(source, target):
+class Noted:
+    """Counts the journal's lines, and kills the process after the last one that it is to see."""
+
+    def __init__(self, last):
+        self.last = last
+        self.count = 0
+        self.note = RunFolder._note
+
+    def __call__(self, folder, entry):
+        self.note(folder, entry)
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __get__(self, folder, kind):
+        return lambda entry: self(folder, entry)
+
+
+def in_child(source, target, last_note=0):
     """Start a conversion in a process of its own; return its id."""
     child = os.fork()
     if child:
         return child
     try:
+        RunFolder._note = Noted(last_note)
         convert(source, target)
     except BaseException:
         traceback.print_exc()
@@ -63,17 +85,22 @@ def main(source, work, rounds):
     undisturbed = work / "undisturbed"
     convert(source, undisturbed)  # compiles the kernels, too
     started = time.monotonic()
+    RunFolder._note = noted = Noted(0)
     convert(source, work / "timed")
     duration = time.monotonic() - started
+    RunFolder._note = noted.note
     expected = tree_digest(undisturbed)
     rng = random.Random(20)
     seen = {"killed": 0, "resumed": 0, "rewritten": 0, "different": 0, "failed": 0, "stages": 0}
     stages = set()
     for number in range(rounds):
         target = work / f"run-{number}"
-        child = in_child(source, target)
-        time.sleep(rng.uniform(0, 1.3 * duration))
-        os.kill(child, signal.SIGKILL)
+        if number % 2:
+            child = in_child(source, target, rng.randint(1, noted.count - 1))
+        else:
+            child = in_child(source, target)
+            time.sleep(rng.uniform(0, 1.3 * duration))
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         seen["killed"] += os.WIFSIGNALED(status)
         before = finished_files(target)
