@@ -13,8 +13,8 @@ from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Ggml, Plain
 from lingconv.kernels import ggml_decode, numeric
-from lingconv.model import Segment, Stored
 from lingconv.storage import Blob
+from lingconv.stored import Segment, Stored, side_by_side
 
 BF16_BITS = np.dtype(np.uint16)
 F32 = np.dtype(np.float32)
@@ -41,14 +41,29 @@ class Decoder:
         """
         found = None
         last, top = first + values.shape[0], 0
-        for segment in segments:
-            begin, end = max(first, top), min(last, top + segment.num_rows)
+        for beside in side_by_side(segments, values.shape[1]):
+            begin, end = max(first, top), min(last, top + beside[0].num_rows)
             if begin < end:
-                row = segment.first_row + begin - top
-                met = self._decode(segment.source, row, values[begin - first : end - first])
-                found = found or met
-            top += segment.num_rows
+                into = values[begin - first : end - first]
+                left = 0
+                for segment in beside:
+                    window = segment.cut(begin - top, end - begin)
+                    met = self._fill_window(window, into[:, left : left + segment.num_cols])
+                    left += segment.num_cols
+                    found = found or met
+            top += beside[0].num_rows
         return found
+
+    def _fill_window(self, segment: Segment, into: Array) -> Nonfinite | None:
+        """Fill `into`, which may be a part of wider rows, with the numbers of a segment."""
+        source = segment.source
+        if segment.is_whole_rows and into.flags.c_contiguous:
+            return self._decode(source, segment.first_row, into)
+        whole = self._arena.take("window", (segment.num_rows, source.cols), into.dtype)
+        met = self._decode(source, segment.first_row, whole)
+        left = segment.first_col
+        into[...] = whole[:, left : left + segment.num_cols]
+        return met
 
     def read(self, source: Stored, part: int, offset: int, into: Array) -> None:
         """Fill `into` with stored bytes: `part` 0 holds elements, 1 scales; from byte `offset`."""

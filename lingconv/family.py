@@ -57,7 +57,8 @@ class Role(StrEnum):
 class LogicalTensor(NamedTuple):
     """One tensor of the model at the finest grain, and the physical tensor that holds its rows.
 
-    `stacked` tensors are a step of their own along the first axis of that tensor.
+    `stack` is 0, or how many of its kind are stacked along a first axis of that tensor; those that
+    share the rows of a matrix may take `turns`, each with an equal part of its rows at a time.
     """
 
     name: LogicalName
@@ -66,7 +67,8 @@ class LogicalTensor(NamedTuple):
     address: PhysicalName
     keep_dtype: bool
     mtp: bool
-    stacked: bool
+    stack: int
+    turns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,23 @@ class TensorRule:
     when: str
     repeat: tuple[tuple[str, str], ...]
     keep_dtype: bool
+    turns: Mapping[str, str]
 
-    def stacks(self, layout: str) -> bool:
-        """Return whether all tensors that this rule repeats share one address in a layout."""
-        return any("{" + index + "}" not in self.addresses[layout] for index, _ in self.repeat)
+    def address(self, layout: str) -> str:
+        """Return the address in a layout: that of its last refinement which has one."""
+        return _of_layout(self.addresses, layout)
+
+    def stack(self, layout: str, symbols: Mapping[str, Any]) -> int:
+        """Return how many tensors that this rule repeats share one address; 0 when none do."""
+        for index, count in self.repeat:
+            if "{" + index + "}" not in self.address(layout):
+                return _number(count, symbols)
+        return 0
+
+    def num_turns(self, layout: str, symbols: Mapping[str, Any]) -> int:
+        """Return how many turns it takes with those that share its address."""
+        base = layout.split("+")[0]
+        return _number(self.turns[base], symbols) if base in self.turns else 1
 
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
         """Return the shape that the symbols give; an axis is a product of symbols and integers."""
@@ -268,24 +283,25 @@ class Family:
         for block in self.blocks:
             layers = block.layers(symbols)
             entries = self._entries(block, symbols, layout) if layers else []
+            prefix = _of_layout(block.addresses, layout)
             for i, layer in enumerate(layers):
                 name = block.name.format(layer=layer, i=i)
-                address = block.addresses[layout].format(layer=layer, i=i)
-                for rule, shape, name_rest, address_rest in entries:
+                address = prefix.format(layer=layer, i=i)
+                for entry in entries:
+                    rule = entry.rule
                     yield LogicalTensor(
-                        LogicalName(name + name_rest),
+                        LogicalName(name + entry.name),
                         rule.role,
-                        shape,
-                        PhysicalName(address + address_rest),
+                        entry.shape,
+                        PhysicalName(address + entry.address),
                         rule.keep_dtype,
                         block.mtp,
-                        rule.stacks(layout),
+                        entry.stack,
+                        entry.turns,
                     )
 
-    def _entries(
-        self, block: Block, symbols: Mapping[str, Any], layout: str
-    ) -> list[tuple[TensorRule, Shape, str, str]]:
-        """Return what every layer of a block holds: rule, shape, rest of the name and address.
+    def _entries(self, block: Block, symbols: Mapping[str, Any], layout: str) -> list["_Entry"]:
+        """Return what every layer of a block holds.
 
         Neighbours that repeat over the same index take turns: e0.gate, e0.up, ..., e1.gate, ...
         """
@@ -297,11 +313,23 @@ class Family:
         ]
         entries = []
         for repeat, members in groupby(rules, key=lambda rule: rule.repeat):
-            shaped = [(rule, rule.shape(symbols)) for rule in members]
+            templates = [
+                _Entry(
+                    rule,
+                    rule.shape(symbols),
+                    rule.name,
+                    rule.address(layout),
+                    rule.stack(layout, symbols),
+                    rule.num_turns(layout, symbols),
+                )
+                for rule in members
+            ]
             for bound in _bindings(repeat, symbols):
                 entries += [
-                    (rule, shape, rule.name.format(**bound), rule.addresses[layout].format(**bound))
-                    for rule, shape in shaped
+                    entry._replace(
+                        name=entry.name.format(**bound), address=entry.address.format(**bound)
+                    )
+                    for entry in templates
                 ]
         return entries
 
@@ -316,6 +344,23 @@ class Family:
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
+
+
+class _Entry(NamedTuple):
+    """A tensor that every layer of a block has; name and address without the layer's own part."""
+
+    rule: TensorRule
+    shape: Shape
+    name: str
+    address: str
+    stack: int
+    turns: int
+
+
+def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
+    """Return the address in a layout; its refinements (`base+one+two`) go before its base."""
+    *refinements, base = reversed(layout.split("+"))
+    return next((addresses[word] for word in refinements if word in addresses), addresses[base])
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:

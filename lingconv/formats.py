@@ -70,6 +70,7 @@ def _read(entry: Traversable) -> Family:
 
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
+_TURNS = "_turns"
 _BLOCK_WORDS = {"name", "groups", "first", "end", "mtp"}
 
 
@@ -143,10 +144,19 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
         name=entry["name"],
         role=Role(entry["role"]),
         axes=tuple(_parse_axis(axis) for axis in entry["axes"]),
-        addresses={word: text for word, text in entry.items() if word not in _TENSOR_WORDS},
+        addresses={
+            word: text
+            for word, text in entry.items()
+            if word not in _TENSOR_WORDS and not word.endswith(_TURNS)
+        },
         when=entry.get("when", ""),
         repeat=tuple(entry.get("repeat", {}).items()),
         keep_dtype=entry.get("keep_dtype", False),
+        turns={
+            word.removesuffix(_TURNS): count
+            for word, count in entry.items()
+            if word.endswith(_TURNS)
+        },
     )
 
 

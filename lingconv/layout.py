@@ -1,12 +1,13 @@
 """Layouts: which physical tensor holds which logical rows.
 
-An address is a physical tensor's name and a run of its rows. Logical tensors that share a name are
+An address is a physical tensor's name and runs of its rows. Logical tensors that share a name are
 that tensor's rows, one behind the other, in the order of the family file: Q, K and V in a fused
-matrix are three addresses, and so are experts that are stacked: only the shape tells. This module
-knows names and shapes; it opens no file.
+matrix are three addresses, and so are experts that are stacked: only the shape tells. Some take
+turns: Megatron's fused matrix holds a group's queries, its key and its value, then the next group.
+This module knows names and shapes; it opens no file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +15,20 @@ from lingconv.family import Family, LogicalName, LogicalTensor, PhysicalName, Ro
 
 
 class Rows(NamedTuple):
-    """The logical tensor that fills rows `start` to `start + num_rows` of a physical tensor."""
+    """Rows of a physical tensor from `start` on: those of a logical tensor from `first` on."""
 
     logical: LogicalName
     start: int
     num_rows: int
+    first: int = 0
+
+
+def count_rows(parts: Iterable[Rows]) -> dict[LogicalName, int]:
+    """Return how many rows of each logical tensor there are."""
+    counts: dict[LogicalName, int] = {}
+    for rows in parts:
+        counts[rows.logical] = counts.get(rows.logical, 0) + rows.num_rows
+    return counts
 
 
 class PhysicalTensor(NamedTuple):
@@ -40,6 +50,10 @@ class PhysicalTensor(NamedTuple):
         """The shape as files state it: a stack has an axis of its own."""
         return stacked_shape(self.shape, self.stack)
 
+    def logical_shapes(self) -> dict[LogicalName, Shape]:
+        """Return the logical tensors in it, each with its shape."""
+        return {name: (count, *self.shape[1:]) for name, count in count_rows(self.rows).items()}
+
 
 def stacked_shape(shape: Shape, stack: int) -> Shape:
     """Return the shape of `stack` equal matrices whose rows make `shape`; 0 for a lone matrix."""
@@ -47,7 +61,7 @@ def stacked_shape(shape: Shape, stack: int) -> Shape:
 
 
 class Address(NamedTuple):
-    """Where a logical tensor lives: `num_rows` rows of physical tensor `name` from row `start`."""
+    """Where logical rows live: `num_rows` rows of physical tensor `name` from row `start`."""
 
     name: PhysicalName
     start: int
@@ -61,46 +75,42 @@ class Layout:
     name: str
     tensors: Mapping[PhysicalName, PhysicalTensor]
 
-    def addresses(self) -> dict[LogicalName, Address]:
-        """Return where each logical tensor lives: the inverse of `tensors`."""
-        return {
-            rows.logical: Address(tensor.name, rows.start, rows.num_rows)
-            for tensor in self.tensors.values()
-            for rows in tensor.rows
-        }
+    def addresses(self) -> dict[LogicalName, tuple[Address, ...]]:
+        """Return where each logical tensor lives, in the order of its rows: `tensors` inverted."""
+        found: dict[LogicalName, tuple[Address, ...]] = {}
+        for tensor in self.tensors.values():
+            for rows in tensor.rows:
+                address = Address(tensor.name, rows.start, rows.num_rows)
+                found[rows.logical] = (*found.get(rows.logical, ()), address)
+        return found
 
 
 def build_layout(family: Family, symbols: Mapping[str, Any], name: str) -> Layout:
     """Return the layout `name` of the model that `symbols` describe."""
-    tensors: dict[PhysicalName, PhysicalTensor] = {}
+    members: dict[PhysicalName, list[LogicalTensor]] = {}
     for logical in family.expand(symbols, name):
-        held = tensors.get(logical.address)
-        tensors[logical.address] = _first(logical) if held is None else _append(held, logical)
-    return Layout(name, tensors)
+        members.setdefault(logical.address, []).append(logical)
+    return Layout(name, {address: _join(logicals) for address, logicals in members.items()})
 
 
-def _first(logical: LogicalTensor) -> PhysicalTensor:
+def _join(members: list[LogicalTensor]) -> PhysicalTensor:
+    """Return the physical tensor that `members` share."""
+    first = members[0]
+    rows: list[Rows] = []
+    start = 0
+    for turn in range(first.turns):
+        for member in members:
+            if (member.shape[1:], member.role) != (first.shape[1:], first.role):
+                raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
+            count = member.shape[0] // first.turns
+            rows.append(Rows(member.name, start, count, turn * count))
+            start += count
     return PhysicalTensor(
-        logical.address,
-        logical.shape,
-        logical.role,
-        logical.keep_dtype,
-        logical.mtp,
-        int(logical.stacked),
-        (Rows(logical.name, 0, logical.shape[0]),),
-    )
-
-
-def _append(held: PhysicalTensor, logical: LogicalTensor) -> PhysicalTensor:
-    if held.shape[1:] != logical.shape[1:] or held.role != logical.role:
-        raise ValueError(f"{logical.name} cannot share {held.name}: other width or role")
-    start, count = held.shape[0], logical.shape[0]
-    return PhysicalTensor(
-        held.name,
-        (start + count, *held.shape[1:]),
-        held.role,
-        held.keep_dtype,
-        held.mtp,
-        held.stack + logical.stacked,
-        (*held.rows, Rows(logical.name, start, count)),
+        first.address,
+        (start, *first.shape[1:]),
+        first.role,
+        first.keep_dtype,
+        first.mtp,
+        first.stack,
+        tuple(rows),
     )

@@ -8,10 +8,10 @@ what was found here.
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint
-from lingconv.containers import StoredTensor, TensorSpec
+from lingconv.containers import StoredTensor
 from lingconv.containers.gguf import Metadata
 from lingconv.dtypes import DType, GgmlType
 from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
@@ -19,54 +19,16 @@ from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
-from lingconv.family import Family, LogicalName, PhysicalName
-from lingconv.layout import Address, Layout, PhysicalTensor, build_layout, stacked_shape
+from lingconv.family import Family, PhysicalName
+from lingconv.layout import Layout, PhysicalTensor, build_layout
 from lingconv.metadata.rebuild import plain_values, rebuild_config, rebuild_files
 from lingconv.patterns import Pattern
 from lingconv.storage.overlay import Overlay
+from lingconv.stored import Extent, Locator, Stored
 
 HF = "hf"
 GGUF = "gguf"
 _WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
-
-
-class Extent(NamedTuple):
-    """A run of bytes in a file."""
-
-    file: str
-    offset: int
-    nbytes: int
-
-
-class Stored(NamedTuple):
-    """An encoded matrix in its place: one extent for each tensor of its encoding.
-
-    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    encoding: Encoding
-    extents: tuple[Extent, ...]
-    stack: int = 0
-
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """Return the tensors that hold it, with their shapes as files state them."""
-        return self.encoding.tensors(self.name, stacked_shape(self.shape, self.stack))
-
-
-class Segment(NamedTuple):
-    """A run of rows of the stored matrix `source`."""
-
-    source: Stored
-    first_row: int
-    num_rows: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that these rows take in their files, scales included."""
-        rows = self.source.shape[0] if self.source.shape else 1
-        return sum(extent.nbytes for extent in self.source.extents) * self.num_rows // rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +52,6 @@ class Model:
     def locator(self) -> "Locator":
         """Return what finds the rows of logical tensors in this checkpoint."""
         return Locator(self.layout.addresses(), self.stored)
-
-
-@dataclass(frozen=True, slots=True)
-class Locator:
-    """Where each logical tensor of a checkpoint is stored."""
-
-    addresses: Mapping[LogicalName, Address]
-    stored: Mapping[PhysicalName, Stored]
-
-    def holds(self, name: LogicalName) -> bool:
-        """Return whether the checkpoint has all rows of a logical tensor."""
-        return name in self.addresses and self.addresses[name].name in self.stored
-
-    def segments(self, names: Iterable[LogicalName]) -> tuple[Segment, ...]:
-        """Return the rows of `names`, one behind the other; neighbours become one segment."""
-        segments: list[Segment] = []
-        for name in names:
-            address = self.addresses[name]
-            source = self.stored[address.name]
-            last = segments[-1] if segments else None
-            if last and last.source is source and last.first_row + last.num_rows == address.start:
-                segments[-1] = Segment(source, last.first_row, last.num_rows + address.num_rows)
-            else:
-                segments.append(Segment(source, address.start, address.num_rows))
-        return tuple(segments)
 
 
 def refuse_faults(model: Model, excused: Callable[[Fault], bool] = lambda fault: False) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from lingconv.containers import TensorSpec, gguf, safetensors
-from lingconv.model import Extent
 from lingconv.plan import OutputFile, Transfer
+from lingconv.stored import Extent
 
 _Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
 

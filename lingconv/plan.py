@@ -16,11 +16,11 @@ from lingconv.containers import TensorSpec, gguf, safetensors, tensor_spec
 from lingconv.dtypes import DTYPES, GGML_TYPES
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
-from lingconv.model import Extent, Segment, Stored
 from lingconv.options import ConvertOptions
 from lingconv.storage import FileStat
+from lingconv.stored import Extent, Segment, Stored
 
-SCHEMA = "lingconv.plan/2"
+SCHEMA = "lingconv.plan/3"
 
 
 class Scaling(NamedTuple):
@@ -43,16 +43,13 @@ class Transfer(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix; a vector has one element per row, a scalar is one row."""
-        return self.target.shape[0] if self.target.shape else 1
+        """Rows of the matrix."""
+        return self.target.rows
 
     @property
     def cols(self) -> int:
         """Elements in a row."""
-        cols = 1
-        for size in self.target.shape[1:]:
-            cols *= size
-        return cols
+        return self.target.cols
 
 
 class OutputFile(NamedTuple):
@@ -197,6 +194,7 @@ def _line(transfer: Transfer, encodings: _Numbers) -> str:
     """Return a transfer as a line of text, for the digest."""
     sources = " < ".join(
         f"{_describe(segment.source, encodings)} {segment.first_row}+{segment.num_rows}"
+        f" {segment.first_col}+{segment.num_cols}"
         for segment in transfer.segments
     )
     scaling = f"{transfer.scaling.min_amax!r} {transfer.scaling.power_of_two}"
@@ -232,12 +230,8 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
             {
                 "target": _stored_to_json(transfer.target, encodings),
                 "from": [
-                    [
-                        _stored_to_json(segment.source, encodings),
-                        segment.first_row,
-                        segment.num_rows,
-                    ]
-                    for segment in transfer.segments
+                    [_stored_to_json(source, encodings), *window]
+                    for source, *window in transfer.segments
                 ],
                 "scaling": list(transfer.scaling),
                 "copies": transfer.copies,
@@ -259,8 +253,8 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
             Transfer(
                 _stored_from_json(item["target"], encodings),
                 tuple(
-                    Segment(_stored_from_json(stored, encodings), first, count)
-                    for stored, first, count in item["from"]
+                    Segment(_stored_from_json(stored, encodings), *window)
+                    for stored, *window in item["from"]
                 ),
                 Scaling(*item["scaling"]),
                 item["copies"],

@@ -24,7 +24,7 @@ from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
 from lingconv.layout import Layout, PhysicalTensor, build_layout
-from lingconv.model import HF, Model, Segment, Stored, refuse_faults
+from lingconv.model import HF, Model, refuse_faults
 from lingconv.options import (
     AUTO,
     DEFAULT_SHARD_BYTES,
@@ -40,6 +40,7 @@ from lingconv.options import (
 from lingconv.packing import pack_gguf, pack_safetensors
 from lingconv.patterns import Pattern
 from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Transfer
+from lingconv.stored import Segment, Stored
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
 _PLAIN_DTYPES = {
@@ -176,7 +177,7 @@ class _Planner:
         transfers = []
         faults: list[Fault] = []
         for tensor in self.layout.tensors.values():
-            segments = locator.segments(rows.logical for rows in tensor.rows)
+            segments = locator.segments(tensor.rows)
             try:
                 transfers.append(self._transfer(tensor, segments))
             except ValueError as exc:

@@ -11,8 +11,8 @@ from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
-from lingconv.model import Extent, Segment
 from lingconv.plan import OutputFile, Plan, Transfer
+from lingconv.stored import Extent, Segment, side_by_side
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
@@ -39,12 +39,21 @@ class CopyStrip(NamedTuple):
 
 
 class RowStrip(NamedTuple):
-    """Rows `first` to `last` of a target matrix, decoded and encoded; `segments` hold them."""
+    """Rows `first` to `last` of a target matrix, which `segments` hold.
+
+    They are decoded and encoded, or put together as they are where the transfer copies.
+    """
 
     transfer: Transfer
     first: int
     last: int
     segments: tuple[Segment, ...]
+
+    @property
+    def offset(self) -> int:
+        """Where its elements begin in the target's file."""
+        target = self.transfer.target
+        return target.extents[0].offset + self.first * target.encoding.row_bytes(target.cols)
 
 
 Strip = CopyStrip | RowStrip
@@ -52,41 +61,45 @@ Strip = CopyStrip | RowStrip
 
 def lower(file: OutputFile) -> Iterator[Strip]:
     """Yield the strips that fill a file, each byte of its tensors exactly once."""
-    copying = [transfer for transfer in file.transfers if transfer.copies]
-    yield from _cut([move for transfer in copying for move in _moves(transfer)])
+    moving = [transfer for transfer in file.transfers if _moves_bytes(transfer)]
+    yield from _cut([move for transfer in moving for move in _moves(transfer)])
     for transfer in file.transfers:
-        if not transfer.copies:
+        if not _moves_bytes(transfer):
             yield from _row_strips(transfer)
+
+
+def _moves_bytes(transfer: Transfer) -> bool:
+    """Return whether what fills a matrix lies in its sources as it is to lie in the target."""
+    return transfer.copies and all(
+        segment.is_whole_rows and segment.num_cols == transfer.cols for segment in transfer.segments
+    )
 
 
 def written_bytes(strip: Strip) -> int:
     """Return the bytes that a strip fills, scales that are stored apart left out."""
     if isinstance(strip, CopyStrip):
         return strip.nbytes
-    transfer = strip.transfer
-    return (strip.last - strip.first) * transfer.target.encoding.row_bytes(transfer.cols)
+    target = strip.transfer.target
+    return (strip.last - strip.first) * target.encoding.row_bytes(target.cols)
 
 
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
     step = rows_per_strip(transfer)
-    rest = list(reversed(transfer.segments))
+    rest = list(side_by_side(transfer.segments, transfer.cols))[::-1]
     for first in range(0, transfer.rows, step):
         last = min(first + step, transfer.rows)
         segments: list[Segment] = []
         missing = last - first
         while missing:
-            segment = rest.pop()
-            if segment.num_rows > missing:
-                rest.append(_rows(segment, missing, segment.num_rows - missing))
-                segment = _rows(segment, 0, missing)
-            segments.append(segment)
-            missing -= segment.num_rows
+            beside = rest.pop()
+            count = beside[0].num_rows
+            if count > missing:
+                rest.append(tuple(each.cut(missing, count - missing) for each in beside))
+                beside = tuple(each.cut(0, missing) for each in beside)
+            segments += beside
+            missing -= beside[0].num_rows
         yield RowStrip(transfer, first, last, tuple(segments))
-
-
-def _rows(segment: Segment, first: int, count: int) -> Segment:
-    return Segment(segment.source, segment.first_row + first, count)
 
 
 def _moves(transfer: Transfer) -> Iterator[_Move]:
@@ -103,11 +116,10 @@ def _rows_of(segment: Segment, part: int) -> Extent:
     """Return the bytes of a segment in tensor `part` of its source (0 elements, 1 scales)."""
     source = segment.source
     extent = source.extents[part]
-    rows = source.shape[0] if source.shape else 1
-    if segment.num_rows == rows:
+    if segment.num_rows == source.rows:
         return extent
     multiple = 1 if part == 0 else source.encoding.row_multiple
-    unit_bytes = extent.nbytes // -(-rows // multiple)
+    unit_bytes = extent.nbytes // -(-source.rows // multiple)
     first = segment.first_row // multiple
     count = -(-segment.num_rows // multiple)
     return Extent(extent.file, extent.offset + first * unit_bytes, count * unit_bytes)
@@ -158,6 +170,8 @@ def rows_per_strip(transfer: Transfer) -> int:
 
 def _widest(transfer: Transfer) -> int:
     """Return the bytes of an element where it is widest: source, target or in between."""
+    if transfer.copies:
+        return _element_bytes(transfer.target.encoding)
     encodings = [transfer.target.encoding, *_sources(transfer)]
     in_f32 = works_in_f32(transfer) or isinstance(transfer.target.encoding, Ggml)
     return max(_F32_BYTES if in_f32 else 2, *map(_element_bytes, encodings))
@@ -197,7 +211,7 @@ def _sources(transfer: Transfer) -> tuple[Encoding, ...]:
 
 
 def _transfer_memory(transfer: Transfer) -> int:
-    if transfer.copies:
+    if _moves_bytes(transfer):
         return STRIP_BYTES
     rows = min(rows_per_strip(transfer), transfer.rows)
     return strip_memory(RowStrip(transfer, 0, rows, ()))

@@ -17,6 +17,7 @@ from lingconv.kernels import ggml, numeric
 from lingconv.plan import Scaling
 from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
+from lingconv.stored import side_by_side
 from lingconv.strips import RowStrip, works_in_f32
 
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
@@ -40,7 +41,7 @@ class Transcoder:
         transfer = strip.transfer
         dtype = F32 if works_in_f32(transfer) else BF16_BITS
         shape = strip.last - strip.first, transfer.cols
-        values = self._arena.take("values", shape, dtype, like=_offset(strip))
+        values = self._arena.take("values", shape, dtype, like=strip.offset)
         self._refuse(self._decoder.fill(strip.segments, 0, values))
         return values
 
@@ -58,7 +59,7 @@ class Transcoder:
             return self._write_fp8(strip, encoding, values, output)
         if isinstance(encoding, Ggml):
             return self._write_ggml(strip, encoding.type, values, output)
-        offset = _offset(strip)
+        offset = strip.offset
         written, nonfinite = _ENCODERS[encoding.dtype, values.dtype](self, values, offset)
         if nonfinite:
             infinity = 0x7F80 if encoding.dtype == DType.BF16 else 0x7C00
@@ -70,16 +71,14 @@ class Transcoder:
         self, strip: RowStrip, kind: GgmlType, values: Array, output: OutputBlob
     ) -> int:
         numbers = self._tame_f32(strip, values).reshape(-1, kind.elements)
-        blocks = self._arena.take(
-            "write", (len(numbers), kind.nbytes), np.uint8, like=_offset(strip)
-        )
+        blocks = self._arena.take("write", (len(numbers), kind.nbytes), np.uint8, like=strip.offset)
         ggml.QUANTIZERS[kind](numbers, blocks)
         for place in ggml.SCALES_AT[kind]:
             bad_block = ggml.find_infinite_half(blocks, place)
             if bad_block >= 0:
                 row = bad_block * kind.elements // strip.transfer.cols
                 self._refuse(_source_of(strip, row))
-        return output.write(as_bytes(blocks), _offset(strip))
+        return output.write(as_bytes(blocks), strip.offset)
 
     def _tame_f32(self, strip: RowStrip, values: Array) -> Array:
         """Return the values as float32; one that is NaN or huge would spoil its whole block."""
@@ -96,7 +95,7 @@ class Transcoder:
         _, scale_extent = strip.transfer.target.extents
         rows, cols = values.shape
         block_rows, block_cols = encoding.block(strip.transfer.rows, cols)
-        codes = self._arena.take("write", values.shape, np.uint8, like=_offset(strip))
+        codes = self._arena.take("write", values.shape, np.uint8, like=strip.offset)
         scales = self._arena.take("scales out", encoding.grid(rows, cols), np.float32)
         scaling = strip.transfer.scaling
         bad_row = numeric.quantize(
@@ -113,7 +112,7 @@ class Transcoder:
             self._refuse(_source_of(strip, bad_row))
         raw = encode_scales(scales, encoding.scale_dtype)
         offset = scale_extent.offset + strip.first // block_rows * raw.shape[1] * raw.itemsize
-        written = output.write(as_bytes(codes), _offset(strip))
+        written = output.write(as_bytes(codes), strip.offset)
         return written + output.write(as_bytes(raw), offset)
 
     def _encode_same(self, values: Array, offset: int) -> tuple[Array, int]:
@@ -138,15 +137,9 @@ _ENCODERS: dict[tuple[DType, np.dtype[Any]], Callable[..., tuple[Array, int]]] =
 }
 
 
-def _offset(strip: RowStrip) -> int:
-    """Return where the elements of a strip begin in the target's file."""
-    target, cols = strip.transfer.target, strip.transfer.cols
-    return target.extents[0].offset + strip.first * target.encoding.row_bytes(cols)
-
-
 def _source_of(strip: RowStrip, row: int) -> Nonfinite:
     """Return where row `row` of a strip comes from."""
-    for segment in strip.segments:
+    for segment, *_ in side_by_side(strip.segments, strip.transfer.cols):
         if row < segment.num_rows:
             return Nonfinite(segment.source, segment.first_row + row)
         row -= segment.num_rows

@@ -8,23 +8,20 @@ piece, so that even one of a terabyte goes on where a kill left it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.journal import RunFolder
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress
-from lingconv.storage import Blob, Storage
+from lingconv.storage import Storage
 from lingconv.storage.opened import OpenedFiles
 from lingconv.storage.output import OutputBlob
-from lingconv.strips import RowStrip, Strip, lower, written_bytes
-
-if TYPE_CHECKING:
-    from lingconv.transcode import Transcoder
+from lingconv.strips import Strip, lower, written_bytes
 
 
 def check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
@@ -118,35 +115,6 @@ class _OpenFile:
         return self._next is None and not self._in_flight
 
 
-class _Worker:
-    """What one thread needs to fill strips. numba is loaded when the first rows need it."""
-
-    def __init__(self, blobs: Mapping[str, Blob], *, allow_nonfinite: bool) -> None:
-        from lingconv.buffers import Arena
-
-        self._blobs = blobs
-        self._allow_nonfinite = allow_nonfinite
-        self._arena = Arena()
-
-    @cached_property
-    def _transcoder(self) -> "Transcoder":
-        from lingconv.transcode import Transcoder
-
-        return Transcoder(self._arena, self._blobs, allow_nonfinite=self._allow_nonfinite)
-
-    def fill(self, strip: Strip, output: OutputBlob) -> int:
-        """Fill one strip of `output`; return how many bytes were written."""
-        if isinstance(strip, RowStrip):
-            return self._transcoder.run(strip, output)
-        data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
-        filled = 0
-        for source in strip.sources:
-            part = data[filled : filled + source.nbytes]
-            self._blobs[source.file].read_into(source.offset, part)
-            filled += source.nbytes
-        return output.write(data, strip.offset)
-
-
 class Crew:
     """The threads of one execution and what they share, guarded by one lock."""
 
@@ -209,7 +177,9 @@ class Crew:
 
     def _work(self) -> None:
         """Take strips until there are none, or somebody failed."""
-        worker = _Worker(self._blobs, allow_nonfinite=self._plan.options.allow_nonfinite)
+        from lingconv.filling import Filler  # with numpy, which nobody who only plans needs
+
+        worker = Filler(self._blobs, allow_nonfinite=self._plan.options.allow_nonfinite)
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:

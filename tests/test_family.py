@@ -47,7 +47,7 @@ def test_the_fused_matrix_is_all_q_then_all_k_then_all_v(family):
     layout = build_layout(family, family.resolve(config("ling-1t"), "hf"), "hf")
     fused = layout.tensors["model.layers.7.attention.query_key_value.weight"]
     assert fused.shape == (10240, 8192)
-    assert [tuple(rows) for rows in fused.rows] == [
+    assert [tuple(rows)[:3] for rows in fused.rows] == [
         ("layers.7.q", 0, 8192),
         ("layers.7.k", 8192, 1024),
         ("layers.7.v", 9216, 1024),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import lingconv
+import lingconv.filling
 import lingconv.workers
 from lingconv.api import convert, open_model
 from lingconv.dtypes import GgmlType
@@ -356,7 +357,7 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
     monkeypatch.setattr(lingconv.workers, "PIECE_BYTES", 200_000)
     resources = lingconv.Resources(jobs=jobs)
     convert(golden, tmp_path / "a" / "x.gguf", to_gguf("q8_0"), resources=resources)
-    fill, filled = lingconv.workers._Worker.fill, []
+    fill, filled = lingconv.filling.Filler.fill, []
 
     def stop_early(self, strip, output):
         if len(filled) == 12:
@@ -364,7 +365,7 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
         filled.append(strip)
         return fill(self, strip, output)
 
-    monkeypatch.setattr(lingconv.workers._Worker, "fill", stop_early)
+    monkeypatch.setattr(lingconv.filling.Filler, "fill", stop_early)
     target, stops, total = tmp_path / "b" / "x.gguf", 0, 0
     while not target.exists():
         filled.clear()

@@ -10,9 +10,9 @@ import lingconv.strips
 from lingconv.buffers import Arena
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Plain
-from lingconv.model import Extent, Segment, Stored
 from lingconv.plan import OutputFile, Scaling, Transfer
 from lingconv.storage.output import OutputBlob
+from lingconv.stored import Extent, Stored
 from lingconv.strips import CopyStrip, lower
 from lingconv.transcode import Transcoder
 from tests.support import E4M3, reference_dequantize, reference_quantize
@@ -100,7 +100,7 @@ def test_rows_of_several_sources(rows, skips, cols, source, target, strip_bytes,
     for number, (count, skip) in enumerate(zip(rows, skips, strict=False)):
         weight = torch.randn(count + skip, cols, generator=generator) * 0.02
         stored, values = store(f"s{number}", weight, source, blobs)
-        segments.append(Segment(stored, skip, count))
+        segments += stored.segments(skip, count)
         pieces.append(values[skip:])
     expected = torch.cat(pieces)
     copies = source == target and source != BLOCK
@@ -129,7 +129,7 @@ def test_fp8_blocks_are_copied_with_their_scales(splits, tmp_path):
     segments, first = [], 512
     for count in splits:  # taken from the end, so that nothing joins up by itself
         first -= count if count % 128 == 0 else 128
-        segments.append(Segment(stored, first, count))
+        segments += stored.segments(first, count)
     total = sum(splits)
     transfer = Transfer(Stored("w", (total, 200), BLOCK, ()), tuple(segments), SCALING, copies=True)
     found = fill(tmp_path / "out", transfer, blobs)

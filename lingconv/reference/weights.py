@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from queue import SimpleQueue
 from threading import Lock, local
 from typing import NamedTuple, Self
@@ -27,9 +26,10 @@ from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.family import LogicalName
 from lingconv.machine import num_processors
-from lingconv.model import Model, Segment
+from lingconv.model import Model
 from lingconv.reference.activations import fake_quantize
 from lingconv.storage.opened import OpenedFiles
+from lingconv.stored import Segment
 
 STRIP_BYTES = 8 << 20
 READERS = max(2, num_processors() // 2)
@@ -44,11 +44,12 @@ class _Strip(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """Rows to be read, and where the result is waited for."""
+    """Rows of `cols` columns to be read, and where the result is waited for."""
 
     segments: tuple[Segment, ...]
     first_row: int
     num_rows: int
+    cols: int
     strip: "Future[_Strip]"
 
 
@@ -97,12 +98,12 @@ class WeightStream:
     def ask(self, names: Iterable[LogicalName]) -> None:
         """Have matrices read soon; they are to be used in the same order."""
         for name in names:
-            segments = self._locator.segments([name])
-            rows, cols = _shape(segments)
+            segments = self._locator.whole(name)
+            rows, cols = self._locator.shape(name)
             step = max(1, STRIP_BYTES // (cols * self._dtype(segments).itemsize))
             strips: deque[Future[_Strip]] = deque()
             for first in range(0, rows, step):
-                order = _Order(segments, first, min(step, rows - first), Future())
+                order = _Order(segments, first, min(step, rows - first), cols, Future())
                 strips.append(order.strip)
                 self._orders.append(order)
                 self._threads.submit(self._read_next)
@@ -110,9 +111,8 @@ class WeightStream:
 
     def small(self, name: LogicalName) -> Tensor:
         """Return a norm or a bias in float32, read at once: it is smaller than the wait for it."""
-        segments = self._locator.segments([name])
-        found = torch.empty(*_shape(segments), dtype=torch.float32)
-        self._fill(segments, 0, found)
+        found = torch.empty(*self._locator.shape(name), dtype=torch.float32)
+        self._fill(self._locator.whole(name), 0, found)
         return found.flatten().to(self._device)
 
     def linear(self, name: LogicalName, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class WeightStream:
         asked, strips = self._asked.popleft()
         if asked != name:
             raise AssertionError(f"{name} is used where {asked} was asked for")
-        segments = self._locator.segments([name])
+        segments = self._locator.whole(name)
         self.bytes_read += sum(segment.nbytes for segment in segments)
         encoding = segments[0].source.encoding
         operand = x
@@ -137,9 +137,8 @@ class WeightStream:
     def rows(self, name: LogicalName, ids: Tensor) -> Tensor:
         """Return some rows of a matrix (embeddings), in the dtype that is computed in."""
         unique, places = torch.unique(ids, return_inverse=True)
-        segments = self._locator.segments([name])
-        _, cols = _shape(segments)
-        found = torch.empty(len(unique), cols, dtype=self._dtype(segments))
+        segments = self._locator.whole(name)
+        found = torch.empty(len(unique), self._locator.shape(name)[1], dtype=self._dtype(segments))
         for number, row in enumerate(unique.tolist()):
             self._fill(segments, row, found[number : number + 1])
         return found[places.cpu()].to(self._device).to(self._compute)
@@ -166,9 +165,9 @@ class WeightStream:
             buffer = self._buffers.get()
         if buffer is None:
             return
-        dtype, cols = self._dtype(order.segments), _shape(order.segments)[1]
-        used = buffer[: order.num_rows * cols * dtype.itemsize]
-        rows = used.view(dtype).view(order.num_rows, cols)
+        dtype = self._dtype(order.segments)
+        used = buffer[: order.num_rows * order.cols * dtype.itemsize]
+        rows = used.view(dtype).view(order.num_rows, order.cols)
         try:
             self._fill(order.segments, order.first_row, rows)
         except BaseException as exc:
@@ -188,8 +187,3 @@ class WeightStream:
                 f" {met.row}",
                 hint="mend the checkpoint: its forward pass would be NaN as well",
             )
-
-
-def _shape(segments: Sequence[Segment]) -> tuple[int, int]:
-    """Return rows and columns of what the segments hold together."""
-    return sum(segment.num_rows for segment in segments), prod(segments[0].source.shape[1:])

@@ -13,8 +13,9 @@ import numpy as np
 from lingconv.buffers import Arena
 from lingconv.decoding import Decoder
 from lingconv.family import LogicalName
-from lingconv.model import Locator, Model
+from lingconv.model import Model
 from lingconv.storage.opened import OpenedFiles
+from lingconv.stored import Locator
 
 Array = np.ndarray[Any, Any]
 
@@ -106,16 +107,13 @@ class _Rows:
         self._files = OpenedFiles(model.checkpoint.storage)
         self._decoder = Decoder(Arena(), self._files)
         self._locator: Locator = model.locator()
-        self._shapes = {
-            rows.logical: (rows.num_rows, prod(tensor.shape[1:]))
-            for tensor in model.layout.tensors.values()
-            for rows in tensor.rows
-        }
-        self._groups = {
-            rows.logical: [each.logical for each in tensor.rows]
-            for tensor in model.layout.tensors.values()
-            for rows in tensor.rows
-        }
+        self._shapes: dict[LogicalName, tuple[int, int]] = {}
+        self._groups: dict[LogicalName, list[LogicalName]] = {}
+        for tensor in model.layout.tensors.values():
+            shapes = tensor.logical_shapes()
+            for name, shape in shapes.items():
+                self._shapes[name] = shape[0], prod(shape[1:])
+                self._groups[name] = list(shapes)
 
     def close(self) -> None:
         self._files.__exit__()
@@ -125,7 +123,7 @@ class _Rows:
 
     def read(self, name: LogicalName, first: int, count: int) -> Array:
         values = np.empty((count, self._shapes[name][1]), np.float32)
-        self._decoder.fill(self._locator.segments([name]), first, values)
+        self._decoder.fill(self._locator.whole(name), first, values)
         return values
 
     def read_at(self, name: LogicalName, places: Iterable[int]) -> Array:

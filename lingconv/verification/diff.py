@@ -17,9 +17,9 @@ from lingconv.decoding import F32, Decoder
 from lingconv.encodings import encoding_of
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError
-from lingconv.model import Extent, Segment, Stored
 from lingconv.progress import Watcher
 from lingconv.storage.opened import OpenedFiles
+from lingconv.stored import Extent, Stored
 
 SCHEMA = "lingconv.diff/1"
 _CHUNK_BYTES = 8 << 20
@@ -160,8 +160,8 @@ def _compare(one: StoredTensor, other: StoredTensor, left: Decoder, right: Decod
     differing, largest, total = 0, 0.0, 0
     for first, count in _chunks(_flat(one).shape[0], 4):
         a, b = (np.empty((count, 1), F32) for _ in range(2))
-        left.fill([Segment(_flat(one), 0, _flat(one).shape[0])], first, a)
-        right.fill([Segment(_flat(other), 0, _flat(other).shape[0])], first, b)
+        left.fill(_flat(one).segments(first, count), 0, a)
+        right.fill(_flat(other).segments(first, count), 0, b)
         unlike = a.view(np.uint32) != b.view(np.uint32)
         differing += int(np.count_nonzero(unlike))
         total += count

@@ -12,10 +12,11 @@ from lingconv.checkpoint import RECORD_NAME
 from lingconv.encodings import Fp8, is_decodable
 from lingconv.errors import LingconvError
 from lingconv.family import LogicalName, Role
-from lingconv.layout import Rows
-from lingconv.model import Locator, Model, Segment, Stored
+from lingconv.layout import Rows, count_rows
+from lingconv.model import Model
 from lingconv.options import Mtp
 from lingconv.patterns import Pattern
+from lingconv.stored import Locator, Segment, Stored
 from lingconv.verification.verdict import Finding
 
 # What `--mtp` changes on purpose.
@@ -35,6 +36,11 @@ class Pair(NamedTuple):
     rows: tuple[Rows, ...]
     segments: tuple[Segment, ...]
 
+    @property
+    def num_rows(self) -> dict[LogicalName, int]:
+        """How many rows of it each logical tensor has."""
+        return count_rows(self.rows)
+
 
 def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Finding]]:
     """Return what can be compared, and a finding for everything that cannot.
@@ -47,10 +53,10 @@ def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Fi
     locator, shapes = source.locator(), _logical_shapes(target)
     for tensor in target.layout.tensors.values():
         stored = target.stored.get(tensor.name)
-        fits = [_fits(rows, expected, tensor.shape) for rows in tensor.rows]
+        fits = [expected.get(name) == shape for name, shape in tensor.logical_shapes().items()]
         if stored is None or not all(fits):
             continue
-        segments = locator.segments(rows.logical for rows in tensor.rows)
+        segments = locator.segments(tensor.rows)
         encodings = [stored.encoding, *(segment.source.encoding for segment in segments)]
         if all(map(is_decodable, encodings)):
             pairs.append(Pair(stored, tensor.role, tensor.keep_dtype, tensor.rows, segments))
@@ -89,9 +95,9 @@ def read_recipe(target: Model) -> Mapping[str, Any]:
 
 def _logical_shapes(model: Model) -> dict[LogicalName, tuple[int, ...]]:
     return {
-        rows.logical: (rows.num_rows, *tensor.shape[1:])
+        name: shape
         for tensor in model.layout.tensors.values()
-        for rows in tensor.rows
+        for name, shape in tensor.logical_shapes().items()
     }
 
 
@@ -99,17 +105,11 @@ def _expected(source: Model, mtp: Mtp) -> dict[LogicalName, tuple[int, ...]]:
     """Return the logical tensors that DST has to hold, with their shapes."""
     wanted = {Mtp.KEEP: (False, True), Mtp.DROP: (False,), Mtp.ONLY: (True,)}[mtp]
     return {
-        rows.logical: (rows.num_rows, *tensor.shape[1:])
+        name: shape
         for tensor in source.layout.tensors.values()
         if tensor.mtp in wanted
-        for rows in tensor.rows
+        for name, shape in tensor.logical_shapes().items()
     }
-
-
-def _fits(
-    rows: Rows, expected: Mapping[LogicalName, tuple[int, ...]], shape: tuple[int, ...]
-) -> bool:
-    return expected.get(rows.logical) == (rows.num_rows, *shape[1:])
 
 
 def _config_findings(source: Model, target: Model, mtp: Mtp) -> Iterator[Finding]:

@@ -20,9 +20,10 @@ from lingconv.encodings import Encoding, Fp8, Ggml
 from lingconv.encodings.fp8 import E4M3_MAX
 from lingconv.encodings.plain import PLAIN
 from lingconv.kernels import compare as kernel
-from lingconv.model import Model, Segment, Stored
+from lingconv.model import Model
 from lingconv.progress import Watcher
 from lingconv.storage.opened import OpenedFiles
+from lingconv.stored import Stored
 from lingconv.verification import scales
 from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
 from lingconv.verification.pairing import Pair
@@ -66,7 +67,7 @@ class Comparison:
         self._judged = [
             number for number, limit in enumerate(self._limits) if limit.exact or not only_exact
         ]
-        self._totals = [[Total() for _ in pair.rows] for pair in pairs]
+        self._totals = [{name: Total() for name in pair.num_rows} for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
         self._source_files = OpenedFiles(source.checkpoint.storage)
         self._target_files = OpenedFiles(target.checkpoint.storage)
@@ -96,9 +97,9 @@ class Comparison:
     def figures(self) -> list[TensorFigures]:
         """Return the figures of every logical tensor that was judged."""
         return [
-            tensor_figures(self._pairs[number], rows, total, self._limits[number])
+            tensor_figures(self._pairs[number], name, total, self._limits[number])
             for number in self._judged
-            for rows, total in zip(self._pairs[number].rows, self._totals[number], strict=True)
+            for name, total in self._totals[number].items()
         ]
 
     def scale_figures(self) -> list[ScaleFigures]:
@@ -110,7 +111,7 @@ class Comparison:
 
     def _strips(self) -> Iterator[_Strip]:
         """Yield the work, in the order of DST's files."""
-        for number in sorted(self._judged, key=lambda n: self._pairs[n].target.extents[0]):
+        for number in sorted(self._judged, key=lambda n: self._pairs[n].target.first_extent):
             target = self._pairs[number].target
             rows, cols = matrix(target)
             multiple = blocks(target)[0] if cols > 1 else 1
@@ -152,13 +153,13 @@ class Comparison:
             target.read(pair.target, 0, strip.first * cols, right)
         else:
             right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
-            target.fill([_whole(pair.target)], strip.first, right)
+            target.fill(pair.target.segments(strip.first, rows), 0, right)
         if isinstance(pair.target.encoding, Ggml) and not exact:
             scale_grid = _peaks(left, pair.target.encoding.type, self._limits[strip.pair])
         else:
             scale_grid = _per_block(pair.target, strip, stored)
         peaks = np.zeros(scale_grid.shape, np.float64)
-        for number, rows_of in enumerate(pair.rows):
+        for rows_of in pair.rows:
             first = max(strip.first, rows_of.start)
             last = min(strip.last, rows_of.start + rows_of.num_rows)
             if first < last:
@@ -168,7 +169,7 @@ class Comparison:
                 top = strip.first + (part.start if cols == 1 else 0)
                 worst = worst_block(pair.target, top, sums)
                 with self._lock:
-                    self._totals[strip.pair][number].add(sums, worst)
+                    self._totals[strip.pair][rows_of.logical].add(sums, worst)
         self._check_scales(strip, stored, peaks)
 
     def _piece(
@@ -258,14 +259,9 @@ def _rounds_to_bf16(pair: Pair) -> bool:
     return fp8 and pair.target.encoding == PLAIN[DType.BF16]
 
 
-def _whole(stored: Stored) -> Segment:
-    return Segment(stored, 0, matrix(stored)[0])
-
-
 def _stored_bytes(pair: Pair) -> int:
-    return sum(segment.nbytes for segment in pair.segments) + sum(
-        extent.nbytes for extent in pair.target.extents
-    )
+    held = pair.target.segments(0, pair.target.rows)
+    return sum(segment.nbytes for segment in (*pair.segments, *held))
 
 
 def _decoded(encoding: Encoding) -> np.dtype[Any]:
@@ -290,7 +286,8 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     encoding, (segment, *others) = pair.target.encoding, pair.segments
     unit = encoding.row_multiple
     first = segment.first_row + strip.first
-    if others or not encoding.can_hold(segment.source.encoding) or first % unit:
+    in_pieces = others or pair.target.bands
+    if in_pieces or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
     rows, cols = strip.last - strip.first, matrix(pair.target)[1]
     size = encoding.row_bytes(cols)

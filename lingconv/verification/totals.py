@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lingconv.encodings import Fp8, Ggml
+from lingconv.family import LogicalName
 from lingconv.kernels import compare as kernel
-from lingconv.layout import Rows
-from lingconv.model import Stored
+from lingconv.stored import Stored
 from lingconv.verification.limits import Limit
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts
@@ -90,8 +90,8 @@ def worst_block(target: Stored, first: int, sums: Array) -> WorstBlock | None:
     )
 
 
-def tensor_figures(pair: Pair, rows: Rows, total: Total, limit: Limit) -> TensorFigures:
-    """Return the figures of the logical tensor that is `rows` of a pair."""
+def tensor_figures(pair: Pair, name: LogicalName, total: Total, limit: Limit) -> TensorFigures:
+    """Return the figures of logical tensor `name` of a pair."""
     sums = total.sums
     signal, dot, noise = sums[kernel.SIGNAL], sums[kernel.DOT], sums[kernel.NOISE]
     other = max(
@@ -104,11 +104,11 @@ def tensor_figures(pair: Pair, rows: Rows, total: Total, limit: Limit) -> Tensor
     beyond, nonfinite = int(sums[kernel.BEYOND]), int(sums[kernel.NONFINITE])
     ok = not beyond and not nonfinite and rel_error <= limit.rel_error
     return TensorFigures(
-        name=rows.logical,
+        name=name,
         role=pair.role,
         source=pair.segments[0].source.encoding.label,
         target=pair.target.encoding.label,
-        elements=rows.num_rows * matrix(pair.target)[1],
+        elements=pair.num_rows[name] * matrix(pair.target)[1],
         max_abs=float(sums[kernel.WORST]),
         rel_error=rel_error,
         cosine=cosine,

@@ -1,0 +1,67 @@
+"""One strip: bytes moved, rows put together, or rows transcoded."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lingconv.buffers import Arena, as_bytes
+from lingconv.storage import Blob
+from lingconv.storage.output import OutputBlob
+from lingconv.stored import side_by_side
+from lingconv.strips import CopyStrip, RowStrip, Strip
+
+if TYPE_CHECKING:
+    from lingconv.transcode import Transcoder
+
+
+class Filler:
+    """Fills strips one at a time; one Filler per thread. numba comes with the first transcoding."""
+
+    def __init__(self, blobs: Mapping[str, Blob], *, allow_nonfinite: bool) -> None:
+        self._blobs = blobs
+        self._allow_nonfinite = allow_nonfinite
+        self._arena = Arena()
+
+    @cached_property
+    def _transcoder(self) -> "Transcoder":
+        from lingconv.transcode import Transcoder
+
+        return Transcoder(self._arena, self._blobs, allow_nonfinite=self._allow_nonfinite)
+
+    def fill(self, strip: Strip, output: OutputBlob) -> int:
+        """Fill one strip of `output`; return how many bytes were written."""
+        if isinstance(strip, CopyStrip):
+            return self._copy(strip, output)
+        if strip.transfer.copies:
+            return self._assemble(strip, output)
+        return self._transcoder.run(strip, output)
+
+    def _copy(self, strip: CopyStrip, output: OutputBlob) -> int:
+        data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
+        filled = 0
+        for source in strip.sources:
+            part = data[filled : filled + source.nbytes]
+            self._blobs[source.file].read_into(source.offset, part)
+            filled += source.nbytes
+        return output.write(data, strip.offset)
+
+    def _assemble(self, strip: RowStrip, output: OutputBlob) -> int:
+        """Put rows together from windows of others, as bytes."""
+        cols = strip.transfer.cols
+        size = strip.transfer.target.encoding.row_bytes(1)
+        shape = strip.last - strip.first, cols * size
+        data = self._arena.take("read", shape, "u1", like=strip.offset)
+        top = 0
+        for beside in side_by_side(strip.segments, cols):
+            left, bottom = 0, top + beside[0].num_rows
+            for segment in beside:
+                source, right = segment.source, left + segment.num_cols * size
+                rows = self._arena.take("window", (segment.num_rows, source.cols * size), "u1")
+                extent = source.extents[0]
+                offset = extent.offset + segment.first_row * source.cols * size
+                self._blobs[extent.file].read_into(offset, as_bytes(rows))
+                first = segment.first_col * size
+                data[top:bottom, left:right] = rows[:, first : first + right - left]
+                left = right
+            top = bottom
+        return output.write(as_bytes(data), strip.offset)
