@@ -10,7 +10,7 @@ from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
 from lingconv.inspection import Report, inspect_model
 from lingconv.machine import num_processors
-from lingconv.model import Model, recognise
+from lingconv.model import Model
 from lingconv.options import (
     ConvertOptions,
     ForwardOptions,
@@ -24,6 +24,7 @@ from lingconv.plan import Plan
 from lingconv.planner import build_plan
 from lingconv.progress import Progress, Unwatched, Watcher
 from lingconv.readers import open_checkpoint
+from lingconv.recognise import Given, recognise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
     from lingconv.verification.verdict import Verdict
 
 
-def open_model(source: str | Path, *, formats: str | None = None) -> Model:
+def open_model(
+    source: str | Path, *, formats: str | None = None, given: Given | None = None
+) -> Model:
     """Open a checkpoint and find out what it is.
 
-    `formats` is a family file or a folder of them, in place of the built-in ones.
+    `formats` is a family file or a folder of them, in place of the built-in ones; `given` is what
+    the checkpoint does not say of itself.
     """
-    return recognise(open_checkpoint(source), load_families(formats))
+    return recognise(open_checkpoint(source), load_families(formats), given)
 
 
 def inspect(source: str | Path, *, formats: str | None = None) -> Report:

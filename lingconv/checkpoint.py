@@ -4,8 +4,8 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from lingconv.containers import StoredTensor
 from lingconv.containers.gguf import Metadata
@@ -16,11 +16,20 @@ CONFIG_NAME = "config.json"
 RECORD_NAME = "lingconv.json"
 
 
+class LeftOut(NamedTuple):
+    """What belongs to a training run and not to the model: how many entries, how many bytes."""
+
+    entries: int
+    nbytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What a folder holds: `shards` are read, `side_files` carried over, `ignored` left behind.
 
-    `metadata` are the key-values of GGUF files; other checkpoints have None.
+    `metadata` are the key-values of GGUF files, `args` the arguments in Megatron's; other
+    checkpoints have None. `left_out` is what Megatron's files hold besides weights, by kind;
+    `is_recorded` tells that lingconv wrote them.
     """
 
     storage: Storage
@@ -31,3 +40,6 @@ class Checkpoint:
     ignored: Mapping[str, tuple[FileStat, str]]
     faults: tuple[Fault, ...]
     metadata: Metadata | None = None
+    args: Mapping[str, Any] | None = None
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    is_recorded: bool = False

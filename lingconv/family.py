@@ -223,6 +223,17 @@ class GgufModel:
 
 
 @dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """The models in Megatron's formats: their architecture in config.json is `of`.
+
+    `args` are Megatron's arguments that follow from the family alone.
+    """
+
+    of: str
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: the Rosetta stone between its layouts.
 
@@ -239,6 +250,7 @@ class Family:
     scale_policies: Mapping[str, ScalePolicy]
     config: Mapping[str, Any]
     gguf: GgufModel | None
+    megatron: MegatronModel | None
 
     def resolve(
         self,
@@ -246,11 +258,13 @@ class Family:
         layout: str,
         overrides: Mapping[str, Any] | None = None,
         names: Collection[str] = (),
+        *,
+        file: str = "config.json",
     ) -> dict[str, Any]:
         """Return the value of every symbol under `config`, in the order of the family file.
 
         `overrides` replace what the config says, before later symbols are derived from them;
-        `names` are the tensors that the checkpoint has.
+        `names` are the tensors that the checkpoint has; `file` is where the config was found.
         Raises CheckpointError that lists every key that is missing or not a usable number.
         """
         overrides = overrides or {}
@@ -265,14 +279,12 @@ class Family:
                 _check_symbol(value)
             except KeyError as exc:
                 if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
-                    faults.append(Fault("config", f"`{key}` is missing", "config.json"))
+                    faults.append(Fault("config", f"`{key}` is missing", file))
             except (TypeError, ValueError, ArithmeticError) as exc:
                 symbols.setdefault(symbol.name, 1)
-                faults.append(Fault("config", f"`{key}` cannot be used: {exc}", "config.json"))
+                faults.append(Fault("config", f"`{key}` cannot be used: {exc}", file))
         if faults:
-            raise CheckpointError(
-                f"config.json does not describe a {self.title} model", faults=faults
-            )
+            raise CheckpointError(f"{file} does not describe a {self.title} model", faults=faults)
         return symbols
 
     def expand(self, symbols: Mapping[str, Any], layout: str) -> Iterator[LogicalTensor]:
@@ -333,6 +345,28 @@ class Family:
                 ]
         return entries
 
+    def refined(self, base: str, names: Collection[str]) -> str:
+        """Return the layout `base` with those of its refinements that tensors are named by."""
+        words = {
+            key.removeprefix(f"{base}_"): None
+            for group in self.tensors.values()
+            for rule in group
+            for key in rule.addresses
+            if key.startswith(f"{base}_")
+        }
+        used = [word for word in words if self._names_by(base, word, names)]
+        return "+".join([base, *used])
+
+    def _names_by(self, base: str, word: str, names: Collection[str]) -> bool:
+        """Return whether some tensor has the name that a refinement gives it, not its usual one."""
+        for block in self.blocks:
+            prefix = block.addresses[base]
+            for rule in (rule for group in block.groups for rule in self.tensors[group]):
+                own, usual = rule.addresses.get(f"{base}_{word}"), rule.addresses[base]
+                if own and _any_match(names, prefix + own) > _any_match(names, prefix + usual):
+                    return True
+        return False
+
     def key(self, symbol: str, layout: str) -> str:
         """Return the config key of a symbol in a layout."""
         return next(entry.key(layout) for entry in self.symbols if entry.name == symbol)
@@ -344,6 +378,12 @@ class Family:
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
+
+
+def _any_match(names: Collection[str], address: str) -> bool:
+    """Return whether some name is an address with numbers in place of its indices."""
+    pattern = re.compile(r"\d+".join(map(re.escape, re.split(r"\{\w+\}", address))))
+    return any(pattern.fullmatch(name) for name in names)
 
 
 class _Entry(NamedTuple):
@@ -359,8 +399,9 @@ class _Entry(NamedTuple):
 
 def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
     """Return the address in a layout; its refinements (`base+one+two`) go before its base."""
-    *refinements, base = reversed(layout.split("+"))
-    return next((addresses[word] for word in refinements if word in addresses), addresses[base])
+    base, *refinements = layout.split("+")
+    keys = [f"{base}_{word}" for word in reversed(refinements)]
+    return next((addresses[key] for key in keys if key in addresses), addresses[base])
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:

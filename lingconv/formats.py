@@ -17,6 +17,7 @@ from lingconv.family import (
     Family,
     GgufModel,
     KnownTokenizer,
+    MegatronModel,
     Role,
     ScalePolicy,
     Symbol,
@@ -95,6 +96,7 @@ def parse_family(data: Mapping[str, Any]) -> Family:
         },
         config=family.get("config", {}),
         gguf=_parse_gguf(data["gguf"]) if "gguf" in data else None,
+        megatron=MegatronModel(**data["megatron"]) if "megatron" in data else None,
     )
 
 

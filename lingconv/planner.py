@@ -228,7 +228,8 @@ class _Planner:
                 hint="add `--dtype bf16` (or f32, f16, fp8)",
             )
         if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
-            return found, PLAIN_SCALING
+            own = None if tensor.keep_dtype else self.model.own_dtype
+            return Plain(own) if own else found, PLAIN_SCALING
         if dtype != TargetDType.FP8:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), PLAIN_SCALING
         if not self._quantizes(tensor):
@@ -280,17 +281,19 @@ class _Planner:
     def _check_ledger(self, transfers: list[Transfer], dropped: Iterable[Dropped]) -> None:
         """Every source tensor is read in full once, or dropped; every target is filled."""
         used = {item.name: 1 for item in dropped}
-        rows: dict[str, int] = {}
+        elements: dict[str, int] = {}
         for transfer in transfers:
-            filled = sum(segment.num_rows for segment in transfer.segments)
-            if filled != transfer.rows:
-                raise AssertionError(f"{transfer.target.name}: {filled} of {transfer.rows} rows")
+            filled = sum(segment.num_rows * segment.num_cols for segment in transfer.segments)
+            if filled != transfer.rows * transfer.cols:
+                raise AssertionError(f"{transfer.target.name}: {filled} elements are not all")
             for segment in transfer.segments:
-                source = segment.source
-                rows[source.name] = rows.get(source.name, 0) + segment.num_rows
-                if rows[source.name] == (source.shape[0] if source.shape else 1):
-                    for name in source.encoding.names(source.name):
-                        used[name] = used.get(name, 0) + 1
+                name = segment.source.name
+                found = segment.num_rows * segment.num_cols
+                elements[name] = elements.get(name, 0) + found
+        for source in self.model.stored.values():
+            if elements.get(source.name) == source.rows * source.cols:
+                for name in source.encoding.names(source.name):
+                    used[name] = used.get(name, 0) + 1
         wrong = [name for name in self.model.checkpoint.tensors if used.get(name) != 1]
         if wrong:
             raise AssertionError(f"not read exactly once: {wrong[:10]}")

@@ -136,10 +136,43 @@ def _with_mtp_layers(own: Any, symbols: Symbols) -> Any:
     return own + symbols["mtp_layers"]
 
 
+def _read_widths(own: Any, symbols: Symbols) -> Any:
+    return own // symbols["expert_width"]
+
+
+def _nothing(own: Any, symbols: Symbols) -> Any:
+    return None
+
+
+def _opposite(own: Any, symbols: Symbols) -> Any:
+    return not own
+
+
+def _read_layer_frequency(own: Any, symbols: Symbols) -> Any:
+    """Return the number of leading dense layers: 2 for [0, 0, 1, 1]; 1 stands for none at all."""
+    pattern = [1] if own == 1 else list(own)
+    dense = pattern.index(1) if 1 in pattern else len(pattern)
+    if any(layer != 1 for layer in pattern[dense:]):
+        raise ValueError(f"{own!r} has dense layers behind one with experts")
+    return dense
+
+
+def _write_layer_frequency(own: Any, symbols: Symbols) -> Any:
+    return [0] * own + [1] * (symbols["layers"] - own)
+
+
+def _share_of_head_dim(own: Any, symbols: Symbols) -> Any:
+    return own / symbols["head_dim"]
+
+
 AS_IT_IS = Spelling(_as_it_is, _as_it_is)
 SPELLINGS: dict[str, Spelling] = {
     "with_mtp_layers": Spelling(_without_mtp_layers, _with_mtp_layers),
     "gating_function": Spelling(_read_gating_function, _write_gating_function),
     "rope_scaling": Spelling(_read_rope_scaling, _if_yarn),
     "if_yarn": Spelling(_as_it_is, _if_yarn),
+    "widths_of_an_expert": Spelling(_read_widths, _nothing),
+    "opposite": Spelling(_opposite, _opposite),
+    "layer_frequency": Spelling(_read_layer_frequency, _write_layer_frequency),
+    "share_of_head_dim": Spelling(_as_it_is, _share_of_head_dim),
 }

@@ -50,7 +50,7 @@ class Stored(NamedTuple):
     @property
     def first_extent(self) -> "Extent":
         """The place of its first bytes."""
-        return self.bands[0].chunks[0][0].extents[0] if self.bands else self.extents[0]
+        return self.bands[0].chunks[0].source.extents[0] if self.bands else self.extents[0]
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Return the tensors that hold it, with their shapes as files state them."""
@@ -66,19 +66,17 @@ class Stored(NamedTuple):
             band = self.bands[at]
             skip = first - band.start
             count = min(num_rows, band.num_rows - skip)
-            found += [
-                Segment(chunk, row + skip, count, 0, chunk.cols) for chunk, row in band.chunks
-            ]
+            found += [chunk.cut(skip, count) for chunk in band.chunks]
             at, first, num_rows = at + 1, first + count, num_rows - count
         return tuple(found)
 
 
 class Band(NamedTuple):
-    """Rows of a matrix from `start` on, in chunks from left to right, each from one of its rows."""
+    """Rows of a matrix from `start` on, and the windows of its chunks that hold them."""
 
     start: int
     num_rows: int
-    chunks: tuple[tuple[Stored, int], ...]
+    chunks: "tuple[Segment, ...]"
 
 
 class Segment(NamedTuple):

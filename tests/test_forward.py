@@ -183,8 +183,8 @@ class RecordingStorage(LocalStorage):
 
 def test_only_chosen_experts_are_read(golden):
     from lingconv.formats import load_families
-    from lingconv.model import recognise
     from lingconv.readers import read_checkpoint
+    from lingconv.recognise import recognise
     from lingconv.reference.forward import trace
 
     storage = RecordingStorage(golden)

@@ -10,8 +10,21 @@ from lingconv.errors import Fault
 BLOCK_BYTES = 4096
 
 
+class Box(NamedTuple):
+    """A part of a tensor in its file: where it begins on each axis, its sizes, and its bytes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
 class StoredTensor(NamedTuple):
-    """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes."""
+    """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes.
+
+    One that is cut into `boxes` has no place of its own; `file` is where its first part is.
+    """
 
     name: str
     dtype: StoredType
@@ -19,6 +32,7 @@ class StoredTensor(NamedTuple):
     file: str
     offset: int
     nbytes: int
+    boxes: tuple[Box, ...] = ()
 
 
 class TensorSpec(NamedTuple):

@@ -39,10 +39,19 @@ Read = Callable[[int, int], bytes]
 
 
 class Entry(NamedTuple):
-    """A record of an archive that is read: where its local header is, and its size."""
+    """A record of an archive that is read: where its local header is, its size, its CRC-32."""
 
     header: int
     nbytes: int
+    crc: int
+
+
+class Elements(NamedTuple):
+    """The elements of a storage in an archive, and the CRC-32 that it states."""
+
+    offset: int
+    nbytes: int
+    crc: int
 
 
 def read_directory(read: Read, size: int) -> dict[str, Entry]:
@@ -113,7 +122,11 @@ def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, in
     if method != _STORED or packed != nbytes or flags & _ENCRYPTED:
         raise HeaderError(f"holds `{name}` compressed or encrypted, as torch never does")
     _, _, inner = name.partition("/")
-    return inner, Entry(header, nbytes), first + name_length + extra_length + comment_length
+    return (
+        inner,
+        Entry(header, nbytes, fields[7]),
+        first + name_length + extra_length + comment_length,
+    )
 
 
 def _zip64_fields(extra: bytes) -> Iterator[int]:
@@ -258,34 +271,51 @@ def _central(name: bytes, crc: int, nbytes: int, header: int) -> bytes:
     )  # fmt: skip
 
 
-def find_tensor_data(read: Read, size: int) -> tuple[bytes, Callable[[str], tuple[int, int]]]:
-    """Return the pickle of an archive, and what finds offset and bytes of a storage by its key."""
-    entries = read_directory(read, size)
-    if PICKLE_NAME not in entries:
-        raise HeaderError(f"holds no `{PICKLE_NAME}`")
-    order = read_byteorder(read, entries, size)
-    if order != b"little":
-        raise HeaderError(f"was written with byte order {order!r}")
+class ArchiveReader:
+    """An archive of `size` bytes: its pickle, and where the elements of its storages are."""
 
-    def find(key: str) -> tuple[int, int]:
-        entry = entries.get(f"data/{key}")
+    def __init__(self, read: Read, size: int) -> None:
+        self._read = _peeking(read, size)
+        self._size = size
+        self._entries = read_directory(self._read, size)
+        if PICKLE_NAME not in self._entries:
+            raise HeaderError(f"holds no `{PICKLE_NAME}`")
+        # Archives of older versions do not say, and are little.
+        order = self.record("byteorder") if "byteorder" in self._entries else b"little"
+        if order != b"little":
+            raise HeaderError(f"was written with byte order {order!r}")
+
+    def record(self, name: str) -> bytes:
+        """Return a small record."""
+        offset, nbytes, _ = self._place(self._entries[name])
+        return self._read(offset, nbytes)
+
+    def elements(self, key: str) -> Elements:
+        """Return where the elements of storage `key` are."""
+        entry = self._entries.get(f"data/{key}")
         if entry is None:
             raise HeaderError(f"holds no `data/{key}`, which `{PICKLE_NAME}` refers to")
-        return data_offset(read(entry.header, _LOCAL.size), entry, size), entry.nbytes
+        return self._place(entry)
 
-    return read_record(read, entries, PICKLE_NAME, size), find
-
-
-def read_record(read: Read, entries: Mapping[str, Entry], name: str, size: int) -> bytes:
-    """Return a small record."""
-    entry = entries[name]
-    offset = data_offset(read(entry.header, _LOCAL.size), entry, size)
-    return read(offset, entry.nbytes)
+    def _place(self, entry: Entry) -> Elements:
+        local = self._read(entry.header, _LOCAL.size)
+        return Elements(data_offset(local, entry, self._size), entry.nbytes, entry.crc)
 
 
-def read_byteorder(read: Read, entries: Mapping[str, Entry], size: int) -> bytes:
-    """Return `little` or `big`; archives of old torch do not say, and are little."""
-    return read_record(read, entries, "byteorder", size) if "byteorder" in entries else b"little"
+def _peeking(read: Read, size: int) -> Read:
+    """Return `read` with what lies around the elements read at once: beginning and end."""
+    head = read(0, min(size, PEEK_BYTES))
+    start = max(0, size - PEEK_BYTES)
+    tail = read(start, size - start)
+
+    def peek(offset: int, count: int) -> bytes:
+        if offset + count <= len(head):
+            return head[offset : offset + count]
+        if offset >= start:
+            return tail[offset - start : offset - start + count]
+        return read(offset, count)
+
+    return peek
 
 
 def patches(checked: Sequence[Checked], crc_of: Callable[[Checked], int]) -> list[Part]:

@@ -48,22 +48,29 @@ def _shortest(value: float) -> float:
 
 
 def rebuild_config(
-    family: Family, symbols: Mapping[str, Any], metadata: Metadata, dtype: DType
+    family: Family,
+    architecture: str,
+    symbols: Mapping[str, Any],
+    dtype: DType,
+    token_ids: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return config.json; `dtype` is what most weights are to be held in."""
-    config: dict[str, Any] = {"architectures": [family.gguf.of if family.gguf else family.name]}
+    config: dict[str, Any] = {"architectures": [architecture]}
     config.update(family.config)
     for symbol in family.symbols:
         value = symbol.written(Target.HF, symbols)
         if value is not None:
             _put(config, symbol.key(Target.HF), value)
-    for name in ("bos", "eos", "pad"):
-        number = _special_id(metadata, name)
-        if number is not None:
-            config[f"{name}_token_id"] = number
+    config.update(token_ids or {})
     names = {DType.F16: "float16", DType.F32: "float32"}
     config["torch_dtype"] = names.get(dtype, "bfloat16")
     return config
+
+
+def special_ids(metadata: Metadata) -> dict[str, int]:
+    """Return the ids of the tokens that generation begins and ends with, by config.json's keys."""
+    ids = {f"{name}_token_id": _special_id(metadata, name) for name in ("bos", "eos", "pad")}
+    return {key: number for key, number in ids.items() if number is not None}
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
@@ -158,8 +165,7 @@ def _chat_template(metadata: Metadata) -> str | list[dict[str, str]]:
 def _generation_config(metadata: Metadata) -> dict[str, Any]:
     values = plain_values({key: metadata[key] for key in _SAMPLING if key in metadata})
     config = {_SAMPLING[key]: value for key, value in values.items()}
-    ids = {f"{name}_token_id": _special_id(metadata, name) for name in ("bos", "eos", "pad")}
-    return {**config, **{key: number for key, number in ids.items() if number is not None}}
+    return {**config, **special_ids(metadata)}
 
 
 def _json(value: Any) -> bytes:

@@ -10,6 +10,7 @@ from lingconv.checkpoint import Checkpoint
 from lingconv.containers import gguf
 from lingconv.errors import UsageError
 from lingconv.readers.gguf import GgufReader, models_in
+from lingconv.readers.megatron import find_iteration, read_megatron
 from lingconv.readers.safetensors import SafetensorsReader
 from lingconv.storage import Storage
 from lingconv.storage.local import LocalStorage
@@ -32,7 +33,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def read_checkpoint(storage: Storage) -> Checkpoint:
-    """Read the headers of all weight files in `storage`: safetensors, else one GGUF model."""
+    """Read the headers of the weight files in `storage`: Megatron's, safetensors, or one GGUF."""
+    iteration = find_iteration(storage)
+    if iteration is not None:
+        return read_megatron(storage, iteration)
     names = list(storage.files())
     if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         models = models_in(names)

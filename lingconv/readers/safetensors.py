@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder: safetensors shards, their index, config.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
@@ -57,18 +57,7 @@ class SafetensorsReader:
         if name not in self.files:
             self.faults.append(Fault("missing file", "is not there", name))
             return {}
-        if self.files[name].size > MAX_JSON_BYTES:
-            self.faults.append(Fault("json", "is too large to be true", name))
-            return {}
-        try:
-            value = json.loads(self.storage.read(name))
-        except (ValueError, RecursionError) as exc:
-            self.faults.append(Fault("json", f"is not JSON: {exc}", name))
-            return {}
-        if not isinstance(value, dict):
-            self.faults.append(Fault("json", "is not a JSON object", name))
-            return {}
-        return value
+        return read_json(self.storage, name, self.faults)
 
     def _read_index(self) -> tuple[dict[str, str] | None, dict[str, Any] | None]:
         name = safetensors.INDEX_NAME
@@ -150,22 +139,46 @@ class SafetensorsReader:
         self, shards: list[str]
     ) -> tuple[dict[str, FileStat], dict[str, tuple[FileStat, str]]]:
         """Split the files that are not read into those to carry over and those to leave behind."""
-        own = {CONFIG_NAME, RECORD_NAME, safetensors.INDEX_NAME, *shards}
-        side_files: dict[str, FileStat] = {}
-        ignored: dict[str, tuple[FileStat, str]] = {}
-        for name, stat in self.files.items():
-            if name in own:
-                continue
-            if name.endswith(".safetensors"):
-                ignored[name] = stat, "weights that the index does not name"
-            elif name.endswith((*_OTHER_WEIGHTS, ".safetensors.index.json")):
-                ignored[name] = stat, "weights in another format"
-            elif name.endswith(".partial"):
-                ignored[name] = stat, "an unfinished file"
-            else:
-                side_files[name] = stat
+        side_files, ignored = sort_other_files(self.files, {*shards})
         self.faults += [
             Fault("stray file", f"is left behind: {why}", name, fatal=False)
             for name, (_, why) in ignored.items()
         ]
         return side_files, ignored
+
+
+def read_json(storage: Storage, name: str, faults: list[Fault]) -> dict[str, Any]:
+    """Return the JSON object in a file that is there, or an empty one and a fault."""
+    if storage.stat(name).size > MAX_JSON_BYTES:
+        faults.append(Fault("json", "is too large to be true", name))
+        return {}
+    try:
+        value = json.loads(storage.read(name))
+    except (ValueError, RecursionError) as exc:
+        faults.append(Fault("json", f"is not JSON: {exc}", name))
+        return {}
+    if not isinstance(value, dict):
+        faults.append(Fault("json", "is not a JSON object", name))
+        return {}
+    return value
+
+
+def sort_other_files(
+    files: Mapping[str, FileStat], read: Collection[str]
+) -> tuple[dict[str, FileStat], dict[str, tuple[FileStat, str]]]:
+    """Split what is not `read` into files to carry over, and weights that are left behind."""
+    own = {CONFIG_NAME, RECORD_NAME, safetensors.INDEX_NAME, *read}
+    side_files: dict[str, FileStat] = {}
+    ignored: dict[str, tuple[FileStat, str]] = {}
+    for name, stat in files.items():
+        if name in own:
+            continue
+        if name.endswith(".safetensors"):
+            ignored[name] = stat, "weights that the index does not name"
+        elif name.endswith((*_OTHER_WEIGHTS, ".safetensors.index.json")):
+            ignored[name] = stat, "weights in another format"
+        elif name.endswith(".partial"):
+            ignored[name] = stat, "an unfinished file"
+        else:
+            side_files[name] = stat
+    return side_files, ignored

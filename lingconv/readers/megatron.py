@@ -1,0 +1,95 @@
+"""Reads what Megatron wrote: the iteration that is the latest, in whichever of its formats."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
+from lingconv.containers import HeaderError, torch_dist
+from lingconv.containers.pickles import Record, loads
+from lingconv.containers.torch_archive import PICKLE_NAME, ArchiveReader
+from lingconv.errors import CheckpointError, Fault
+from lingconv.readers.safetensors import read_json, sort_other_files
+from lingconv.readers.torch_dist import TorchDistReader
+from lingconv.storage import FileStat, Storage
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+
+def find_iteration(storage: Storage) -> str | None:
+    """Return the folder of the checkpoint, with a slash behind it, or None when there is none.
+
+    It is the storage itself, or the one that its tracker file names. Raises CheckpointError when
+    that is not there.
+    """
+    if _exists(storage, torch_dist.METADATA_NAME):
+        return ""
+    if not _exists(storage, TRACKER_NAME):
+        return None
+    word = storage.read(TRACKER_NAME, 0, 64).decode("utf-8", "replace").strip()
+    if word != "release" and not re.fullmatch(r"\d{1,12}", word):
+        raise CheckpointError(f"{TRACKER_NAME} says {word!r}, which is no iteration")
+    folder = "release/" if word == "release" else f"iter_{int(word):07d}/"
+    if not any(name.startswith(folder) for name in storage.files()):
+        raise CheckpointError(
+            f"{storage.uri} has no folder {folder}, which {TRACKER_NAME} names",
+            hint="name the folder of another iteration",
+        )
+    return folder
+
+
+def _exists(storage: Storage, name: str) -> bool:
+    with suppress(CheckpointError):
+        storage.stat(name)
+        return True
+    return False
+
+
+def read_megatron(storage: Storage, folder: str) -> Checkpoint:
+    """Read the checkpoint in `folder` of a storage, and the small files beside that folder."""
+    faults: list[Fault] = []
+    reader = TorchDistReader(storage, folder)
+    tensors = reader.read()
+    args = _read_args(storage, folder + torch_dist.COMMON_NAME, faults)
+    names = [*reader.files(), folder + torch_dist.METADATA_NAME]
+    side_files: dict[str, FileStat] = {}
+    config: dict[str, Any] = {}
+    if folder:
+        beside = {name: stat for name, stat in storage.files().items() if "/" not in name}
+        side_files, _ = sort_other_files(beside, {TRACKER_NAME})
+        if CONFIG_NAME in beside:
+            config = read_json(storage, CONFIG_NAME, faults)
+    return Checkpoint(
+        storage=storage,
+        config=config,
+        tensors=tensors,
+        shards={name: storage.stat(name) for name in names},
+        side_files=side_files,
+        ignored={},
+        faults=(*reader.faults, *faults),
+        args=args,
+        left_out=reader.left_out,
+        is_recorded=bool(folder) and _exists(storage, RECORD_NAME),
+    )
+
+
+def _read_args(storage: Storage, name: str, faults: list[Fault]) -> Mapping[str, Any]:
+    """Return Megatron's arguments from common.pt; empty when it has none."""
+    if not _exists(storage, name):
+        faults.append(Fault("missing file", "is not there: no arguments", name, fatal=False))
+        return {}
+    size = storage.stat(name).size
+    try:
+        archive = ArchiveReader(lambda at, count: storage.read(name, at, count), size)
+        return args_of(loads(archive.record(PICKLE_NAME)))
+    except HeaderError as exc:
+        faults.append(Fault("arguments", str(exc), name))
+        return {}
+
+
+def args_of(state: Any) -> Mapping[str, Any]:
+    """Return the arguments in a state that Megatron saved, whatever class they are of."""
+    args = state.get("args") if isinstance(state, dict) else None
+    values = args.state if isinstance(args, Record) else args
+    return values if isinstance(values, dict) else {}
