@@ -69,6 +69,7 @@ class RunFolder:
         self._lock = -1
         self._finished: dict[str, list[int]] = {}
         self._pieces: dict[str, set[int]] = {}
+        self._checksums: dict[str, dict[int, tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
         """Take the folder: create it, or check that it holds this very run.
@@ -164,6 +165,8 @@ class RunFolder:
                 self._finished[entry["file"]] = entry["stat"]
             elif entry["lingconv"] == __version__:  # another one may cut files differently
                 self._pieces.setdefault(entry["file"], set()).add(entry["piece"])
+                sums = self._checksums.setdefault(entry["file"], {})
+                sums.update({offset: (count, crc) for offset, count, crc in entry["crc"]})
 
     def is_finished(self, name: str, nbytes: int) -> bool:
         """Return whether a weight file stands complete under its final name.
@@ -193,9 +196,14 @@ class RunFolder:
         there = path.exists() and path.stat().st_size == nbytes
         return self._pieces.get(name, ()) if there else ()
 
-    def finish_piece(self, name: str, piece: int) -> None:
+    def checksums(self, name: str) -> Mapping[int, tuple[int, int]]:
+        """Return bytes and CRC-32 of what was written to a file, by offset."""
+        return self._checksums.get(name, {})
+
+    def finish_piece(self, name: str, piece: int, checksums: Iterable[tuple[int, ...]]) -> None:
         """Note that a piece of a file, whose data is on disk, is complete."""
-        self._note({"file": name, "piece": piece, "lingconv": __version__})
+        sums = [list(each) for each in checksums]
+        self._note({"file": name, "piece": piece, "lingconv": __version__, "crc": sums})
 
     def partial(self, name: str) -> Path:
         """Return where a file is written until it is finished."""
@@ -204,7 +212,7 @@ class RunFolder:
     def finish(self, name: str) -> None:
         """Give a file, whose data is on disk, its final name, and note it."""
         self.partial(name).replace(self.root / name)
-        sync_folder(self.root)
+        sync_folder((self.root / name).parent)
         self._note({"file": name, "stat": _stat(self.root / name)})
 
     def _note(self, entry: Mapping[str, Any]) -> None:

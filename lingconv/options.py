@@ -16,6 +16,7 @@ from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
 from lingconv.errors import UsageError
 
 DEFAULT_SHARD_BYTES = 10_000_000_000
+DISTCP_BYTES = 2_000_000_000
 AUTO = "auto"
 
 
@@ -24,6 +25,14 @@ class Target(StrEnum):
 
     HF = "hf"
     GGUF = "gguf"
+    MEGATRON = "megatron"
+
+
+class Spec(StrEnum):
+    """`--spec`: which of Megatron's layers are to read the checkpoint."""
+
+    TE = "te"
+    LOCAL = "local"
 
 
 class TargetDType(StrEnum):
@@ -163,6 +172,25 @@ class GgufOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class MegatronOptions:
+    """What Megatron's formats leave open: the names of its layers, and how experts are stored."""
+
+    spec: str = Spec.TE
+    singleton_experts: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The layout with its refinements, as the family file names them."""
+        local = ["local"] if self.spec == Spec.LOCAL else []
+        singleton = ["singleton"] if self.singleton_experts else []
+        return "+".join([Target.MEGATRON, *local, *singleton])
+
+    def check(self) -> None:
+        """Raise UsageError for words that mean nothing here."""
+        _check_word("spec", self.spec, list(Spec))
+
+
+@dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """A whole request. `dtype` empty keeps every encoding as it is found.
 
@@ -173,6 +201,7 @@ class ConvertOptions:
     dtype: str = ""
     fp8: Fp8Options = field(default_factory=Fp8Options)
     gguf: GgufOptions = field(default_factory=GgufOptions)
+    megatron: MegatronOptions = field(default_factory=MegatronOptions)
     mtp: str = Mtp.KEEP
     max_shard_bytes: int | None = None
     drop: tuple[str, ...] = ()
@@ -189,6 +218,7 @@ class ConvertOptions:
             raise UsageError("`--max-shard-size` must be positive")
         self.fp8.check(policies)
         self._check_gguf()
+        self._check_megatron()
         if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
             raise UsageError(
                 "`--scheme`, `--dialect`, `--scale`, `--scale-dtype` and `--ignore` are for FP8",
@@ -211,6 +241,25 @@ class ConvertOptions:
         if self.layout == Target.GGUF and self.mtp == Mtp.ONLY:
             raise UsageError("llama.cpp has no model that is MTP layers alone")
 
+    def _check_megatron(self) -> None:
+        self.megatron.check()
+        if self.layout != Target.MEGATRON and self.megatron != MegatronOptions():
+            raise UsageError(
+                "`--spec` and `--singleton-experts` are for Megatron", hint="add `--to megatron`"
+            )
+        if self.layout == Target.MEGATRON and self.dtype == TargetDType.FP8:
+            raise UsageError(
+                "Megatron's checkpoints hold no FP8 weights with scales",
+                hint="leave `--dtype` out: FP8 is dequantized to BF16",
+            )
+        if self.layout == Target.MEGATRON and self.mtp == Mtp.ONLY:
+            raise UsageError("Megatron has no model that is MTP layers alone")
+
+    @property
+    def layout_name(self) -> str:
+        """The target's layout as the family file names it, refinements included."""
+        return self.megatron.layout if self.layout == Target.MEGATRON else self.layout
+
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
         return asdict(self)
@@ -222,13 +271,14 @@ class ConvertOptions:
         fp8 = dict(fields.pop("fp8"))
         fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
         fp8["ignore"] = tuple(fp8["ignore"])
-        gguf = dict(fields.pop("gguf"))
+        gguf, megatron = dict(fields.pop("gguf")), dict(fields.pop("megatron"))
         for name in ("tensor_types", "metadata"):
             gguf[name] = tuple((left, right) for left, right in gguf[name])
         return cls(
             **{**fields, "drop": tuple(fields["drop"])},
             fp8=Fp8Options(**fp8),
             gguf=GgufOptions(**gguf),
+            megatron=MegatronOptions(**megatron),
         )
 
 

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from lingconv.containers import TensorSpec, gguf, safetensors
-from lingconv.plan import OutputFile, Transfer
-from lingconv.stored import Extent
+from lingconv.containers import TensorSpec, gguf, safetensors, torch_dist
+from lingconv.dtypes import DTYPES, DType
+from lingconv.framing import chunk_archive
+from lingconv.plan import Container, OutputFile, Transfer
+from lingconv.stored import Extent, Stored, in_runs
+
+# A chunk of torch_dist is read whole by whoever loads a part of it: one expert of Ling-1T.
+CHUNK_BYTES = 64 << 20
 
 _Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
 
@@ -46,18 +51,71 @@ def pack_gguf(
         ordered = [spec for _, specs in shard for spec in specs]
         start = len(gguf.build_header(own, ordered))
         file = _place(name, shard, ordered, start, lambda spec: gguf.padded_bytes(spec, alignment))
-        files.append(file._replace(metadata=own))
+        files.append(file._replace(container=Container.GGUF, metadata=own))
     return tuple(files)
+
+
+def pack_torch_dist(
+    transfers: Iterable[Transfer], max_shard_bytes: int, folder: str
+) -> tuple[OutputFile, ...]:
+    """Cut transfers into chunks, and these into `.distcp` files of about `max_shard_bytes`."""
+    chunks = [chunk for transfer in transfers for chunk in _chunks(transfer)]
+    files = []
+    for index, shard in enumerate(_cut_specs(chunks, max_shard_bytes, max_tensors=0)):
+        name = f"{folder}__0_{index}{torch_dist.SUFFIX}"
+        position, placed = 0, []
+        for transfer, (spec,) in shard:
+            archive = chunk_archive(position, _plain(spec), spec.shape)
+            extent = Extent(name, archive.offsets()[0], spec.nbytes)
+            target = transfer.target._replace(extents=(extent,))
+            placed.append(transfer._replace(target=target))
+            position = archive.end
+        specs = tuple(spec for _, (spec,) in shard)
+        files.append(OutputFile(name, position, specs, tuple(placed), Container.TORCH_DIST))
+    return tuple(files)
+
+
+def _plain(spec: TensorSpec) -> DType:
+    return DTYPES[spec.dtype.value]
+
+
+def _chunks(transfer: Transfer) -> Iterator[_Unplaced]:
+    """Yield a transfer in chunks of whole rows, or of whole experts where some are stacked."""
+    target, cols = transfer.target, transfer.cols
+    stack, height = target.stack, transfer.rows // (target.stack or 1)
+    row_bytes = target.encoding.row_bytes(cols)
+    steps, size = (stack, height * row_bytes) if stack else (transfer.rows, row_bytes)
+    step = max(1, CHUNK_BYTES // max(size, 1))
+    while stack and steps % step:
+        step -= 1  # so that no chunk straddles the experts of two ranks
+    unit = height if stack else 1
+    firsts = range(0, steps, step)
+    counts = [min(step, steps - first) for first in firsts]
+    runs = in_runs(transfer.segments, cols, (count * unit for count in counts))
+    for first, count, segments in zip(firsts, counts, runs, strict=True):
+        inner = (height, *target.shape[1:]) if stack else target.shape[1:]
+        shape, offsets = (count, *inner), (first, *(0 for _ in inner))
+        matrix = (count * unit, *target.shape[1:])
+        chunk = Stored(target.name, matrix, target.encoding, (), count if stack else 0)
+        (whole,) = target.encoding.tensors(target.name, shape)
+        spec = whole._replace(offsets=offsets)
+        yield transfer._replace(target=chunk, segments=segments), (spec,)
 
 
 def _cut(
     transfers: Iterable[Transfer], max_bytes: int | None, max_tensors: int
 ) -> Iterator[list[_Unplaced]]:
     """Yield what goes into each file: never nothing, even if there are no transfers at all."""
+    unplaced = ((transfer, transfer.target.specs()) for transfer in transfers)
+    return _cut_specs(unplaced, max_bytes, max_tensors)
+
+
+def _cut_specs(
+    unplaced: Iterable[_Unplaced], max_bytes: int | None, max_tensors: int
+) -> Iterator[list[_Unplaced]]:
     shard: list[_Unplaced] = []
     filled = 0
-    for transfer in transfers:
-        specs = transfer.target.specs()
+    for transfer, specs in unplaced:
         nbytes = sum(spec.nbytes for spec in specs)
         too_large = max_bytes and filled + nbytes > max_bytes
         if shard and (too_large or len(shard) == max_tensors):

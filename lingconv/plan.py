@@ -9,10 +9,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lingconv.containers import TensorSpec, gguf, safetensors, tensor_spec
+from lingconv.containers import TensorSpec, gguf, tensor_spec
 from lingconv.dtypes import DTYPES, GGML_TYPES
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
@@ -52,23 +53,26 @@ class Transfer(NamedTuple):
         return self.target.cols
 
 
+class Container(StrEnum):
+    """The format of a weight file."""
+
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
+    TORCH_DIST = "torch_dist"
+
+
 class OutputFile(NamedTuple):
     """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
 
-    `metadata` are the key-values of a GGUF file; a safetensors file has None.
+    `metadata` are the key-values of a GGUF file; others have None.
     """
 
     name: str
     nbytes: int
     tensors: tuple[TensorSpec, ...]
     transfers: tuple[Transfer, ...]
+    container: Container = Container.SAFETENSORS
     metadata: gguf.Metadata | None = None
-
-    def header(self) -> bytes:
-        """Return the bytes before the data."""
-        if self.metadata is None:
-            return safetensors.build_header(self.tensors)
-        return gguf.build_header(self.metadata, self.tensors)
 
 
 class Dropped(NamedTuple):
@@ -81,7 +85,7 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion as a value."""
+    """A conversion as a value. `args` are the arguments that Megatron's formats carry."""
 
     source: str
     source_files: Mapping[str, FileStat]
@@ -93,6 +97,7 @@ class Plan:
     dropped: tuple[Dropped, ...]
     total_parameters: int
     warnings: tuple[str, ...]
+    args: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -100,7 +105,7 @@ class Plan:
         encodings = _Numbers()
         sha = hashlib.sha256()
         for file in self.files:
-            sha.update(f"{file.name} {file.nbytes}\n".encode())
+            sha.update(f"{file.name} {file.nbytes} {file.container}\n".encode())
             sha.update(json.dumps(_metadata_to_json(file.metadata)).encode())
             sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
         rest = {
@@ -112,6 +117,7 @@ class Plan:
             "side_files": dict(self.side_files),
             "config": self.config,
             "dropped": self.dropped,
+            "args": self.args,
         }
         sha.update(json.dumps(rest, sort_keys=True).encode())
         return sha.hexdigest()
@@ -158,6 +164,7 @@ class Plan:
             "dropped": [list(item) for item in self.dropped],
             "total_parameters": self.total_parameters,
             "warnings": list(self.warnings),
+            "args": self.args,
         }
 
     @classmethod
@@ -177,6 +184,7 @@ class Plan:
             dropped=tuple(Dropped(*item) for item in value["dropped"]),
             total_parameters=value["total_parameters"],
             warnings=tuple(value["warnings"]),
+            args=value["args"],
         )
 
 
@@ -224,8 +232,9 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
     return {
         "name": file.name,
         "bytes": file.nbytes,
+        "container": file.container,
         "metadata": _metadata_to_json(file.metadata),
-        "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in file.tensors],
+        "tensors": [[spec.name, spec.dtype, spec.shape, spec.offsets] for spec in file.tensors],
         "transfers": [
             {
                 "target": _stored_to_json(transfer.target, encodings),
@@ -246,8 +255,8 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
         value["name"],
         value["bytes"],
         tuple(
-            tensor_spec(name, DTYPES.get(dtype) or GGML_TYPES[dtype], tuple(shape))
-            for name, dtype, shape in value["tensors"]
+            tensor_spec(name, DTYPES.get(dtype) or GGML_TYPES[dtype], tuple(shape), tuple(offsets))
+            for name, dtype, shape, offsets in value["tensors"]
         ),
         tuple(
             Transfer(
@@ -261,6 +270,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
             )
             for item in value["transfers"]
         ),
+        Container(value["container"]),
         _metadata_from_json(value["metadata"]),
     )
 

@@ -24,10 +24,12 @@ from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
 from lingconv.layout import Layout, PhysicalTensor, build_layout
+from lingconv.metadata.megatron import megatron_args
 from lingconv.model import HF, Model, refuse_faults
 from lingconv.options import (
     AUTO,
     DEFAULT_SHARD_BYTES,
+    DISTCP_BYTES,
     SCALE_F32,
     SCALE_UE8M0,
     ConvertOptions,
@@ -37,9 +39,11 @@ from lingconv.options import (
     Target,
     TargetDType,
 )
-from lingconv.packing import pack_gguf, pack_safetensors
+from lingconv.packing import pack_gguf, pack_safetensors, pack_torch_dist
 from lingconv.patterns import Pattern
 from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Transfer
+from lingconv.rules import megatron_notes
+from lingconv.sidecars import ITERATION_FOLDER
 from lingconv.stored import Segment, Stored
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
@@ -90,6 +94,7 @@ class _Planner:
             source_files={**checkpoint.shards, **checkpoint.side_files},
             family=self.model.family.name,
             options=self.options,
+            args=self._args(),
             files=self._pack(transfers),
             side_files=self._side_files(),
             config={} if self.mix else self._config(transfers),
@@ -104,6 +109,8 @@ class _Planner:
     def _pack(self, transfers: list[Transfer]) -> tuple[OutputFile, ...]:
         """Return the files of the target, in the container of its layout."""
         limit = self.options.max_shard_bytes
+        if self.options.layout == Target.MEGATRON:
+            return pack_torch_dist(transfers, limit or DISTCP_BYTES, ITERATION_FOLDER)
         if self.mix is None:
             return pack_safetensors(transfers, limit or DEFAULT_SHARD_BYTES)
         # With gguf-py, numpy and the tokenizer's library, which nothing else of planning needs.
@@ -122,6 +129,13 @@ class _Planner:
             max_shard_bytes=limit,
             max_tensors=request.max_shard_tensors,
         )
+
+    def _args(self) -> dict[str, Any] | None:
+        """Return the arguments of a target in Megatron's format; other targets have none."""
+        if self.options.layout != Target.MEGATRON:
+            return None
+        self.notes += megatron_notes(self.symbols)
+        return megatron_args(self.model.family, self.symbols, self.options)
 
     def _side_files(self) -> dict[str, int]:
         """Return the small files to carry over: a GGUF file holds all that it needs itself."""
@@ -227,6 +241,8 @@ class _Planner:
                 f"{tensor.name} is {found.label}, which safetensors does not hold",
                 hint="add `--dtype bf16` (or f32, f16, fp8)",
             )
+        if isinstance(found, Fp8) and not dtype and self.options.layout == Target.MEGATRON:
+            return PLAIN[DType.BF16], PLAIN_SCALING
         if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
             own = None if tensor.keep_dtype else self.model.own_dtype
             return Plain(own) if own else found, PLAIN_SCALING
@@ -368,7 +384,7 @@ def _lossy(transfers: Iterable[Transfer]) -> Iterator[str]:
 
 def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, Any], Layout]:
     """Return the target's symbols and layout: the source's model, but for what `--mtp` changes."""
-    if options.mtp == Mtp.KEEP and options.layout == model.layout.name:
+    if options.mtp == Mtp.KEEP and options.layout_name == model.layout.name:
         return model.symbols, model.layout
     overrides = {
         Mtp.KEEP: {"layers": model.symbols["layers"]},
@@ -378,7 +394,7 @@ def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, 
     if options.mtp == Mtp.ONLY and not model.symbols["mtp_layers"]:
         raise UsageError("`--mtp only`: the source has no MTP layers")
     symbols = model.family.resolve(model.checkpoint.config, HF, overrides[Mtp(options.mtp)])
-    return symbols, build_layout(model.family, symbols, options.layout)
+    return symbols, build_layout(model.family, symbols, options.layout_name)
 
 
 def _is_copy(segment: Segment, target: Encoding) -> bool:

@@ -91,6 +91,27 @@ RULES: dict[str, Rule] = {
 }
 
 
+def megatron_notes(symbols: Symbols) -> list[str]:
+    """Return where Megatron computes otherwise than the modeling file that the weights come from.
+
+    It scores a group by its best `topk // group_topk` experts, the modeling file always by two; it
+    always normalises the weights of sigmoid routers; and its GPT models know no YaRN.
+    """
+    notes = []
+    groups, chosen = symbols["groups_per_token"], symbols["experts_per_token"]
+    if symbols["experts"] and symbols["expert_groups"] > 1 and chosen // groups != 2:
+        notes.append(
+            f"Megatron scores a group by its {chosen // groups} best experts (moe_router_topk"
+            f" {chosen} // moe_router_group_topk {groups}), the model by its 2 best: other experts"
+            " will be chosen"
+        )
+    if not symbols["norm_topk_prob"]:
+        notes.append("Megatron normalises the weights of the chosen experts, the model does not")
+    if symbols["rope_scaling"] == "yarn":
+        notes.append("Megatron's arguments hold no YaRN scaling of RoPE: set it yourself")
+    return notes
+
+
 class Spelling(NamedTuple):
     """How a format writes a symbol: `write` may return None for "leave the key out".
 

@@ -1,23 +1,46 @@
-"""The small files of a checkpoint: config.json, the index, lingconv.json."""
+"""The small files of a checkpoint: config.json, the index, lingconv.json, what Megatron wants."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME
+from lingconv.containers import TensorSpec
+from lingconv.containers.pickles import dumps
 from lingconv.containers.safetensors import INDEX_NAME, SINGLE_NAME
+from lingconv.containers.torch_archive import build_archive
+from lingconv.containers.torch_dist import (
+    COMMON_NAME,
+    FORMAT,
+    FORMAT_NAME,
+    METADATA_NAME,
+    Chunk,
+    Place,
+    Tensor,
+    write_metadata,
+)
+from lingconv.dtypes import DTYPES
+from lingconv.framing import archives
+from lingconv.metadata.megatron import ITERATION, common_state
 from lingconv.options import Target
 from lingconv.plan import Plan
+from lingconv.readers.megatron import TRACKER_NAME
+
+ITERATION_FOLDER = f"iter_{ITERATION:07d}/"
 
 
 def last_files(
     plan: Plan, source_record: Mapping[str, Any] | None, version: str
 ) -> dict[str, bytes]:
     """Return the files that make a checkpoint complete, in the order they are to be written."""
-    makers = {
+    makers: dict[str, Callable[[], bytes]] = {
         INDEX_NAME: lambda: index_json(plan),
         RECORD_NAME: lambda: _json(_record(plan, source_record, version)),
         CONFIG_NAME: lambda: _json(plan.config),
+        ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
+        ITERATION_FOLDER + FORMAT_NAME: lambda: json.dumps(FORMAT).encode(),
+        ITERATION_FOLDER + METADATA_NAME: lambda: write_metadata(tensors_of(plan)),
+        TRACKER_NAME: lambda: f"{ITERATION}\n".encode(),
     }
     return {name: makers[name]() for name in last_names(plan)}
 
@@ -26,8 +49,35 @@ def last_names(plan: Plan) -> list[str]:
     """Return the names of those files: GGUF needs none, a single safetensors file no index."""
     if plan.options.layout == Target.GGUF:
         return []
+    if plan.options.layout == Target.MEGATRON:
+        inner = (COMMON_NAME, FORMAT_NAME, METADATA_NAME)
+        own = [ITERATION_FOLDER + name for name in inner]
+        return [*own, RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
     single = [file.name for file in plan.files] == [SINGLE_NAME]
     return [RECORD_NAME, CONFIG_NAME] if single else [INDEX_NAME, RECORD_NAME, CONFIG_NAME]
+
+
+def tensors_of(plan: Plan) -> Iterator[Tensor]:
+    """Yield the tensors of a torch_dist target, each with all its chunks."""
+    chunks: dict[str, list[tuple[TensorSpec, Place]]] = {}
+    for file in plan.files:
+        start = 0
+        for spec, archive in zip(file.tensors, archives(file), strict=True):
+            name = file.name.removeprefix(ITERATION_FOLDER)
+            place = Place(name, start, archive.end - start)
+            chunks.setdefault(spec.name, []).append((spec, place))
+            start = archive.end
+    for name, held in chunks.items():
+        ends = [tuple(map(sum, zip(spec.offsets, spec.shape, strict=True))) for spec, _ in held]
+        shape = tuple(map(max, zip(*ends, strict=True)))
+        boxes = tuple(Chunk(spec.offsets, spec.shape, place) for spec, place in held)
+        yield Tensor(name, DTYPES[held[0][0].dtype.value], shape, boxes)
+
+
+def _common(plan: Plan) -> bytes:
+    """Return common.pt: an archive without tensors."""
+    archive = build_archive(0, dumps(common_state(plan.args or {})), {})
+    return b"".join(part.data for part in archive.parts)
 
 
 def index_json(plan: Plan) -> bytes:

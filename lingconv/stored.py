@@ -108,6 +108,24 @@ class Segment(NamedTuple):
         return self._replace(first_row=self.first_row + first, num_rows=num_rows)
 
 
+def in_runs(
+    segments: Iterable[Segment], cols: int, counts: Iterable[int]
+) -> Iterator[tuple[Segment, ...]]:
+    """Yield the segments of the first of `counts` rows of a matrix, of the next ones, and so on."""
+    rest = list(side_by_side(segments, cols))[::-1]
+    for missing in counts:
+        run: list[Segment] = []
+        while missing:
+            beside = rest.pop()
+            count = beside[0].num_rows
+            if count > missing:
+                rest.append(tuple(each.cut(missing, count - missing) for each in beside))
+                beside = tuple(each.cut(0, missing) for each in beside)
+            run += beside
+            missing -= beside[0].num_rows
+        yield tuple(run)
+
+
 def side_by_side(segments: Iterable[Segment], cols: int) -> Iterator[tuple[Segment, ...]]:
     """Yield the segments that fill the same rows of a matrix of `cols` columns, top to bottom."""
     beside: list[Segment] = []

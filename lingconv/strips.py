@@ -12,7 +12,7 @@ from lingconv.encodings import Encoding, Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
 from lingconv.plan import OutputFile, Plan, Transfer
-from lingconv.stored import Extent, Segment, side_by_side
+from lingconv.stored import Extent, Segment, in_runs
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
@@ -86,20 +86,11 @@ def written_bytes(strip: Strip) -> int:
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
     step = rows_per_strip(transfer)
-    rest = list(side_by_side(transfer.segments, transfer.cols))[::-1]
-    for first in range(0, transfer.rows, step):
-        last = min(first + step, transfer.rows)
-        segments: list[Segment] = []
-        missing = last - first
-        while missing:
-            beside = rest.pop()
-            count = beside[0].num_rows
-            if count > missing:
-                rest.append(tuple(each.cut(missing, count - missing) for each in beside))
-                beside = tuple(each.cut(0, missing) for each in beside)
-            segments += beside
-            missing -= beside[0].num_rows
-        yield RowStrip(transfer, first, last, tuple(segments))
+    firsts = range(0, transfer.rows, step)
+    counts = (min(step, transfer.rows - first) for first in firsts)
+    runs = in_runs(transfer.segments, transfer.cols, counts)
+    for first, segments in zip(firsts, runs, strict=True):
+        yield RowStrip(transfer, first, min(first + step, transfer.rows), segments)
 
 
 def _moves(transfer: Transfer) -> Iterator[_Move]:

@@ -8,19 +8,20 @@ piece, so that even one of a terabyte goes on where a kill left it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
+from lingconv.framing import frames, seals
 from lingconv.journal import RunFolder
-from lingconv.plan import OutputFile, Plan
+from lingconv.plan import Container, OutputFile, Plan
 from lingconv.progress import Progress
 from lingconv.storage import Storage
 from lingconv.storage.opened import OpenedFiles
-from lingconv.storage.output import OutputBlob
+from lingconv.storage.output import Checksums, OutputBlob
 from lingconv.strips import Strip, lower, written_bytes
 
 
@@ -52,7 +53,13 @@ class _OpenFile:
     """
 
     def __init__(
-        self, file: OutputFile, path: Path, done: Collection[int], *, sparse: bool
+        self,
+        file: OutputFile,
+        path: Path,
+        done: Collection[int],
+        checksums: Mapping[int, tuple[int, int]],
+        *,
+        sparse: bool,
     ) -> None:
         self.file = file
         self.started = time.monotonic()
@@ -60,9 +67,13 @@ class _OpenFile:
         self._in_flight: Counter[int] = Counter()
         self._tasks = self._missing(done)
         self._next = next(self._tasks, None)
-        self.output = OutputBlob(path, file.nbytes, sparse=sparse)
+        # Only archives state checksums of their elements.
+        summed = file.container == Container.TORCH_DIST and not sparse
+        self.checksums = Checksums(checksums) if summed else None
+        self.output = OutputBlob(path, file.nbytes, sparse=sparse, checksums=self.checksums)
         try:
-            self.output.write(memoryview(file.header()), 0)
+            for part in frames(file):
+                self.output.write(memoryview(part.data), part.offset)
         except BaseException:
             self.output.close()
             raise
@@ -211,7 +222,13 @@ class Crew:
         if file is None:
             return None
         done = self._folder.pieces(file.name, file.nbytes)
-        opened = _OpenFile(file, self._folder.partial(file.name), done, sparse=self._sparse)
+        opened = _OpenFile(
+            file,
+            self._folder.partial(file.name),
+            done,
+            self._folder.checksums(file.name),
+            sparse=self._sparse,
+        )
         self._open.append(opened)
         self._progress.file_begins(file.name, file.nbytes, opened.held_bytes)
         return opened
@@ -227,10 +244,15 @@ class Crew:
             file.output.sync()
             check_unchanged(self._plan, self._storage, file.sources)
             with self._lock:
-                self._folder.finish_piece(file.file.name, piece)
+                sums = file.checksums.take_new() if file.checksums else []
+                self._folder.finish_piece(file.file.name, piece, sums)
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
+        if file.checksums is not None:
+            sums = file.checksums
+            for part in seals(file.file, lambda item: sums.of(item.offset, item.nbytes)):
+                file.output.write(memoryview(part.data), part.offset)
         file.output.sync()
         check_unchanged(self._plan, self._storage, file.sources)
         with self._lock:

@@ -9,11 +9,14 @@ goes through the cache as usual; the two never share a page, because only whole 
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from lingconv.containers import BLOCK_BYTES
 from lingconv.errors import SAME_COMMAND, DestinationError, PermissionDenied, ResourceError
@@ -38,6 +41,37 @@ def explained_writing(destination: Path) -> Iterator[None]:
         ) from exc
 
 
+class Checksums:
+    """The CRC-32 of everything that was written to a file, write by write."""
+
+    def __init__(self, known: Mapping[int, tuple[int, int]]) -> None:
+        self._writes = dict(known)
+        self._new: list[tuple[int, int, int]] = []
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, data: memoryview) -> None:
+        """Sum up what is written at `offset`."""
+        crc = isal_zlib.crc32(data)
+        with self._lock:
+            self._writes[offset] = len(data), crc
+            self._new.append((offset, len(data), crc))
+
+    def take_new(self) -> list[tuple[int, int, int]]:
+        """Return what was added since the last call, as (offset, bytes, CRC-32)."""
+        with self._lock:
+            new, self._new = self._new, []
+        return new
+
+    def of(self, offset: int, nbytes: int) -> int:
+        """Return the CRC-32 of a run of bytes that whole writes filled."""
+        crc, position = 0, offset
+        while position < offset + nbytes:
+            count, part = self._writes[position]
+            crc = isal_zlib.crc32_combine(crc, part, count)
+            position += count
+        return crc
+
+
 class OutputBlob:
     """A file of a known size that is being filled.
 
@@ -45,7 +79,16 @@ class OutputBlob:
     midst; a `sparse` file takes none.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, sparse: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int,
+        *,
+        sparse: bool = False,
+        checksums: "Checksums | None" = None,
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._checksums = checksums
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o644)
         self._direct_fd = -1
@@ -71,6 +114,8 @@ class OutputBlob:
 
         Its whole blocks bypass the cache if they lie at page boundaries in memory too.
         """
+        if self._checksums is not None:
+            self._checksums.add(offset, data)
         first = -offset % BLOCK_BYTES
         last = len(data) - (offset + len(data)) % BLOCK_BYTES
         if self._direct_fd < 0 or last <= first:

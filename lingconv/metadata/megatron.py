@@ -1,0 +1,56 @@
+"""The arguments that Megatron's checkpoints carry, so that `--use-checkpoint-args` works.
+
+Source: `load_args_from_checkpoint` in megatron/training/checkpointing.py of
+github.com/NVIDIA/Megatron-LM at core_v0.13.0, and the launch scripts of Ling-V2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lingconv.containers.pickles import TORCH_NAMES, Global, Instance
+from lingconv.dtypes import DType
+from lingconv.family import Family
+from lingconv.model import MEGATRON
+from lingconv.options import ConvertOptions, Spec, TargetDType
+
+ITERATION = 1
+_DTYPES = {TargetDType.F16: DType.F16, TargetDType.F32: DType.F32}
+_IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
+_DTYPE_KEY = "params_dtype"
+
+
+def megatron_args(
+    family: Family, symbols: Mapping[str, Any], options: ConvertOptions
+) -> dict[str, Any]:
+    """Return the arguments as JSON values; `params_dtype` is torch's name of a dtype."""
+    dtype = _DTYPES.get(TargetDType(options.dtype), DType.BF16) if options.dtype else DType.BF16
+    args: dict[str, Any] = dict(family.megatron.args) if family.megatron else {}
+    for symbol in family.symbols:
+        value = symbol.written(MEGATRON, symbols)
+        if value is not None:
+            args[symbol.key(MEGATRON)] = value
+    return {
+        **args,
+        "seq_length": symbols["max_position_embeddings"],
+        _DTYPE_KEY: TORCH_NAMES[dtype],
+        "bf16": dtype == DType.BF16,
+        "fp16": dtype == DType.F16,
+        "transformer_impl": "local"
+        if options.megatron.spec == Spec.LOCAL
+        else "transformer_engine",
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "ckpt_format": "torch_dist",
+        "iteration": ITERATION,
+    }
+
+
+def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every rank of Megatron saves besides its tensors, to be pickled."""
+    values = {**args, _DTYPE_KEY: Global("torch", args[_DTYPE_KEY])}
+    return {
+        "args": Instance(Global("argparse", "Namespace"), values),
+        "checkpoint_version": 3.0,
+        "iteration": ITERATION,
+    }
