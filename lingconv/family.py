@@ -226,10 +226,12 @@ class GgufModel:
 class MegatronModel:
     """The models in Megatron's formats: their architecture in config.json is `of`.
 
-    `args` are Megatron's arguments that follow from the family alone.
+    `args` are Megatron's arguments that follow from the family alone; `state_beside` names modules
+    that have no weights, and by whose side they are, because their state is saved as well.
     """
 
     of: str
+    state_beside: Mapping[str, str]
     args: Mapping[str, Any]
 
 

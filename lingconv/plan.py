@@ -85,7 +85,11 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion as a value. `args` are the arguments that Megatron's formats carry."""
+    """A conversion as a value.
+
+    `args` are the arguments that Megatron's formats carry, `states` the keys of the modules' states
+    in torch_dist, each with the number of its shards.
+    """
 
     source: str
     source_files: Mapping[str, FileStat]
@@ -98,6 +102,7 @@ class Plan:
     total_parameters: int
     warnings: tuple[str, ...]
     args: Mapping[str, Any] | None = None
+    states: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -118,6 +123,7 @@ class Plan:
             "config": self.config,
             "dropped": self.dropped,
             "args": self.args,
+            "states": self.states,
         }
         sha.update(json.dumps(rest, sort_keys=True).encode())
         return sha.hexdigest()
@@ -165,6 +171,7 @@ class Plan:
             "total_parameters": self.total_parameters,
             "warnings": list(self.warnings),
             "args": self.args,
+            "states": [list(state) for state in self.states],
         }
 
     @classmethod
@@ -185,6 +192,7 @@ class Plan:
             total_parameters=value["total_parameters"],
             warnings=tuple(value["warnings"]),
             args=value["args"],
+            states=tuple((key, shards) for key, shards in value["states"]),
         )
 
 

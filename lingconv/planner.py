@@ -24,7 +24,7 @@ from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
 from lingconv.layout import Layout, PhysicalTensor, build_layout
-from lingconv.metadata.megatron import megatron_args
+from lingconv.metadata.megatron import megatron_args, module_states
 from lingconv.model import HF, Model, refuse_faults
 from lingconv.options import (
     AUTO,
@@ -95,6 +95,7 @@ class _Planner:
             family=self.model.family.name,
             options=self.options,
             args=self._args(),
+            states=self._states(),
             files=self._pack(transfers),
             side_files=self._side_files(),
             config={} if self.mix else self._config(transfers),
@@ -136,6 +137,13 @@ class _Planner:
             return None
         self.notes += megatron_notes(self.symbols)
         return megatron_args(self.model.family, self.symbols, self.options)
+
+    def _states(self) -> tuple[tuple[str, int], ...]:
+        """Return the modules' states that Megatron expects in torch_dist, all of them empty."""
+        megatron = self.model.family.megatron
+        if self.options.layout != Target.MEGATRON or megatron is None:
+            return ()
+        return module_states(self.layout, megatron.state_beside)
 
     def _side_files(self) -> dict[str, int]:
         """Return the small files to carry over: a GGUF file holds all that it needs itself."""

@@ -14,6 +14,7 @@ from lingconv.containers.torch_dist import (
     FORMAT,
     FORMAT_NAME,
     METADATA_NAME,
+    SUFFIX,
     Chunk,
     Place,
     Tensor,
@@ -39,7 +40,10 @@ def last_files(
         CONFIG_NAME: lambda: _json(plan.config),
         ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
         ITERATION_FOLDER + FORMAT_NAME: lambda: json.dumps(FORMAT).encode(),
-        ITERATION_FOLDER + METADATA_NAME: lambda: write_metadata(tensors_of(plan)),
+        ITERATION_FOLDER + _STATES_NAME: lambda: _EMPTY_STATE * num_states(plan),
+        ITERATION_FOLDER + METADATA_NAME: lambda: write_metadata(
+            tensors_of(plan), objects_of(plan)
+        ),
         TRACKER_NAME: lambda: f"{ITERATION}\n".encode(),
     }
     return {name: makers[name]() for name in last_names(plan)}
@@ -50,7 +54,7 @@ def last_names(plan: Plan) -> list[str]:
     if plan.options.layout == Target.GGUF:
         return []
     if plan.options.layout == Target.MEGATRON:
-        inner = (COMMON_NAME, FORMAT_NAME, METADATA_NAME)
+        inner = (_STATES_NAME, COMMON_NAME, FORMAT_NAME, METADATA_NAME)
         own = [ITERATION_FOLDER + name for name in inner]
         return [*own, RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
     single = [file.name for file in plan.files] == [SINGLE_NAME]
@@ -74,10 +78,35 @@ def tensors_of(plan: Plan) -> Iterator[Tensor]:
         yield Tensor(name, DTYPES[held[0][0].dtype.value], shape, boxes)
 
 
+def _metadata(plan: Plan) -> bytes:
+    return write_metadata(tensors_of(plan), objects_of(plan))
+
+
+def num_states(plan: Plan) -> int:
+    """Return how many states of modules there are, each shard counted."""
+    return sum(shards for _, shards in plan.states)
+
+
+def objects_of(plan: Plan) -> Iterator[tuple[str, Place]]:
+    """Yield the modules' states of a torch_dist target by key, and where they are."""
+    keys = (f"{key}/shard_{n}_{shards}" for key, shards in plan.states for n in range(shards))
+    for number, key in enumerate(keys):
+        yield key, Place(_STATES_NAME, number * len(_EMPTY_STATE), len(_EMPTY_STATE))
+
+
+def _small_archive(value: Any) -> bytes:
+    """Return an archive without tensors."""
+    return b"".join(part.data for part in build_archive(0, dumps(value), {}).parts)
+
+
+# Megatron saves the objects of a key as a list; None is the state of a module that has none.
+_STATES_NAME = f"__1_0{SUFFIX}"
+_EMPTY_STATE = _small_archive([None])
+
+
 def _common(plan: Plan) -> bytes:
-    """Return common.pt: an archive without tensors."""
-    archive = build_archive(0, dumps(common_state(plan.args or {})), {})
-    return b"".join(part.data for part in archive.parts)
+    """Return common.pt."""
+    return _small_archive(common_state(plan.args or {}))
 
 
 def index_json(plan: Plan) -> bytes:

@@ -144,8 +144,8 @@ def _dtype(properties: Any) -> DType | None:
     return found if isinstance(found, DType) else None
 
 
-def write_metadata(tensors: Iterable[Tensor]) -> bytes:
-    """Return `.metadata` for tensors that are complete."""
+def write_metadata(tensors: Iterable[Tensor], objects: Iterable[tuple[str, Place]] = ()) -> bytes:
+    """Return `.metadata` for tensors that are complete, and for objects that are no tensors."""
     listed, stored = [], []
     for tensor in tensors:
         fields = {
@@ -154,7 +154,12 @@ def write_metadata(tensors: Iterable[Tensor]) -> bytes:
             "chunks": [_box(chunk) for chunk in tensor.chunks],
         }
         listed.append((tensor.name, Instance(Global(_MODULE, "TensorStorageMetadata"), fields)))
-        stored += [(_key(tensor.name, chunk), _info(chunk.place)) for chunk in tensor.chunks]
+        stored += [
+            (_key(tensor.name, _size(chunk.offsets)), _info(chunk.place)) for chunk in tensor.chunks
+        ]
+    for name, place in objects:
+        listed.append((name, Instance(Global(_MODULE, "BytesStorageMetadata"), {})))
+        stored.append((_key(name, None), _info(place)))
     state = {
         "state_dict_metadata": Pairs(tuple(listed)),
         "planner_data": None,
@@ -177,8 +182,8 @@ def _box(chunk: Chunk) -> Instance:
     return Instance(Global(_MODULE, "ChunkStorageMetadata"), fields)
 
 
-def _key(name: str, chunk: Chunk) -> Instance:
-    fields = {"fqn": name, "offset": _size(chunk.offsets), "index": None}
+def _key(name: str, offset: Call | None) -> Instance:
+    fields = {"fqn": name, "offset": offset, "index": None}
     return Instance(Global(_MODULE, "MetadataIndex"), fields)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from lingconv.containers.pickles import TORCH_NAMES, Global, Instance
 from lingconv.dtypes import DType
-from lingconv.family import Family
+from lingconv.family import Family, Role
+from lingconv.layout import Layout
 from lingconv.model import MEGATRON
 from lingconv.options import ConvertOptions, Spec, TargetDType
 
 ITERATION = 1
 _DTYPES = {TargetDType.F16: DType.F16, TargetDType.F32: DType.F32}
 _IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
+_STATEFUL = (Role.LINEAR, Role.EXPERT, Role.NORM, Role.MTP_PROJECTION)
 _DTYPE_KEY = "params_dtype"
 
 
@@ -44,6 +46,23 @@ def megatron_args(
         "ckpt_format": "torch_dist",
         "iteration": ITERATION,
     }
+
+
+def module_states(layout: Layout, beside: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
+    """Return the keys under which modules save their state, and how many shards each has.
+
+    Megatron asks for those of its linear modules, TransformerEngine for those of norms and of the
+    attention itself, too; a key that nobody asks for does no harm.
+    """
+    states: dict[str, int] = {}
+    for tensor in layout.tensors.values():
+        module, _, _ = tensor.name.rpartition(".")
+        parent, _, own = module.rpartition(".")
+        if tensor.role in _STATEFUL:
+            states[f"{module}._extra_state"] = tensor.stack or 1
+        if own in beside:
+            states[f"{parent}.{beside[own]}._extra_state"] = 1
+    return tuple(states.items())
 
 
 def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
