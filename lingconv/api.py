@@ -46,9 +46,11 @@ def open_model(
     return recognise(open_checkpoint(source), load_families(formats), given)
 
 
-def inspect(source: str | Path, *, formats: str | None = None) -> Report:
+def inspect(
+    source: str | Path, *, formats: str | None = None, given: Given | None = None
+) -> Report:
     """Return what `source` is, and everything odd about it. Reads headers only."""
-    return inspect_model(open_model(source, formats=formats))
+    return inspect_model(open_model(source, formats=formats, given=given))
 
 
 def plan(
@@ -57,13 +59,14 @@ def plan(
     *,
     destination: str | Path = "",
     formats: str | None = None,
+    given: Given | None = None,
 ) -> Plan:
     """Return the plan of a conversion, down to the byte, without writing anything.
 
     `destination` gives GGUF files their name.
     """
     options = _named(options or ConvertOptions(), Path(destination))
-    return build_plan(open_model(source, formats=formats), options)
+    return build_plan(open_model(source, formats=formats, given=given), options)
 
 
 def convert(
@@ -72,6 +75,7 @@ def convert(
     options: ConvertOptions | None = None,
     *,
     formats: str | None = None,
+    given: Given | None = None,
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
@@ -82,7 +86,7 @@ def convert(
     """
     _refuse_overlap(Path(source), Path(destination))
     options = _named(options or ConvertOptions(), Path(destination))
-    model = open_model(source, formats=formats)
+    model = open_model(source, formats=formats, given=given)
     return execute(
         build_plan(model, options),
         model.checkpoint.storage,
@@ -178,6 +182,7 @@ def forward(
     chat: bool = False,
     tokens: str | None = None,
     formats: str | None = None,
+    given: Given | None = None,
     watcher: Watcher | None = None,
 ) -> "Trace":
     """Run the reference forward pass over `source`, one layer in memory at a time.
@@ -186,7 +191,7 @@ def forward(
     """
     from lingconv.reference.forward import trace  # torch is not needed for anything else here
 
-    model = open_model(source, formats=formats)
+    model = open_model(source, formats=formats, given=given)
     ids = input_ids(model, prompt=prompt, chat=chat, tokens=tokens)
     return trace(model, ids, options, watcher or Unwatched())
 
@@ -200,10 +205,13 @@ def verify(
     chat: bool = False,
     tokens: str | None = None,
     formats: str | None = None,
+    given: Given | None = None,
     jobs: int = 0,
     watcher: Watcher | None = None,
 ) -> "Verdict":
     """Return whether checkpoint `target` is what `source` became; reads, writes nothing.
+
+    `given` is what `source` does not say of itself.
 
     Raises CheckpointError when `source` cannot be trusted, or `target` is no checkpoint at all;
     everything else that is wrong with `target` is a finding of the verdict.
@@ -213,7 +221,10 @@ def verify(
 
     options = options or VerifyOptions()
     options.check()
-    models = open_model(source, formats=formats), open_model(target, formats=formats)
+    models = (
+        open_model(source, formats=formats, given=given),
+        open_model(target, formats=formats),
+    )
     level = options.level or default_level(*models)
     ids = None
     if level == Level.FORWARD:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from lingconv.checkpoint import LeftOut
 from lingconv.encodings import quantization_config
 from lingconv.errors import Fault
 from lingconv.family import Role
@@ -37,6 +38,7 @@ class Report:
     file_bytes: int
     shards: int
     quantization: dict[str, Any] | None
+    left_out: Mapping[str, LeftOut]
     side_files: tuple[str, ...]
     faults: tuple[Fault, ...]
 
@@ -48,6 +50,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         values = {name: getattr(self, name) for name in self.__slots__}
+        values["left_out"] = {kind: held._asdict() for kind, held in self.left_out.items()}
         values["side_files"] = list(self.side_files)
         values["faults"] = [
             {
@@ -90,6 +93,7 @@ def inspect_model(model: Model) -> Report:
         file_bytes=sum(stat.size for stat in checkpoint.shards.values()),
         shards=len(checkpoint.shards),
         quantization=checkpoint.config.get(quantization_config.KEY),
+        left_out=checkpoint.left_out,
         side_files=tuple(checkpoint.side_files),
         faults=model.faults,
     )

@@ -300,7 +300,11 @@ class _Planner:
             Dropped(name, stat.size, why)
             for name, (stat, why) in self.model.checkpoint.ignored.items()
         ]
-        return (*by_mtp, *by_family, *by_user, *ignored)
+        by_kind = [
+            Dropped(f"{held.entries:,} entries", held.nbytes, f"{kind}, no part of the model")
+            for kind, held in self.model.checkpoint.left_out.items()
+        ]
+        return (*by_mtp, *by_family, *by_user, *ignored, *by_kind)
 
     def _check_ledger(self, transfers: list[Transfer], dropped: Iterable[Dropped]) -> None:
         """Every source tensor is read in full once, or dropped; every target is filled."""

@@ -24,6 +24,7 @@ from tests.support import tree_digest
 OPTIONS = {
     "fp8": lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000),
     "gguf": lingconv.ConvertOptions(layout="gguf", gguf=lingconv.GgufOptions(outtype="q8_0")),
+    "megatron": lingconv.ConvertOptions(layout="megatron", max_shard_bytes=1_500_000),
 }
 KIND = sys.argv[4]
 lingconv.workers.PIECE_BYTES = 100_000
@@ -70,7 +71,7 @@ def finished_files(target):
     """Return the weight files under their final names, each with what would change if rewritten."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for pattern in ("*.safetensors", "*.gguf")
+        for pattern in ("*.safetensors", "*.gguf", "**/*.distcp")
         for path in target.glob(pattern)
     }
 
@@ -105,7 +106,7 @@ def main(source, work, rounds):
         seen["killed"] += os.WIFSIGNALED(status)
         before = finished_files(target)
         stages.add((len(before), finished_pieces(target)))
-        files = [name for name in expected if name.endswith((".safetensors", ".gguf"))]
+        files = [name for name in expected if name.endswith((".safetensors", ".gguf", "0.distcp"))]
         begun = len(before) or finished_pieces(target)
         seen["resumed"] += begun > 0 and len(before) < len(files)
         _, status = os.waitpid(in_child(source, target), 0)

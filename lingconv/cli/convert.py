@@ -11,6 +11,7 @@ from lingconv.cli import verify as verify_command
 from lingconv.cli.options import (
     AllowNonfinite,
     AllowRequantize,
+    ConfigFile,
     Destination,
     Dialect,
     Drop,
@@ -29,7 +30,10 @@ from lingconv.cli.options import (
     Scale,
     ScaleDtype,
     SchemeOption,
+    Settings,
+    SingletonExperts,
     Source,
+    SpecOption,
     SplitMaxTensors,
     TensorType,
     TensorTypeFile,
@@ -38,6 +42,7 @@ from lingconv.cli.options import (
     Verbose,
     Verify,
     gguf_options,
+    given,
     layout_of,
     request,
     resources,
@@ -46,7 +51,8 @@ from lingconv.cli.output import output
 from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
-from lingconv.options import AUTO, ConvertOptions, Mtp, Scheme, VerifyOptions
+from lingconv.options import AUTO, ConvertOptions, MegatronOptions, Mtp, Scheme, Spec, VerifyOptions
+from lingconv.recognise import Given
 
 if TYPE_CHECKING:
     from lingconv.verification.verdict import Verdict
@@ -73,6 +79,8 @@ def convert(
     tokenizer_pre: TokenizerPre = "",
     metadata: MetadataText = None,
     split_max_tensors: SplitMaxTensors = 0,
+    spec: SpecOption = Spec.TE,
+    singleton_experts: SingletonExperts = False,
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     dry_run: Annotated[
@@ -83,6 +91,8 @@ def convert(
     jobs: Jobs = 0,
     max_memory: MaxMemory = "1GiB",
     formats: Formats = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -108,13 +118,23 @@ def convert(
         gguf=gguf_options(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
+        megatron=MegatronOptions(spec.value, singleton_experts),
     )
-    limits = resources(jobs, max_memory)
+    limits, said = resources(jobs, max_memory), given(config, settings)
     if dry_run:
-        built = api.plan(source, options, destination=destination, formats=formats)
+        built = api.plan(source, options, destination=destination, formats=formats, given=said)
         plan_command.show(built, destination, limits, verbose=verbose)
         return
-    run(source, destination, options, limits, formats=formats, fresh=fresh, verify=verify)
+    run(
+        source,
+        destination,
+        options,
+        limits,
+        formats=formats,
+        said=said,
+        fresh=fresh,
+        verify=verify,
+    )
 
 
 def run(
@@ -124,6 +144,7 @@ def run(
     limits: Resources,
     *,
     formats: str | None,
+    said: Given | None = None,
     fresh: bool,
     verify: bool,
 ) -> None:
@@ -134,6 +155,7 @@ def run(
             destination,
             options,
             formats=formats,
+            given=said,
             resources=limits,
             progress=progress,
             fresh=fresh,
@@ -146,6 +168,7 @@ def run(
                 result.destination,
                 VerifyOptions(mtp=options.mtp),
                 formats=formats,
+                given=said,
                 jobs=limits.jobs,
                 watcher=watcher,
             )

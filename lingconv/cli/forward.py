@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lingconv import api
-from lingconv.cli.options import FORWARD, Formats, Json, Quiet, Source, Verbose
+from lingconv.cli.options import (
+    FORWARD,
+    ConfigFile,
+    Formats,
+    Json,
+    Quiet,
+    Settings,
+    Source,
+    Verbose,
+    given,
+)
 from lingconv.cli.output import columns, output
 from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
@@ -79,6 +89,8 @@ def forward(
         ),
     ] = None,
     formats: Formats = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -99,6 +111,7 @@ def forward(
             chat=chat,
             tokens=tokens,
             formats=formats,
+            given=given(config, settings),
             watcher=watcher,
         )
     if out is not None:

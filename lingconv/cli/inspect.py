@@ -1,7 +1,7 @@
 """`lingconv inspect`: what is this checkpoint?"""
 
 from lingconv import api
-from lingconv.cli.options import Formats, Json, Quiet, Source, Verbose
+from lingconv.cli.options import ConfigFile, Formats, Json, Quiet, Settings, Source, Verbose, given
 from lingconv.cli.output import columns, output
 from lingconv.cli.units import count, file_size
 from lingconv.errors import CheckpointError, Fault
@@ -13,6 +13,8 @@ _MAX_FAULTS = 10
 def inspect(
     source: Source,
     formats: Formats = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -21,7 +23,7 @@ def inspect(
 
     Example: `lingconv inspect Ling-mini-2.0`
     """
-    report = api.inspect(source, formats=formats)
+    report = api.inspect(source, formats=formats, given=given(config, settings))
     output.result(_lines(report, verbose=verbose), report.to_json(), report.architecture)
     if not report.sound:
         fatal = [fault for fault in report.faults if fault.fatal]
@@ -64,11 +66,19 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
                     ", ".join(f"{name} {file_size(size)}" for name, size in report.dtypes.items()),
                 ),
                 ("quantization", str(quantization.get("quant_method", ""))),
+                ("left out", _left_out(report)),
                 ("other files", ", ".join(report.side_files)),
             ]
         ),
         *_fault_lines(report, verbose=verbose),
     ]
+
+
+def _left_out(report: Report) -> str:
+    return ", ".join(
+        f"{kind} {file_size(held.nbytes)} in {held.entries:,} entries"
+        for kind, held in report.left_out.items()
+    )
 
 
 def _fault_lines(report: Report, *, verbose: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """The options that several commands share, and what they add up to."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,14 +16,18 @@ from lingconv.options import (
     ConvertOptions,
     Fp8Options,
     GgufOptions,
+    MegatronOptions,
     Mtp,
     Scheme,
+    Spec,
     Target,
     TargetDType,
 )
+from lingconv.recognise import Given
 
 FP8 = "FP8"
 GGUF = "GGUF"
+MEGATRON = "Megatron"
 OUTPUT = "Output"
 RUN = "Run"
 FORWARD = "Forward pass"
@@ -45,6 +50,28 @@ DType = Annotated[
 ]
 Formats = Annotated[
     str | None, typer.Option("--formats", metavar="PATH", help="Family file or folder of your own.")
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A config.json in place of what SRC says of its model."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One key of that config. Repeatable."),
+]
+SpecOption = Annotated[
+    Spec,
+    typer.Option("--spec", help="Megatron's layers: their names differ.", rich_help_panel=MEGATRON),
+]
+SingletonExperts = Annotated[
+    bool,
+    typer.Option(
+        "--singleton-experts",
+        help="A tensor for each expert, instead of all in one.",
+        rich_help_panel=MEGATRON,
+    ),
 ]
 MaxShardSize = Annotated[
     str,
@@ -276,6 +303,7 @@ def request(
     allow_nonfinite: bool,
     allow_requantize: bool,
     gguf: GgufOptions | None = None,
+    megatron: MegatronOptions | None = None,
 ) -> ConvertOptions:
     """Return what the options of `plan`, `convert` and `quantize` ask for together."""
     return ConvertOptions(
@@ -283,6 +311,7 @@ def request(
         dtype=dtype,
         fp8=_fp8_options(scheme, dialect, scale, scale_dtype, ignore),
         gguf=gguf or GgufOptions(),
+        megatron=megatron or MegatronOptions(),
         mtp=mtp.value,
         max_shard_bytes=shard_bytes(max_shard_size),
         drop=tuple(drop or ()),
@@ -318,6 +347,32 @@ def gguf_options(
         metadata=tuple(_pair("--metadata", text, "KEY=TEXT") for text in metadata or ()),
         max_shard_tensors=split_max_tensors,
     )
+
+
+def given(config: Path | None, settings: list[str] | None) -> Given | None:
+    """Return what the user says of SRC, or None when that is nothing."""
+    if config is None and not settings:
+        return None
+    pairs = [_pair("--set", text, "KEY=VALUE") for text in settings or ()]
+    return Given(_read_config(config) if config else None, {k: _value(v) for k, v in pairs})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"`--config {path}` cannot be read: {exc}") from exc
+    if not isinstance(value, dict):
+        raise UsageError(f"`--config {path}` is not a JSON object")
+    return value
+
+
+def _value(text: str) -> Any:
+    """Return a number, a switch or any other JSON value; what is none is a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _words(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from lingconv import api
 from lingconv.cli.options import (
     AllowNonfinite,
     AllowRequantize,
+    ConfigFile,
     Destination,
     Dialect,
     Drop,
@@ -27,7 +28,10 @@ from lingconv.cli.options import (
     Scale,
     ScaleDtype,
     SchemeOption,
+    Settings,
+    SingletonExperts,
     Source,
+    SpecOption,
     SplitMaxTensors,
     TensorType,
     TensorTypeFile,
@@ -35,6 +39,7 @@ from lingconv.cli.options import (
     TokenizerPre,
     Verbose,
     gguf_options,
+    given,
     layout_of,
     request,
     resources,
@@ -44,7 +49,7 @@ from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
-from lingconv.options import AUTO, Mtp, Scheme
+from lingconv.options import AUTO, MegatronOptions, Mtp, Scheme, Spec
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
@@ -71,6 +76,8 @@ def plan(
     tokenizer_pre: TokenizerPre = "",
     metadata: MetadataText = None,
     split_max_tensors: SplitMaxTensors = 0,
+    spec: SpecOption = Spec.TE,
+    singleton_experts: SingletonExperts = False,
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     plan_file: Annotated[
@@ -79,6 +86,8 @@ def plan(
     jobs: Jobs = 0,
     max_memory: MaxMemory = "1GiB",
     formats: Formats = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -103,8 +112,11 @@ def plan(
         gguf=gguf_options(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
+        megatron=MegatronOptions(spec.value, singleton_experts),
     )
-    built = api.plan(source, options, destination=destination, formats=formats)
+    built = api.plan(
+        source, options, destination=destination, formats=formats, given=given(config, settings)
+    )
     if plan_file is not None:
         save(built, plan_file)
     show(built, destination, resources(jobs, max_memory), verbose=verbose)

@@ -7,7 +7,17 @@ import typer
 
 from lingconv import api
 from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
-from lingconv.cli.options import Formats, Jobs, Json, Quiet, Source, Verbose
+from lingconv.cli.options import (
+    ConfigFile,
+    Formats,
+    Jobs,
+    Json,
+    Quiet,
+    Settings,
+    Source,
+    Verbose,
+    given,
+)
 from lingconv.cli.output import columns, output
 from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
@@ -78,6 +88,8 @@ def verify(
     device: Device = "cpu",
     jobs: Jobs = 0,
     formats: Formats = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -107,6 +119,7 @@ def verify(
             chat=chat,
             tokens=tokens,
             formats=formats,
+            given=given(config, settings),
             jobs=jobs,
             watcher=watcher,
         )
