@@ -235,7 +235,7 @@ class MegatronModel:
     args: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Family:
     """A model family: the Rosetta stone between its layouts.
 
@@ -253,6 +253,9 @@ class Family:
     config: Mapping[str, Any]
     gguf: GgufModel | None
     megatron: MegatronModel | None
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
 
     def resolve(
         self,

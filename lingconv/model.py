@@ -17,7 +17,7 @@ GGUF = "gguf"
 MEGATRON = "megatron"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Model:
     """A checkpoint that was understood, as far as it could be; `faults` hold the rest."""
 
@@ -30,6 +30,9 @@ class Model:
     dropped: Mapping[str, str]
     stated: Stated | None
     faults: tuple[Fault, ...]
+
+    def __repr__(self) -> str:
+        return f"Model({self.checkpoint.storage.uri!r})"
 
     @property
     def own_dtype(self) -> DType | None:

@@ -20,6 +20,7 @@ from lingconv.api import convert, open_model
 from lingconv.dtypes import GgmlType
 from lingconv.encodings.ggml_mix import Mix
 from lingconv.errors import CheckpointError, DestinationError, Interrupted, UsageError
+from lingconv.framing import header
 from lingconv.kernels.ggml import QUANTIZERS
 from lingconv.metadata.tokenizer import CHECK_TEXT
 from lingconv.options import ConvertOptions, GgufOptions
@@ -399,7 +400,7 @@ def test_a_plan_of_gguf_survives_json(golden):
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.digest == plan.digest
-    assert [file.header() for file in again.files] == [file.header() for file in plan.files]
+    assert [header(file) for file in again.files] == [header(file) for file in plan.files]
 
 
 @pytest.mark.parametrize("kind", [GgmlType.Q4_K, GgmlType.Q3_K, GgmlType.Q8_0])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lingconv import CheckpointError, ConvertOptions, Fp8Options, Plan, UsageError
 from lingconv.api import open_model, plan, synthetic_model
+from lingconv.framing import header
 from lingconv.planner import build_plan
 from lingconv.strips import STRIP_BYTES, CopyStrip, lower, strip_memory
 
@@ -49,7 +50,7 @@ def test_every_byte_is_planned_once_and_plans_survive_json(model, options):
     assert again.digest == built.digest
     for file in built.files:
         covered = sorted(_ranges(file))
-        position = len(file.header())
+        position = len(header(file))
         for start, stop in covered:
             assert start == position
             position = stop
