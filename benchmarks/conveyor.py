@@ -67,7 +67,7 @@ def run(command: list[str | Path]) -> Run:
 def warm(folder: Path) -> None:
     """Read a folder into the page cache, and let the disk catch up."""
     os.sync()
-    subprocess.run(["sh", "-c", f"cat {folder}/*.safetensors > /dev/null"], check=True)
+    subprocess.run(["sh", "-c", f"find {folder} -type f -exec cat {{}} + > /dev/null"], check=True)
 
 
 def side_by_side(

@@ -29,7 +29,7 @@ class Checkpoint:
 
     `metadata` are the key-values of GGUF files, `args` the arguments in Megatron's; other
     checkpoints have None. `left_out` is what Megatron's files hold besides weights, by kind;
-    `is_recorded` tells that lingconv wrote them.
+    `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
     """
 
     storage: Storage
@@ -43,3 +43,4 @@ class Checkpoint:
     args: Mapping[str, Any] | None = None
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     is_recorded: bool = False
+    is_spread: bool = False

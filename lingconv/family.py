@@ -69,6 +69,29 @@ class LogicalTensor(NamedTuple):
     mtp: bool
     stack: int
     turns: int
+    split: str
+    is_expert: bool
+
+
+class Share(NamedTuple):
+    """Which of `size` equal parts of a tensor is meant."""
+
+    rank: int
+    size: int
+
+
+class Part(NamedTuple):
+    """What one rank of Megatron holds of a model.
+
+    `layers` of the decoder and `experts` of each of them, numbered from 0 there; the blocks of its
+    `stages` of the pipeline (`first`, `last`); and its share of what tensor parallelism splits.
+    """
+
+    layers: range
+    stages: frozenset[str]
+    experts: range
+    dense: Share
+    expert: Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +154,7 @@ class Block:
     first: str | int
     end: str | int
     mtp: bool
+    stage: str
 
     def layers(self, symbols: Mapping[str, Any]) -> range:
         """Return the layer numbers that this block covers."""
@@ -138,6 +162,16 @@ class Block:
         if len(layers) > MAX_REPEATS:
             raise CheckpointError(f"config.json asks for {len(layers):,} layers")
         return layers
+
+    def numbered(self, symbols: Mapping[str, Any], part: Part | None) -> Iterator[tuple[int, ...]]:
+        """Yield each layer that a part holds, as (i, layer, its number there)."""
+        if part is not None and self.stage and self.stage not in part.stages:
+            return
+        for i, layer in enumerate(self.layers(symbols)):
+            if part is None or self.stage:
+                yield i, layer, layer
+            elif layer in part.layers:
+                yield i, layer, layer - part.layers.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +187,7 @@ class TensorRule:
     repeat: tuple[tuple[str, str], ...]
     keep_dtype: bool
     turns: Mapping[str, str]
+    split: Mapping[str, str]
 
     def address(self, layout: str) -> str:
         """Return the address in a layout: that of its last refinement which has one."""
@@ -292,18 +327,20 @@ class Family:
             raise CheckpointError(f"{file} does not describe a {self.title} model", faults=faults)
         return symbols
 
-    def expand(self, symbols: Mapping[str, Any], layout: str) -> Iterator[LogicalTensor]:
-        """Yield every logical tensor of the model with its address in `layout`.
+    def expand(
+        self, symbols: Mapping[str, Any], layout: str, part: Part | None = None
+    ) -> Iterator[LogicalTensor]:
+        """Yield every logical tensor of the model, or of a part, with its address in `layout`.
 
         The order is the canonical one: the layers in turn, each as the family file lists it.
         """
         for block in self.blocks:
-            layers = block.layers(symbols)
-            entries = self._entries(block, symbols, layout) if layers else []
+            numbered = list(block.numbered(symbols, part))
+            entries = self._entries(block, symbols, layout, part) if numbered else []
             prefix = _of_layout(block.addresses, layout)
-            for i, layer in enumerate(layers):
+            for i, layer, number in numbered:
                 name = block.name.format(layer=layer, i=i)
-                address = prefix.format(layer=layer, i=i)
+                address = prefix.format(layer=number, i=i)
                 for entry in entries:
                     rule = entry.rule
                     yield LogicalTensor(
@@ -315,9 +352,13 @@ class Family:
                         block.mtp,
                         entry.stack,
                         entry.turns,
+                        rule.split.get(layout.split("+")[0], ""),
+                        bool(rule.repeat),
                     )
 
-    def _entries(self, block: Block, symbols: Mapping[str, Any], layout: str) -> list["_Entry"]:
+    def _entries(
+        self, block: Block, symbols: Mapping[str, Any], layout: str, part: Part | None
+    ) -> list["_Entry"]:
         """Return what every layer of a block holds.
 
         Neighbours that repeat over the same index take turns: e0.gate, e0.up, ..., e1.gate, ...
@@ -341,10 +382,10 @@ class Family:
                 )
                 for rule in members
             ]
-            for bound in _bindings(repeat, symbols):
+            for bound, local in _bindings(repeat, symbols, part):
                 entries += [
                     entry._replace(
-                        name=entry.name.format(**bound), address=entry.address.format(**bound)
+                        name=entry.name.format(**bound), address=entry.address.format(**local)
                     )
                     for entry in templates
                 ]
@@ -420,17 +461,21 @@ def _look_up(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _bindings(
-    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any]
-) -> Iterator[dict[str, int]]:
-    """Yield the values of a tensor's own index: {expert: 0}, {expert: 1}, ... or {} just once."""
+    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any], part: Part | None
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Yield the values of a tensor's own index, {expert: 0}, {expert: 1}, ... or {} just once.
+
+    The second one is the number that it has in a part.
+    """
     if not repeat:
-        yield {}
+        yield {}, {}
         return
     ((index, count),) = repeat
     total = _number(count, symbols)
     if total > MAX_REPEATS:
         raise CheckpointError(f"config.json asks for {total:,} tensors of one kind")
-    yield from ({index: number} for number in range(total))
+    held = range(total) if part is None else part.experts
+    yield from (({index: number}, {index: number - held.start}) for number in held)
 
 
 def _number(value: str | int, symbols: Mapping[str, Any]) -> int:

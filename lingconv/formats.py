@@ -72,7 +72,8 @@ def _read(entry: Traversable) -> Family:
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
 _TURNS = "_turns"
-_BLOCK_WORDS = {"name", "groups", "first", "end", "mtp"}
+_SPLIT = "_split"
+_BLOCK_WORDS = {"name", "groups", "first", "end", "mtp", "stage"}
 
 
 def parse_family(data: Mapping[str, Any]) -> Family:
@@ -137,6 +138,7 @@ def _parse_block(entry: Mapping[str, Any]) -> Block:
         first=entry.get("first", 0),
         end=entry.get("end", 1),
         mtp=entry.get("mtp", False),
+        stage=entry.get("stage", ""),
     )
 
 
@@ -149,17 +151,21 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
         addresses={
             word: text
             for word, text in entry.items()
-            if word not in _TENSOR_WORDS and not word.endswith(_TURNS)
+            if word not in _TENSOR_WORDS and not word.endswith((_TURNS, _SPLIT))
         },
         when=entry.get("when", ""),
         repeat=tuple(entry.get("repeat", {}).items()),
         keep_dtype=entry.get("keep_dtype", False),
-        turns={
-            word.removesuffix(_TURNS): count
-            for word, count in entry.items()
-            if word.endswith(_TURNS)
-        },
+        turns=_with_suffix(entry, _TURNS),
+        split=_with_suffix(entry, _SPLIT),
     )
+
+
+def _with_suffix(entry: Mapping[str, Any], suffix: str) -> dict[str, str]:
+    """Return what an entry says of each layout under `LAYOUT` and a suffix."""
+    return {
+        word.removesuffix(suffix): value for word, value in entry.items() if word.endswith(suffix)
+    }
 
 
 def _parse_axis(text: str) -> tuple[str | int, ...]:

@@ -1,11 +1,13 @@
 """The bytes around the elements of a weight file: headers, archives, checksums."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from lingconv.containers import gguf, safetensors
+from lingconv.containers import TensorSpec, gguf, safetensors
 from lingconv.containers.pickles import dumps, tensor
 from lingconv.containers.torch_archive import Archive, Checked, Part, build_archive, patches
 from lingconv.dtypes import DTYPES, DType
+from lingconv.metadata.megatron import common_state
 from lingconv.plan import Container, OutputFile
 
 
@@ -33,6 +35,24 @@ def archives(file: OutputFile) -> Iterator[Archive]:
             archive = chunk_archive(start, DTYPES[spec.dtype.value], spec.shape)
             start = archive.end
             yield archive
+    elif file.container == Container.TORCH:
+        yield rank_archive(file.tensors, file.state or {})
+
+
+def rank_archive(specs: Sequence[TensorSpec], state: Mapping[str, Any]) -> Archive:
+    """Return the archive that a rank of Megatron saves: its model chunks, and its arguments.
+
+    Names are `CHUNK/NAME`; modules without a state of their own have None for it.
+    """
+    chunks: dict[str, dict[str, Any]] = {
+        key: {f"{module}._extra_state": None for module in modules}
+        for key, modules in state["modules"].items()
+    }
+    for number, spec in enumerate(specs):
+        key, _, name = spec.name.partition("/")
+        chunks[key][name] = tensor(DTYPES[spec.dtype.value], spec.shape, str(number))
+    storages = {str(number): spec.nbytes for number, spec in enumerate(specs)}
+    return build_archive(0, dumps({**common_state(state["args"]), **chunks}), storages)
 
 
 def chunk_archive(start: int, dtype: DType, shape: tuple[int, ...]) -> Archive:
@@ -58,4 +78,5 @@ _FRAMES: Mapping[Container, Callable[[OutputFile], Iterator[Part]]] = {
     Container.SAFETENSORS: _safetensors_frames,
     Container.GGUF: _gguf_frames,
     Container.TORCH_DIST: _archive_frames,
+    Container.TORCH: _archive_frames,
 }

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lingconv.family import Family, LogicalName, LogicalTensor, PhysicalName, Role, Shape
+from lingconv.errors import UsageError
+from lingconv.family import (
+    Family,
+    LogicalName,
+    LogicalTensor,
+    Part,
+    PhysicalName,
+    Role,
+    Shape,
+    Share,
+)
 
 
 class Rows(NamedTuple):
@@ -35,6 +45,7 @@ class PhysicalTensor(NamedTuple):
     """A tensor as a layout names it, the logical rows that it is made of, and their common role.
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
+    Of rows that are split over ranks, columns from `first_col` on are in it.
     """
 
     name: PhysicalName
@@ -44,6 +55,7 @@ class PhysicalTensor(NamedTuple):
     mtp: bool
     stack: int
     rows: tuple[Rows, ...]
+    first_col: int = 0
 
     @property
     def stored_shape(self) -> Shape:
@@ -85,32 +97,62 @@ class Layout:
         return found
 
 
-def build_layout(family: Family, symbols: Mapping[str, Any], name: str) -> Layout:
-    """Return the layout `name` of the model that `symbols` describe."""
+def build_layout(
+    family: Family, symbols: Mapping[str, Any], name: str, part: Part | None = None
+) -> Layout:
+    """Return the layout `name` of the model that `symbols` describe, or of a rank's part of it.
+
+    Raises UsageError when a tensor cannot be split into as many parts as are asked for.
+    """
     members: dict[PhysicalName, list[LogicalTensor]] = {}
-    for logical in family.expand(symbols, name):
+    for logical in family.expand(symbols, name, part):
         members.setdefault(logical.address, []).append(logical)
-    return Layout(name, {address: _join(logicals) for address, logicals in members.items()})
+    return Layout(name, {address: _join(logicals, part) for address, logicals in members.items()})
 
 
-def _join(members: list[LogicalTensor]) -> PhysicalTensor:
-    """Return the physical tensor that `members` share."""
+def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
+    """Return the physical tensor that `members` share, as far as a part holds it."""
     first = members[0]
+    by_rows, by_columns = _shares(first, part)
+    turns = _divided(first, first.turns, by_rows.size) if first.turns > 1 else 1
     rows: list[Rows] = []
     start = 0
-    for turn in range(first.turns):
+    for turn in range(turns):
         for member in members:
             if (member.shape[1:], member.role) != (first.shape[1:], first.role):
                 raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
-            count = member.shape[0] // first.turns
-            rows.append(Rows(member.name, start, count, turn * count))
+            held = _divided(member, member.shape[0], by_rows.size)
+            count = held // turns
+            rows.append(Rows(member.name, start, count, by_rows.rank * held + turn * count))
             start += count
+    width = tuple(_divided(first, cols, by_columns.size) for cols in first.shape[1:])
     return PhysicalTensor(
         first.address,
-        (start, *first.shape[1:]),
+        (start, *width),
         first.role,
         first.keep_dtype,
         first.mtp,
         first.stack,
         tuple(rows),
+        by_columns.rank * width[0] if width else 0,
     )
+
+
+_WHOLE = Share(0, 1)
+
+
+def _shares(logical: LogicalTensor, part: Part | None) -> tuple[Share, Share]:
+    """Return which share of a tensor's rows and of its columns a part holds."""
+    if part is None or not logical.split:
+        return _WHOLE, _WHOLE
+    share = part.expert if logical.is_expert else part.dense
+    return (share, _WHOLE) if logical.split == "rows" else (_WHOLE, share)
+
+
+def _divided(logical: LogicalTensor, size: int, parts: int) -> int:
+    if size % parts:
+        raise UsageError(
+            f"{logical.name} {list(logical.shape)} cannot be split over {parts} ranks",
+            hint="choose a `--tp` (or `--etp`) that divides heads, key-value heads and widths",
+        )
+    return size // parts

@@ -14,6 +14,7 @@ from lingconv.dtypes import GGML_TYPES, DType, GgmlType
 from lingconv.encodings.ggml_mix import MIXES, Mix, is_written
 from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
 from lingconv.errors import UsageError
+from lingconv.ranks import Parallel
 
 DEFAULT_SHARD_BYTES = 10_000_000_000
 DISTCP_BYTES = 2_000_000_000
@@ -26,6 +27,14 @@ class Target(StrEnum):
     HF = "hf"
     GGUF = "gguf"
     MEGATRON = "megatron"
+    RANKS = "megatron-ranks"
+
+
+class Experts(StrEnum):
+    """How a rank's file names its experts."""
+
+    GROUPED = "grouped"
+    SEQUENTIAL = "sequential"
 
 
 class Spec(StrEnum):
@@ -177,10 +186,18 @@ class MegatronOptions:
 
     spec: str = Spec.TE
     singleton_experts: bool = False
+    experts: str = Experts.GROUPED
+    parallel: Parallel = field(default_factory=Parallel)
+
+    @property
+    def rank_layout(self) -> str:
+        """The layout of the older files, where names are those of a rank's own modules."""
+        modules = ["modules"] if self.spec == Spec.LOCAL else []
+        return "+".join([Target.MEGATRON, self.experts, *modules])
 
     @property
     def layout(self) -> str:
-        """The layout with its refinements, as the family file names them."""
+        """The layout of torch_dist with its refinements, as the family file names them."""
         local = ["local"] if self.spec == Spec.LOCAL else []
         singleton = ["singleton"] if self.singleton_experts else []
         return "+".join([Target.MEGATRON, *local, *singleton])
@@ -188,6 +205,16 @@ class MegatronOptions:
     def check(self) -> None:
         """Raise UsageError for words that mean nothing here."""
         _check_word("spec", self.spec, list(Spec))
+        _check_word("experts", self.experts, list(Experts))
+        for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
+            if value < 1:
+                raise UsageError(f"`--{name}` must be at least 1")
+        if self.parallel.layers and self.parallel.vpp > 1:
+            raise UsageError("`--pp-layers` and `--vpp` cannot be combined")
+        if self.experts == Experts.GROUPED and self.spec == Spec.LOCAL:
+            raise UsageError(
+                "Megatron's local layers have sequential experts", hint="add `--sequential`"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,22 +270,42 @@ class ConvertOptions:
 
     def _check_megatron(self) -> None:
         self.megatron.check()
-        if self.layout != Target.MEGATRON and self.megatron != MegatronOptions():
+        if not self.is_megatron:
+            if self.megatron != MegatronOptions():
+                raise UsageError(
+                    "`--spec`, `--singleton-experts`, `--sequential` and the numbers of ranks are"
+                    " for Megatron",
+                    hint="add `--to megatron` or `--to megatron-ranks`",
+                )
+            return
+        if self.layout == Target.MEGATRON and self.megatron.parallel != Parallel():
             raise UsageError(
-                "`--spec` and `--singleton-experts` are for Megatron", hint="add `--to megatron`"
+                "torch_dist is loaded at any parallelism: it has no numbers of ranks",
+                hint="leave them out, or write `--to megatron-ranks`",
             )
-        if self.layout == Target.MEGATRON and self.dtype == TargetDType.FP8:
+        if self.layout == Target.RANKS and self.megatron.singleton_experts:
+            raise UsageError("`--singleton-experts` is for torch_dist: `--to megatron`")
+        if self.layout == Target.RANKS and self.max_shard_bytes is not None:
+            raise UsageError("the files of ranks are not cut: leave `--max-shard-size` out")
+        if self.dtype == TargetDType.FP8:
             raise UsageError(
                 "Megatron's checkpoints hold no FP8 weights with scales",
                 hint="leave `--dtype` out: FP8 is dequantized to BF16",
             )
-        if self.layout == Target.MEGATRON and self.mtp == Mtp.ONLY:
+        if self.mtp == Mtp.ONLY:
             raise UsageError("Megatron has no model that is MTP layers alone")
 
     @property
     def layout_name(self) -> str:
         """The target's layout as the family file names it, refinements included."""
+        if self.layout == Target.RANKS:
+            return Target.MEGATRON
         return self.megatron.layout if self.layout == Target.MEGATRON else self.layout
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether the target is one of Megatron's formats."""
+        return self.layout in (Target.MEGATRON, Target.RANKS)
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
@@ -272,13 +319,15 @@ class ConvertOptions:
         fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
         fp8["ignore"] = tuple(fp8["ignore"])
         gguf, megatron = dict(fields.pop("gguf")), dict(fields.pop("megatron"))
+        tp, pp, ep, etp, vpp, layers = megatron["parallel"]
+        parallel = Parallel(tp, pp, ep, etp, vpp, tuple(layers))
         for name in ("tensor_types", "metadata"):
             gguf[name] = tuple((left, right) for left, right in gguf[name])
         return cls(
             **{**fields, "drop": tuple(fields["drop"])},
             fp8=Fp8Options(**fp8),
             gguf=GgufOptions(**gguf),
-            megatron=MegatronOptions(**megatron),
+            megatron=MegatronOptions(**{**megatron, "parallel": parallel}),
         )
 
 

@@ -1,10 +1,11 @@
 """Cuts transfers into files, and gives every byte its place."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from lingconv.containers import TensorSpec, gguf, safetensors, torch_dist
 from lingconv.dtypes import DTYPES, DType
-from lingconv.framing import chunk_archive
+from lingconv.framing import chunk_archive, rank_archive
 from lingconv.plan import Container, OutputFile, Transfer
 from lingconv.stored import Extent, Stored, in_runs
 
@@ -73,6 +74,19 @@ def pack_torch_dist(
         specs = tuple(spec for _, (spec,) in shard)
         files.append(OutputFile(name, position, specs, tuple(placed), Container.TORCH_DIST))
     return tuple(files)
+
+
+def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]) -> OutputFile:
+    """Put what one rank of Megatron holds into its file."""
+    transfers = list(transfers)
+    specs = tuple(spec for transfer in transfers for spec in transfer.target.specs())
+    archive = rank_archive(specs, state)
+    placed = []
+    for transfer, spec, offset in zip(transfers, specs, archive.offsets(), strict=True):
+        extent = Extent(name, offset, spec.nbytes)
+        target = transfer.target._replace(extents=(extent,))
+        placed.append(transfer._replace(target=target))
+    return OutputFile(name, archive.end, specs, tuple(placed), Container.TORCH, state=state)
 
 
 def _plain(spec: TensorSpec) -> DType:

@@ -59,12 +59,14 @@ class Container(StrEnum):
     SAFETENSORS = "safetensors"
     GGUF = "gguf"
     TORCH_DIST = "torch_dist"
+    TORCH = "torch"
 
 
 class OutputFile(NamedTuple):
     """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
 
-    `metadata` are the key-values of a GGUF file; others have None.
+    `metadata` are the key-values of a GGUF file, `state` what the file of a Megatron rank says
+    besides its tensors; others have None.
     """
 
     name: str
@@ -73,6 +75,7 @@ class OutputFile(NamedTuple):
     transfers: tuple[Transfer, ...]
     container: Container = Container.SAFETENSORS
     metadata: gguf.Metadata | None = None
+    state: Mapping[str, Any] | None = None
 
 
 class Dropped(NamedTuple):
@@ -111,7 +114,7 @@ class Plan:
         sha = hashlib.sha256()
         for file in self.files:
             sha.update(f"{file.name} {file.nbytes} {file.container}\n".encode())
-            sha.update(json.dumps(_metadata_to_json(file.metadata)).encode())
+            sha.update(json.dumps([_metadata_to_json(file.metadata), file.state]).encode())
             sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
         rest = {
             "schema": SCHEMA,
@@ -242,6 +245,7 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
         "bytes": file.nbytes,
         "container": file.container,
         "metadata": _metadata_to_json(file.metadata),
+        "state": file.state,
         "tensors": [[spec.name, spec.dtype, spec.shape, spec.offsets] for spec in file.tensors],
         "transfers": [
             {
@@ -280,6 +284,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
         ),
         Container(value["container"]),
         _metadata_from_json(value["metadata"]),
+        value["state"],
     )
 
 

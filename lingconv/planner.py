@@ -44,6 +44,7 @@ from lingconv.patterns import Pattern
 from lingconv.plan import Dropped, OutputFile, Plan, Scaling, Transfer
 from lingconv.rules import megatron_notes
 from lingconv.sidecars import ITERATION_FOLDER
+from lingconv.spreading import spread
 from lingconv.stored import Segment, Stored
 
 PLAIN_SCALING = Scaling(0.0, power_of_two=False)
@@ -80,6 +81,7 @@ class _Planner:
         self.mix = _choose_mix(model, options) if options.layout == Target.GGUF else None
         self.types = self._choose_types()
         self.notes: list[str] = []
+        self.args = self._args()
         self.fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
 
     def build(self) -> Plan:
@@ -94,7 +96,7 @@ class _Planner:
             source_files={**checkpoint.shards, **checkpoint.side_files},
             family=self.model.family.name,
             options=self.options,
-            args=self._args(),
+            args=self.args,
             states=self._states(),
             files=self._pack(transfers),
             side_files=self._side_files(),
@@ -110,6 +112,9 @@ class _Planner:
     def _pack(self, transfers: list[Transfer]) -> tuple[OutputFile, ...]:
         """Return the files of the target, in the container of its layout."""
         limit = self.options.max_shard_bytes
+        if self.options.layout == Target.RANKS:
+            args = self.args or {}
+            return spread(self.model, self.symbols, self.options.megatron, args, self._transfer)
         if self.options.layout == Target.MEGATRON:
             return pack_torch_dist(transfers, limit or DISTCP_BYTES, ITERATION_FOLDER)
         if self.mix is None:
@@ -133,7 +138,7 @@ class _Planner:
 
     def _args(self) -> dict[str, Any] | None:
         """Return the arguments of a target in Megatron's format; other targets have none."""
-        if self.options.layout != Target.MEGATRON:
+        if not self.options.is_megatron:
             return None
         self.notes += megatron_notes(self.symbols)
         return megatron_args(self.model.family, self.symbols, self.options)
@@ -249,7 +254,7 @@ class _Planner:
                 f"{tensor.name} is {found.label}, which safetensors does not hold",
                 hint="add `--dtype bf16` (or f32, f16, fp8)",
             )
-        if isinstance(found, Fp8) and not dtype and self.options.layout == Target.MEGATRON:
+        if isinstance(found, Fp8) and not dtype and self.options.is_megatron:
             return PLAIN[DType.BF16], PLAIN_SCALING
         if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
             own = None if tensor.keep_dtype else self.model.own_dtype

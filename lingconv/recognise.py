@@ -14,6 +14,7 @@ from lingconv.containers.gguf import Metadata
 from lingconv.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
+from lingconv.gathering import gather
 from lingconv.layout import build_layout
 from lingconv.matching import Matcher
 from lingconv.metadata.rebuild import plain_values, rebuild_config, rebuild_files, special_ids
@@ -139,6 +140,10 @@ def _recognise_megatron(
     )
     family, architecture = _find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
+    if checkpoint.is_spread:
+        tensors, lost = gather(family, symbols, args, checkpoint.tensors)
+        shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
+        return _matched(shown, family, architecture, symbols, MEGATRON)
     layout_name = family.refined(MEGATRON, checkpoint.tensors)
     return _matched(shown, family, architecture, symbols, layout_name)
 

@@ -57,6 +57,8 @@ def last_names(plan: Plan) -> list[str]:
         inner = (_STATES_NAME, COMMON_NAME, FORMAT_NAME, METADATA_NAME)
         own = [ITERATION_FOLDER + name for name in inner]
         return [*own, RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
+    if plan.options.layout == Target.RANKS:
+        return [RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
     single = [file.name for file in plan.files] == [SINGLE_NAME]
     return [RECORD_NAME, CONFIG_NAME] if single else [INDEX_NAME, RECORD_NAME, CONFIG_NAME]
 

@@ -160,17 +160,38 @@ class Locator:
         """Return where all rows of a logical tensor are."""
         return self.segments([Rows(name, 0, self.shape(name)[0])])
 
+    def window(self, wanted: Iterable[Rows], first_col: int, cols: int) -> tuple[Segment, ...]:
+        """Return where `cols` columns of logical rows are, in reading order."""
+        wanted = list(wanted)
+        whole = self.shape(wanted[0].logical)[1]
+        segments = self.segments(wanted)
+        if cols == whole:
+            return segments
+        bands = side_by_side(segments, whole)
+        return tuple(cut for beside in bands for cut in _columns(beside, first_col, cols))
+
     def segments(self, wanted: Iterable[Rows]) -> tuple[Segment, ...]:
         """Return where logical rows are, one behind the other; neighbours become one segment."""
         segments: list[Segment] = []
         for rows in wanted:
-            for address in _within(self.addresses[rows.logical], rows.first, rows.num_rows):
+            for address in within(self.addresses[rows.logical], rows.first, rows.num_rows):
                 for segment in self.stored[address.name].segments(address.start, address.num_rows):
                     _lengthen(segments, segment)
         return tuple(segments)
 
 
-def _within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[Address]:
+def _columns(beside: Iterable[Segment], first: int, cols: int) -> Iterator[Segment]:
+    """Yield the parts of segments that lie side by side which hold `cols` columns from `first`."""
+    left = 0
+    for segment in beside:
+        begin = max(first - left, 0)
+        end = min(first + cols - left, segment.num_cols)
+        if begin < end:
+            yield segment._replace(first_col=segment.first_col + begin, num_cols=end - begin)
+        left += segment.num_cols
+
+
+def within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[Address]:
     """Yield the parts of `addresses` that hold `num_rows` logical rows from `first` on."""
     top = 0
     for address in addresses:

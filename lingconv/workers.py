@@ -68,7 +68,7 @@ class _OpenFile:
         self._tasks = self._missing(done)
         self._next = next(self._tasks, None)
         # Only archives state checksums of their elements.
-        summed = file.container == Container.TORCH_DIST and not sparse
+        summed = file.container in (Container.TORCH_DIST, Container.TORCH) and not sparse
         self.checksums = Checksums(checksums) if summed else None
         self.output = OutputBlob(path, file.nbytes, sparse=sparse, checksums=self.checksums)
         try:

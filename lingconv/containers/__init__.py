@@ -23,7 +23,8 @@ class Box(NamedTuple):
 class StoredTensor(NamedTuple):
     """A tensor in its file: `offset` counts from the start of the file, sizes are in bytes.
 
-    One that is cut into `boxes` has no place of its own; `file` is where its first part is.
+    One that is cut into `boxes` has no place of its own; `file` is where its first part is. `crc`
+    is the CRC-32 that the file states, or 0.
     """
 
     name: str
@@ -33,6 +34,7 @@ class StoredTensor(NamedTuple):
     offset: int
     nbytes: int
     boxes: tuple[Box, ...] = ()
+    crc: int = 0
 
 
 class TensorSpec(NamedTuple):

@@ -12,12 +12,14 @@ from lingconv.dtypes import DType
 from lingconv.family import Family, Role
 from lingconv.layout import Layout
 from lingconv.model import MEGATRON
-from lingconv.options import ConvertOptions, Spec, TargetDType
+from lingconv.options import ConvertOptions, Experts, Spec, Target, TargetDType
+from lingconv.ranks import Parallel
 
 ITERATION = 1
 _DTYPES = {TargetDType.F16: DType.F16, TargetDType.F32: DType.F32}
 _IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
 _STATEFUL = (Role.LINEAR, Role.EXPERT, Role.NORM, Role.MTP_PROJECTION)
+_LINEAR = (Role.LINEAR, Role.EXPERT, Role.MTP_PROJECTION, Role.HEAD)
 _DTYPE_KEY = "params_dtype"
 
 
@@ -40,12 +42,41 @@ def megatron_args(
         "transformer_impl": "local"
         if options.megatron.spec == Spec.LOCAL
         else "transformer_engine",
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "expert_model_parallel_size": 1,
-        "ckpt_format": "torch_dist",
+        "moe_grouped_gemm": options.megatron.experts == Experts.GROUPED,
+        **_parallel_args(options.megatron.parallel, symbols["layers"]),
+        "ckpt_format": "torch_dist" if options.layout == Target.MEGATRON else "torch",
         "iteration": ITERATION,
     }
+
+
+def _parallel_args(parallel: Parallel, layers: int) -> dict[str, Any]:
+    """Return the arguments that say how the model is spread."""
+    args: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+    }
+    if parallel.vpp > 1:
+        args["virtual_pipeline_model_parallel_size"] = parallel.vpp
+        args["num_layers_per_virtual_pipeline_stage"] = layers // (parallel.pp * parallel.vpp)
+    if parallel.layers:
+        args["decoder_first_pipeline_num_layers"] = parallel.layers[0]
+        args["decoder_last_pipeline_num_layers"] = parallel.layers[-1]
+    return args
+
+
+def rank_modules(layout: Layout, beside: Mapping[str, str]) -> list[str]:
+    """Return the modules of a rank whose state is saved, though it is empty."""
+    modules: dict[str, None] = {}
+    for tensor in layout.tensors.values():
+        module, _, _ = tensor.name.rpartition(".")
+        parent, _, own = module.rpartition(".")
+        if tensor.role in _LINEAR:
+            modules[module] = None
+        if own in beside:
+            modules[f"{parent}.{beside[own]}"] = None
+    return list(modules)
 
 
 def module_states(layout: Layout, beside: Mapping[str, str]) -> tuple[tuple[str, int], ...]:

@@ -7,9 +7,12 @@ from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
 from lingconv.containers import HeaderError, torch_dist
-from lingconv.containers.pickles import Record, loads
+from lingconv.containers.pickles import loads
 from lingconv.containers.torch_archive import PICKLE_NAME, ArchiveReader
 from lingconv.errors import CheckpointError, Fault
+from lingconv.gathering import names_of_ranks
+from lingconv.readers.arguments import args_of
+from lingconv.readers.ranks import RanksReader
 from lingconv.readers.safetensors import read_json, sort_other_files
 from lingconv.readers.torch_dist import TorchDistReader
 from lingconv.storage import FileStat, Storage
@@ -23,7 +26,7 @@ def find_iteration(storage: Storage) -> str | None:
     It is the storage itself, or the one that its tracker file names. Raises CheckpointError when
     that is not there.
     """
-    if _exists(storage, torch_dist.METADATA_NAME):
+    if _exists(storage, torch_dist.METADATA_NAME) or [*names_of_ranks(storage.files())]:
         return ""
     if not _exists(storage, TRACKER_NAME):
         return None
@@ -49,10 +52,18 @@ def _exists(storage: Storage, name: str) -> bool:
 def read_megatron(storage: Storage, folder: str) -> Checkpoint:
     """Read the checkpoint in `folder` of a storage, and the small files beside that folder."""
     faults: list[Fault] = []
-    reader = TorchDistReader(storage, folder)
-    tensors = reader.read()
-    args = _read_args(storage, folder + torch_dist.COMMON_NAME, faults)
-    names = [*reader.files(), folder + torch_dist.METADATA_NAME]
+    inside = (name.removeprefix(folder) for name in storage.files() if name.startswith(folder))
+    ranks = [*names_of_ranks(inside)]
+    reader: TorchDistReader | RanksReader
+    if ranks:
+        reader = RanksReader(storage, folder, ranks)
+        tensors = reader.read()
+        args, names = reader.args, list(reader.files.values())
+    else:
+        reader = TorchDistReader(storage, folder)
+        tensors = reader.read()
+        args = _read_args(storage, folder + torch_dist.COMMON_NAME, faults)
+        names = [*reader.files(), folder + torch_dist.METADATA_NAME]
     side_files: dict[str, FileStat] = {}
     config: dict[str, Any] = {}
     if folder:
@@ -70,6 +81,7 @@ def read_megatron(storage: Storage, folder: str) -> Checkpoint:
         faults=(*reader.faults, *faults),
         args=args,
         left_out=reader.left_out,
+        is_spread=bool(ranks),
         is_recorded=bool(folder) and _exists(storage, RECORD_NAME),
     )
 
@@ -86,10 +98,3 @@ def _read_args(storage: Storage, name: str, faults: list[Fault]) -> Mapping[str,
     except HeaderError as exc:
         faults.append(Fault("arguments", str(exc), name))
         return {}
-
-
-def args_of(state: Any) -> Mapping[str, Any]:
-    """Return the arguments in a state that Megatron saved, whatever class they are of."""
-    args = state.get("args") if isinstance(state, dict) else None
-    values = args.state if isinstance(args, Record) else args
-    return values if isinstance(values, dict) else {}

@@ -1,0 +1,82 @@
+"""Spreads a model over the files of Megatron's ranks (`mp_rank_*`)."""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from typing import Any
+
+from lingconv.family import LogicalName, PhysicalName
+from lingconv.layout import PhysicalTensor, build_layout
+from lingconv.metadata.megatron import rank_modules
+from lingconv.model import Model
+from lingconv.options import MegatronOptions, Spec
+from lingconv.packing import pack_rank
+from lingconv.plan import OutputFile, Transfer
+from lingconv.ranks import FILE_NAME, all_ranks, parts
+from lingconv.sidecars import ITERATION_FOLDER
+from lingconv.stored import Locator, Segment
+
+TransferOf = Callable[[PhysicalTensor, tuple[Segment, ...]], Transfer]
+
+
+def spread(
+    model: Model,
+    symbols: Mapping[str, Any],
+    options: MegatronOptions,
+    args: Mapping[str, Any],
+    transfer_of: TransferOf,
+) -> tuple[OutputFile, ...]:
+    """Return the file of every rank; what several ranks hold is in the file of each of them.
+
+    Raises UsageError when the model cannot be spread like that.
+    """
+    spreader = _Spreader(model, symbols, options, transfer_of)
+    files = tuple(spreader.files(args))
+    spreader.check()
+    return files
+
+
+class _Spreader:
+    def __init__(
+        self,
+        model: Model,
+        symbols: Mapping[str, Any],
+        options: MegatronOptions,
+        transfer_of: TransferOf,
+    ) -> None:
+        self._family = model.family
+        self._symbols = symbols
+        self._options = options
+        self._transfer_of = transfer_of
+        self._locator: Locator = model.locator()
+        megatron = model.family.megatron
+        te = megatron is not None and options.spec == Spec.TE
+        self._beside = megatron.state_beside if megatron and te else {}
+        self._held: dict[LogicalName, set[tuple[int, ...]]] = {}
+
+    def files(self, args: Mapping[str, Any]) -> Iterable[OutputFile]:
+        parallel = self._options.parallel
+        for rank in all_ranks(parallel):
+            transfers: list[Transfer] = []
+            modules = {}
+            for key, part in parts(parallel, rank, self._symbols):
+                layout = build_layout(self._family, self._symbols, self._options.rank_layout, part)
+                modules[key] = rank_modules(layout, self._beside)
+                transfers += (self._transfer(key, t) for t in layout.tensors.values())
+            name = f"{ITERATION_FOLDER}{rank.folder(parallel)}/{FILE_NAME}"
+            yield pack_rank(name, transfers, {"args": dict(args), "modules": modules})
+
+    def _transfer(self, key: str, tensor: PhysicalTensor) -> Transfer:
+        cols = prod(tensor.shape[1:])
+        for rows in tensor.rows:
+            window = rows.first, rows.num_rows, tensor.first_col, cols
+            self._held.setdefault(rows.logical, set()).add(window)
+        segments = self._locator.window(tensor.rows, tensor.first_col, cols)
+        named = tensor._replace(name=PhysicalName(f"{key}/{tensor.name}"))
+        return self._transfer_of(named, segments)
+
+    def check(self) -> None:
+        """Make sure that the ranks together hold all of every tensor."""
+        for logical in self._family.expand(self._symbols, self._options.rank_layout):
+            held = sum(rows * cols for _, rows, _, cols in self._held.get(logical.name, ()))
+            if held != prod(logical.shape):
+                raise AssertionError(f"{logical.name} is not spread completely over the ranks")
