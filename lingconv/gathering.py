@@ -11,7 +11,7 @@ from typing import Any
 
 from lingconv.containers import Box, StoredTensor
 from lingconv.dtypes import DType
-from lingconv.errors import Fault
+from lingconv.errors import Fault, UsageError
 from lingconv.family import Family, Part, Role
 from lingconv.layout import Layout, PhysicalTensor, build_layout
 from lingconv.model import MEGATRON
@@ -32,8 +32,13 @@ def gather(
 
     `found` are the ranks' tensors by name, `FOLDER/CHUNK/NAME`.
     """
-    gatherer = _Gatherer(family, symbols, find_parallel(found, args), found)
-    return gatherer.gather()
+    parallel = find_parallel(found, args)
+    if sum(parallel.layers) != symbols["layers"]:
+        parallel = parallel._replace(layers=())
+    try:
+        return _Gatherer(family, symbols, parallel, found).gather()
+    except UsageError as exc:
+        return {}, [Fault("ranks", f"{parallel.describe()}: {exc}")]
 
 
 def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
@@ -50,6 +55,9 @@ def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
         if layer:
             chunk = virtual, pipeline
             layers[chunk] = max(layers.get(chunk, 0), int(layer[1]) + 1)
+    tp = max(tp, args.get("tensor_model_parallel_size") or 1)
+    pp = max(pp, args.get("pipeline_model_parallel_size") or 1)
+    ep = max(ep, args.get("expert_model_parallel_size") or 1)
     etp = args.get("expert_tensor_parallel_size") or tp
     chunks = [(virtual, stage) for virtual in range(vpp) for stage in range(pp)]
     return Parallel(tp, pp, ep, etp, vpp, tuple(layers.get(chunk, 0) for chunk in chunks))

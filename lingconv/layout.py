@@ -111,24 +111,25 @@ def build_layout(
 
 
 def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
-    """Return the physical tensor that `members` share, as far as a part holds it."""
+    """Return the physical tensor that `members` share, as far as a part holds it.
+
+    Each member is split over ranks, but those that take turns are split together: a rank gets whole
+    turns, or, where there are more ranks than turns, a piece of one.
+    """
     first = members[0]
     by_rows, by_columns = _shares(first, part)
-    turns = _divided(first, first.turns, by_rows.size) if first.turns > 1 else 1
-    rows: list[Rows] = []
-    start = 0
-    for turn in range(turns):
-        for member in members:
-            if (member.shape[1:], member.role) != (first.shape[1:], first.role):
-                raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
-            held = _divided(member, member.shape[0], by_rows.size)
-            count = held // turns
-            rows.append(Rows(member.name, start, count, by_rows.rank * held + turn * count))
-            start += count
+    for member in members:
+        if (member.shape[1:], member.role) != (first.shape[1:], first.role):
+            raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
+    if first.turns > 1:
+        rows = _share_of(_in_turns(members), by_rows, first)
+    else:
+        rows = [_share_of([_all_rows(member)], by_rows, first)[0] for member in members]
+    rows = _one_behind_the_other(rows)
     width = tuple(_divided(first, cols, by_columns.size) for cols in first.shape[1:])
     return PhysicalTensor(
         first.address,
-        (start, *width),
+        (rows[-1].start + rows[-1].num_rows, *width),
         first.role,
         first.keep_dtype,
         first.mtp,
@@ -136,6 +137,43 @@ def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
         tuple(rows),
         by_columns.rank * width[0] if width else 0,
     )
+
+
+def _all_rows(member: LogicalTensor) -> Rows:
+    return Rows(member.name, 0, member.shape[0])
+
+
+def _in_turns(members: list[LogicalTensor]) -> list[Rows]:
+    counts = [member.shape[0] // member.turns for member in members]
+    return [
+        Rows(member.name, 0, count, turn * count)
+        for turn in range(members[0].turns)
+        for member, count in zip(members, counts, strict=True)
+    ]
+
+
+def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor) -> list[Rows]:
+    """Return the rows of one of equal parts of `rows`, which lie one behind the other."""
+    if share.size == 1:
+        return rows
+    count = _divided(logical, sum(each.num_rows for each in rows), share.size)
+    top, found = share.rank * count, []
+    position = 0
+    for each in rows:
+        begin = max(top - position, 0)
+        end = min(top + count - position, each.num_rows)
+        if begin < end:
+            found.append(each._replace(first=each.first + begin, num_rows=end - begin))
+        position += each.num_rows
+    return found
+
+
+def _one_behind_the_other(rows: list[Rows]) -> list[Rows]:
+    placed, start = [], 0
+    for each in rows:
+        placed.append(each._replace(start=start))
+        start += each.num_rows
+    return placed
 
 
 _WHOLE = Share(0, 1)

@@ -30,7 +30,7 @@ class Target(StrEnum):
     RANKS = "megatron-ranks"
 
 
-class Experts(StrEnum):
+class ExpertNames(StrEnum):
     """How a rank's file names its experts."""
 
     GROUPED = "grouped"
@@ -186,7 +186,7 @@ class MegatronOptions:
 
     spec: str = Spec.TE
     singleton_experts: bool = False
-    experts: str = Experts.GROUPED
+    experts: str = ExpertNames.GROUPED
     parallel: Parallel = field(default_factory=Parallel)
 
     @property
@@ -205,13 +205,13 @@ class MegatronOptions:
     def check(self) -> None:
         """Raise UsageError for words that mean nothing here."""
         _check_word("spec", self.spec, list(Spec))
-        _check_word("experts", self.experts, list(Experts))
+        _check_word("experts", self.experts, list(ExpertNames))
         for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
             if value < 1:
                 raise UsageError(f"`--{name}` must be at least 1")
         if self.parallel.layers and self.parallel.vpp > 1:
             raise UsageError("`--pp-layers` and `--vpp` cannot be combined")
-        if self.experts == Experts.GROUPED and self.spec == Spec.LOCAL:
+        if self.experts == ExpertNames.GROUPED and self.spec == Spec.LOCAL:
             raise UsageError(
                 "Megatron's local layers have sequential experts", hint="add `--sequential`"
             )

@@ -1,8 +1,9 @@
-"""megatron-core as a client: loads a torch_dist checkpoint, runs it, saves it again.
+"""megatron-core as a client: loads a checkpoint, runs it, saves it again as torch_dist.
 
     python -m tests.megatron_client CHECKPOINT EXPECTED SAVE_TO TP PP EP
 
-CHECKPOINT is an `iter_*` folder, its model is described by the config.json in the folder above.
+CHECKPOINT is an `iter_*` folder of torch_dist or of the files of ranks; the config.json in the
+folder above describes its model.
 Starts max(TP, EP) x PP gloo processes on this machine, and prints the largest differences of the
 logits to EXPECTED, a safetensors file with `input_ids` and `logits`. On a CPU Megatron needs its
 CUDA calls stubbed. SAVE_TO `-` saves nothing.
@@ -146,6 +147,16 @@ def forward(model, ids):
     return main, *mtp
 
 
+def own_file(checkpoint, pp, ep):
+    """Return where Megatron's get_checkpoint_name looks for this rank's file."""
+    from megatron.core import parallel_state as ps
+
+    pipeline = f"_{ps.get_pipeline_model_parallel_rank():03d}" if pp > 1 else ""
+    expert = f"_{ps.get_expert_model_parallel_rank():03d}" if ep > 1 else ""
+    folder = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}{pipeline}{expert}"
+    return Path(checkpoint) / folder / "model_optim_rng.pt"
+
+
 def work(rank, world, checkpoint, expected, save_to, tp, pp, ep, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     from megatron.core import dist_checkpointing
@@ -159,9 +170,13 @@ def work(rank, world, checkpoint, expected, save_to, tp, pp, ep, store):
     config = json.loads((Path(checkpoint).parent / "config.json").read_text())
     model = build_model(config, tp=tp, pp=pp, ep=ep)
     groups = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
-    wanted = model.sharded_state_dict(metadata=groups)
-    state = dist_checkpointing.load(wanted, str(checkpoint))
-    model.load_state_dict({key: state[key] for key in wanted})
+    if (Path(checkpoint) / ".metadata").exists():
+        wanted = model.sharded_state_dict(metadata=groups)
+        state = dist_checkpointing.load(wanted, str(checkpoint))
+        model.load_state_dict({key: state[key] for key in wanted})
+    else:
+        state = torch.load(own_file(checkpoint, pp, ep), weights_only=False)
+        model.load_state_dict(state["model"], strict=True)
     tensors = load_file(expected)
     logits = forward(model, tensors["input_ids"].long())
     found = [None] * world

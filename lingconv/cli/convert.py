@@ -16,6 +16,9 @@ from lingconv.cli.options import (
     Dialect,
     Drop,
     DType,
+    ExpertParallel,
+    Experts,
+    ExpertTensorParallel,
     Formats,
     Fresh,
     Ignore,
@@ -26,6 +29,8 @@ from lingconv.cli.options import (
     MetadataText,
     MtpOption,
     OutType,
+    PipelineLayers,
+    PipelineParallel,
     Quiet,
     Scale,
     ScaleDtype,
@@ -35,15 +40,18 @@ from lingconv.cli.options import (
     Source,
     SpecOption,
     SplitMaxTensors,
+    TensorParallel,
     TensorType,
     TensorTypeFile,
     To,
     TokenizerPre,
     Verbose,
     Verify,
+    VirtualPipeline,
     gguf_options,
     given,
     layout_of,
+    megatron_options,
     request,
     resources,
 )
@@ -51,7 +59,7 @@ from lingconv.cli.output import output
 from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
-from lingconv.options import AUTO, ConvertOptions, MegatronOptions, Mtp, Scheme, Spec, VerifyOptions
+from lingconv.options import AUTO, ConvertOptions, Mtp, Scheme, Spec, VerifyOptions
 from lingconv.recognise import Given
 
 if TYPE_CHECKING:
@@ -81,6 +89,13 @@ def convert(
     split_max_tensors: SplitMaxTensors = 0,
     spec: SpecOption = Spec.TE,
     singleton_experts: SingletonExperts = False,
+    grouped_gemm: Experts = None,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    etp: ExpertTensorParallel = 0,
+    vpp: VirtualPipeline = 1,
+    pp_layers: PipelineLayers = "",
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     dry_run: Annotated[
@@ -118,7 +133,9 @@ def convert(
         gguf=gguf_options(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
-        megatron=MegatronOptions(spec.value, singleton_experts),
+        megatron=megatron_options(
+            spec, singleton_experts, grouped_gemm, (tp, pp, ep, etp, vpp), pp_layers
+        ),
     )
     limits, said = resources(jobs, max_memory), given(config, settings)
     if dry_run:

@@ -14,6 +14,7 @@ from lingconv.errors import UsageError
 from lingconv.options import (
     SCALE_F32,
     ConvertOptions,
+    ExpertNames,
     Fp8Options,
     GgufOptions,
     MegatronOptions,
@@ -23,6 +24,7 @@ from lingconv.options import (
     Target,
     TargetDType,
 )
+from lingconv.ranks import Parallel
 from lingconv.recognise import Given
 
 FP8 = "FP8"
@@ -70,6 +72,68 @@ SingletonExperts = Annotated[
     typer.Option(
         "--singleton-experts",
         help="A tensor for each expert, instead of all in one.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+Experts = Annotated[
+    bool | None,
+    typer.Option(
+        "--grouped-gemm/--sequential",
+        help="How the files of ranks name experts; grouped for TE, sequential for local layers.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tp",
+        "--target-tensor-parallel-size",
+        metavar="N",
+        help="Tensor parallel ranks.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        "--pp",
+        "--target-pipeline-parallel-size",
+        metavar="N",
+        help="Pipeline stages.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+ExpertParallel = Annotated[
+    int,
+    typer.Option(
+        "--ep",
+        "--target-expert-parallel-size",
+        metavar="N",
+        help="Expert parallel ranks.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+ExpertTensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--etp",
+        metavar="N",
+        help="Ranks that split an expert's tensors; as many as `--tp` by default.",
+        rich_help_panel=MEGATRON,
+    ),
+]
+VirtualPipeline = Annotated[
+    int,
+    typer.Option(
+        "--vpp", metavar="N", help="Model chunks on a pipeline stage.", rich_help_panel=MEGATRON
+    ),
+]
+PipelineLayers = Annotated[
+    str,
+    typer.Option(
+        "--pp-layers",
+        metavar="N,N,...",
+        help="Decoder layers of each stage; as many on all by default.",
         rich_help_panel=MEGATRON,
     ),
 ]
@@ -346,6 +410,28 @@ def gguf_options(
         tokenizer_pre=tokenizer_pre,
         metadata=tuple(_pair("--metadata", text, "KEY=TEXT") for text in metadata or ()),
         max_shard_tensors=split_max_tensors,
+    )
+
+
+def megatron_options(
+    spec: Spec,
+    singleton_experts: bool,
+    grouped_gemm: bool | None,
+    parallel: tuple[int, int, int, int, int],
+    pp_layers: str,
+) -> MegatronOptions:
+    """Return the Megatron part of a request; `parallel` is tp, pp, ep, etp and vpp."""
+    tp, pp, ep, etp, vpp = parallel
+    try:
+        layers = tuple(int(word) for word in pp_layers.split(",")) if pp_layers else ()
+    except ValueError as exc:
+        raise UsageError(f"`--pp-layers {pp_layers}` are not whole numbers") from exc
+    grouped = spec == Spec.TE if grouped_gemm is None else grouped_gemm
+    return MegatronOptions(
+        spec.value,
+        singleton_experts,
+        (ExpertNames.GROUPED if grouped else ExpertNames.SEQUENTIAL).value,
+        Parallel(tp, pp, ep, etp or tp, vpp, layers),
     )
 
 

@@ -15,6 +15,9 @@ from lingconv.cli.options import (
     Dialect,
     Drop,
     DType,
+    ExpertParallel,
+    Experts,
+    ExpertTensorParallel,
     Formats,
     Ignore,
     Jobs,
@@ -24,6 +27,8 @@ from lingconv.cli.options import (
     MetadataText,
     MtpOption,
     OutType,
+    PipelineLayers,
+    PipelineParallel,
     Quiet,
     Scale,
     ScaleDtype,
@@ -33,14 +38,17 @@ from lingconv.cli.options import (
     Source,
     SpecOption,
     SplitMaxTensors,
+    TensorParallel,
     TensorType,
     TensorTypeFile,
     To,
     TokenizerPre,
     Verbose,
+    VirtualPipeline,
     gguf_options,
     given,
     layout_of,
+    megatron_options,
     request,
     resources,
 )
@@ -49,7 +57,7 @@ from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
-from lingconv.options import AUTO, MegatronOptions, Mtp, Scheme, Spec
+from lingconv.options import AUTO, Mtp, Scheme, Spec
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
@@ -78,6 +86,13 @@ def plan(
     split_max_tensors: SplitMaxTensors = 0,
     spec: SpecOption = Spec.TE,
     singleton_experts: SingletonExperts = False,
+    grouped_gemm: Experts = None,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    ep: ExpertParallel = 1,
+    etp: ExpertTensorParallel = 0,
+    vpp: VirtualPipeline = 1,
+    pp_layers: PipelineLayers = "",
     allow_nonfinite: AllowNonfinite = False,
     allow_requantize: AllowRequantize = False,
     plan_file: Annotated[
@@ -112,7 +127,9 @@ def plan(
         gguf=gguf_options(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
-        megatron=MegatronOptions(spec.value, singleton_experts),
+        megatron=megatron_options(
+            spec, singleton_experts, grouped_gemm, (tp, pp, ep, etp, vpp), pp_layers
+        ),
     )
     built = api.plan(
         source, options, destination=destination, formats=formats, given=given(config, settings)

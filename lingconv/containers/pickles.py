@@ -70,6 +70,10 @@ class Record:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items.append((key, value))
 
+    def __call__(self, *args: Any) -> "Record":
+        """Return another Record: what calling the unknown thing would give is unknown as well."""
+        return Record(*args)
+
     def append(self, value: Any) -> None:
         """Take an item, as a list does."""
         self.items.append(value)

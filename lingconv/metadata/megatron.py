@@ -12,7 +12,7 @@ from lingconv.dtypes import DType
 from lingconv.family import Family, Role
 from lingconv.layout import Layout
 from lingconv.model import MEGATRON
-from lingconv.options import ConvertOptions, Experts, Spec, Target, TargetDType
+from lingconv.options import ConvertOptions, ExpertNames, Spec, Target, TargetDType
 from lingconv.ranks import Parallel
 
 ITERATION = 1
@@ -42,7 +42,7 @@ def megatron_args(
         "transformer_impl": "local"
         if options.megatron.spec == Spec.LOCAL
         else "transformer_engine",
-        "moe_grouped_gemm": options.megatron.experts == Experts.GROUPED,
+        "moe_grouped_gemm": options.megatron.experts == ExpertNames.GROUPED,
         **_parallel_args(options.megatron.parallel, symbols["layers"]),
         "ckpt_format": "torch_dist" if options.layout == Target.MEGATRON else "torch",
         "iteration": ITERATION,

@@ -1,0 +1,252 @@
+"""The files of Megatron's ranks: spread anyhow, loaded by megatron-core, put together again."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import lingconv
+from lingconv.gathering import find_parallel
+from lingconv.options import ConvertOptions, MegatronOptions
+from lingconv.ranks import Parallel, all_ranks
+from tests.support import read_tensors, same_bits
+
+ROOT = Path(__file__).parents[1]
+ITERATION = "iter_0000001"
+
+
+def to_ranks(source, target, parallel, experts="grouped", **options):
+    spec = "te" if experts != "sequential" else "local"
+    megatron = MegatronOptions(spec=spec, experts=experts, parallel=parallel)
+    request = ConvertOptions(layout="megatron-ranks", megatron=megatron, **options)
+    lingconv.convert(source, target, request)
+    return target
+
+
+def assert_same_model(left, right):
+    a, b = read_tensors(left), read_tensors(right)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not same_bits(a[name], b[name])] == []
+
+
+def file_of(target, rank):
+    return target / ITERATION / rank / "model_optim_rng.pt"
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+GRID = [
+    Parallel(tp, pp, ep, etp)
+    for tp, pp, ep in product((1, 2, 4), (1, 2), (1, 2, 4))
+    for etp in sorted({1, tp})
+]
+
+
+@pytest.mark.parametrize("experts", ["grouped", "sequential"])
+@pytest.mark.parametrize("parallel", GRID, ids=lambda p: "-".join(map(str, p[:4])))
+def test_there_and_back(golden, parallel, experts, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", parallel, experts)
+    assert len(list(target.rglob("*.pt"))) == len(all_ranks(parallel))
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(golden, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads(
+        (golden / "config.json").read_text()
+    )
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Ling-mini's widths, eight layers of four experts, and two MTP layers."""
+    folder = tmp_path_factory.mktemp("deep")
+    preset = json.loads((ROOT / "formats/presets/ling-mini-2.0.json").read_text())
+    preset.update(num_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2)
+    preset.update(vocab_size=512, hidden_size=256, num_attention_heads=2, num_key_value_heads=1)
+    (folder / "config.json").write_text(json.dumps(preset))
+    lingconv.synth(folder / "config.json", folder / "hf", layers=8, dense_layers=2, mtp=2)
+    return folder / "hf"
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        Parallel(pp=2, vpp=2),
+        Parallel(pp=4, vpp=2, tp=2, etp=2),
+        Parallel(pp=3, layers=(2, 3, 3)),
+        Parallel(pp=2, layers=(7, 1), ep=2),
+    ],
+)
+def test_virtual_stages_and_uneven_ones(deep, parallel, tmp_path):
+    target = to_ranks(deep, tmp_path / "m", parallel)
+    names = [
+        f"{path.parent.name}/{key}/{name}"
+        for path in target.rglob("*.pt")
+        for key, value in load(path).items()
+        if key.startswith("model")
+        for name in value
+        if not name.endswith("_extra_state")
+    ]
+    found = find_parallel(names, vars(load(next(target.rglob("*.pt")))["args"]))
+    assert found[:5] == parallel[:5]
+    assert not parallel.layers or found.layers == parallel.layers
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(deep, tmp_path / "hf")
+
+
+def test_names_are_those_of_a_ranks_own_modules(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, pp=2, ep=4, etp=1))
+    state = load(file_of(target, "mp_rank_01_001_003"))
+    model = state["model"]
+    assert "embedding.word_embeddings.weight" in model  # for the MTP layer behind the last stage
+    assert model["decoder.layers.0.mlp.experts.linear_fc1.weight1"].shape == (256, 256)
+    assert "decoder.layers.1.self_attention.linear_qkv.weight" not in model
+    assert model["decoder.layers.0.mlp.shared_experts.linear_fc2.weight"].shape == (256, 64)
+    assert model["decoder.layers.0.mlp.router.expert_bias"].dtype == torch.float32
+    assert state["args"].pipeline_model_parallel_size == 2
+    assert state["args"].expert_tensor_parallel_size == 1
+
+
+@pytest.mark.parametrize("parallel", ["1 1 1", "2 1 1", "1 2 1", "2 2 2", "4 1 2"])
+def test_megatron_core_loads_every_name_and_no_other(golden, parallel, tmp_path):
+    """`load_state_dict(strict=True)` of each rank's own module, then the golden logits."""
+    tp, pp, ep = map(int, parallel.split())
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp, pp, ep, 1), "sequential")
+    expected = ROOT / "tests/data/tiny-ling-v2.expected.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.megatron_client", target / ITERATION, expected, "-",
+         *parallel.split()],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])["errors"]
+    assert errors
+    assert all(len(each) == 2 and max(each) < 1e-4 for each in errors), errors
+
+
+# What other people's files look like -----------------------------------------------------------
+
+
+def rewrite(path, change):
+    state = load(path)
+    change(state)
+    torch.save(state, path)
+
+
+def test_files_that_torch_saved_with_optimizer_and_padding(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, etp=2))
+    for number in range(2):
+
+        def change(state, number=number):
+            model = state["model"]
+            for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                # 528 rows in all: each rank has 264 of them
+                whole = torch.cat(
+                    [load_golden(golden, name), torch.zeros(16, 256, dtype=torch.bfloat16)]
+                )
+                model[name] = torch.nn.Parameter(whole.chunk(2)[number].clone())
+            state["optimizer"] = {"state": [torch.zeros(100), {"x": torch.zeros(20)}]}
+            state["args"].padded_vocab_size = 528
+
+        rewrite(file_of(target, f"mp_rank_{number:02d}"), change)
+    report = lingconv.inspect(target)
+    assert report.sound, report.faults
+    assert report.left_out["optimizer"] == (4, 2 * 480)
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(golden, tmp_path / "hf")
+
+
+def load_golden(golden, name):
+    names = {
+        "embedding.word_embeddings.weight": "model.word_embeddings.weight",
+        "output_layer.weight": "lm_head.weight",
+    }
+    return read_tensors(golden)[names[name]]
+
+
+# Faults ----------------------------------------------------------------------------------------
+
+
+def refuses(target, *words):
+    with pytest.raises(lingconv.CheckpointError) as caught:
+        lingconv.plan(target)
+    text = "\n".join([str(caught.value), *map(str, caught.value.faults)])
+    assert [word for word in words if word not in text] == [], text
+
+
+def test_a_rank_that_is_not_there(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, pp=2, ep=2, etp=2))
+    shutil.rmtree(file_of(target, "mp_rank_01_001_000").parent)
+    shutil.rmtree(file_of(target, "mp_rank_00_000_001").parent)
+    refuses(target, "mp_rank_01_001_000", "mp_rank_00_000_001", "tp 2, pp 2, ep 2", "no chunk")
+
+
+def test_replicas_that_disagree(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, etp=2))
+    name = "decoder.layers.1.mlp.router.weight"
+
+    def change(state):
+        state["model"][name][3, 5] += 1
+
+    rewrite(file_of(target, "mp_rank_01"), change)
+    refuses(target, name, "mp_rank_01", "replicas disagree")
+
+
+def test_names_and_shapes_that_do_not_fit(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(ep=2))
+
+    def change(state):
+        model = state["model"]
+        model["decoder.layers.9.surprise.weight"] = torch.zeros(3)
+        del model["decoder.layers.1.mlp.experts.linear_fc2.weight3"]
+        model["decoder.final_layernorm.weight"] = torch.zeros(7)
+
+    rewrite(file_of(target, "mp_rank_00_001"), change)
+    refuses(
+        target, "decoder.layers.9.surprise.weight", "experts.linear_fc2.weight3",
+        "decoder.final_layernorm.weight", "[7]", "[256]",
+    )  # fmt: skip
+
+
+def test_a_file_that_is_cut_short(golden, tmp_path):
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, etp=2))
+    path = file_of(target, "mp_rank_01")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    refuses(target, "mp_rank_01", "is cut short")
+
+
+def test_no_payload_runs_in_a_rank(golden, tmp_path):
+    from tests.test_torch_dist import Payload
+
+    target = to_ranks(golden, tmp_path / "m", Parallel())
+    proof = tmp_path / "proof"
+    path = file_of(target, "mp_rank_00")
+    rewrite(path, lambda state: state.update(rng_state=[Payload(proof)]))
+    proof.unlink(missing_ok=True)
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(golden, tmp_path / "hf")
+    assert not proof.exists()
+    load(path)
+    assert proof.exists()  # torch.load does run it
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        (Parallel(tp=3), "over 3 ranks"),
+        (Parallel(ep=3), "8 experts"),
+        (Parallel(pp=3), "2 layers"),
+        (Parallel(tp=1, etp=2, ep=2), "share the file"),
+        (Parallel(pp=2, layers=(1, 2)), "whose sum is 2"),
+        (Parallel(tp=0), "at least 1"),
+    ],
+)
+def test_what_cannot_be_spread(golden, parallel, words, tmp_path):
+    with pytest.raises(lingconv.UsageError, match=words):
+        to_ranks(golden, tmp_path / "m", parallel)
