@@ -53,7 +53,7 @@ def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Run]:
         rows *= size
     chunk_shape = (rows,) if vector else (rows, sizes[-1])
     extent = Extent(box.file, box.offset, box.nbytes)
-    chunk = Stored(tensor.name, chunk_shape, encoding, (extent,))
+    chunk = Stored(tensor.name, chunk_shape, encoding, (extent,), pitch=box.pitch)
     outer, height = shape[:-2], sizes[-2]
     steps = product(
         *(range(first, first + size) for first, size in zip(offsets, sizes[:-2], strict=False))

@@ -15,6 +15,7 @@ from lingconv.encodings import Fp8, Ggml, Plain
 from lingconv.kernels import ggml_decode, numeric
 from lingconv.storage import Blob
 from lingconv.stored import Segment, Stored, side_by_side
+from lingconv.turning import read_rows
 
 BF16_BITS = np.dtype(np.uint16)
 F32 = np.dtype(np.float32)
@@ -86,7 +87,7 @@ class Decoder:
         return Nonfinite(source, row) if nonfinite else None
 
     def _read_elements(self, source: Stored, row: int, into: Array) -> None:
-        self.read(source, 0, row * into.shape[1] * into.itemsize, into)
+        read_rows(self._arena, self._blobs, source, row, into)
 
     def _plain(self, source: Stored, row: int, values: Array) -> int:
         self._read_elements(source, row, values)

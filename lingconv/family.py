@@ -59,6 +59,7 @@ class LogicalTensor(NamedTuple):
 
     `stack` is 0, or how many of its kind are stacked along a first axis of that tensor; those that
     share the rows of a matrix may take `turns`, each with an equal part of its rows at a time.
+    `turned` ones are stacked transposed.
     """
 
     name: LogicalName
@@ -71,6 +72,7 @@ class LogicalTensor(NamedTuple):
     turns: int
     split: str
     is_expert: bool
+    turned: str
 
 
 class Share(NamedTuple):
@@ -188,17 +190,24 @@ class TensorRule:
     keep_dtype: bool
     turns: Mapping[str, str]
     split: Mapping[str, str]
+    turned: Mapping[str, str]
 
     def address(self, layout: str) -> str:
         """Return the address in a layout: that of its last refinement which has one."""
         return _of_layout(self.addresses, layout)
 
-    def stack(self, layout: str, symbols: Mapping[str, Any]) -> int:
+    def stack(self, layout: str, symbols: Mapping[str, Any], part: Part | None) -> int:
         """Return how many tensors that this rule repeats share one address; 0 when none do."""
         for index, count in self.repeat:
             if "{" + index + "}" not in self.address(layout):
-                return _number(count, symbols)
+                return _number(count, symbols) if part is None else len(part.experts)
         return 0
+
+    def turn(self, layout: str) -> str:
+        """Return how a layout stacks transposed matrices: `wide` side by side, or `tall`."""
+        base, *refinements = layout.split("+")
+        found = (self.turned.get(f"{base}_{word}", "") for word in refinements)
+        return next((word for word in found if word), "")
 
     def num_turns(self, layout: str, symbols: Mapping[str, Any]) -> int:
         """Return how many turns it takes with those that share its address."""
@@ -354,6 +363,7 @@ class Family:
                         entry.turns,
                         rule.split.get(layout.split("+")[0], ""),
                         bool(rule.repeat),
+                        rule.turn(layout),
                     )
 
     def _entries(
@@ -377,7 +387,7 @@ class Family:
                     rule.shape(symbols),
                     rule.name,
                     rule.address(layout),
-                    rule.stack(layout, symbols),
+                    rule.stack(layout, symbols, part),
                     rule.num_turns(layout, symbols),
                 )
                 for rule in members

@@ -9,6 +9,7 @@ from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
 from lingconv.stored import side_by_side
 from lingconv.strips import CopyStrip, RowStrip, Strip
+from lingconv.turning import read_rows, turned
 
 if TYPE_CHECKING:
     from lingconv.transcode import Transcoder
@@ -48,20 +49,19 @@ class Filler:
     def _assemble(self, strip: RowStrip, output: OutputBlob) -> int:
         """Put rows together from windows of others, as bytes."""
         cols = strip.transfer.cols
-        size = strip.transfer.target.encoding.row_bytes(1)
-        shape = strip.last - strip.first, cols * size
-        data = self._arena.take("read", shape, "u1", like=strip.offset)
+        target = strip.transfer.target
+        dtype = f"u{target.encoding.row_bytes(1)}"
+        shape = strip.last - strip.first, cols
+        data = self._arena.take("read", shape, dtype, like=strip.offset)
         top = 0
         for beside in side_by_side(strip.segments, cols):
             left, bottom = 0, top + beside[0].num_rows
             for segment in beside:
-                source, right = segment.source, left + segment.num_cols * size
-                rows = self._arena.take("window", (segment.num_rows, source.cols * size), "u1")
-                extent = source.extents[0]
-                offset = extent.offset + segment.first_row * source.cols * size
-                self._blobs[extent.file].read_into(offset, as_bytes(rows))
-                first = segment.first_col * size
+                source, right = segment.source, left + segment.num_cols
+                rows = self._arena.take("window", (segment.num_rows, source.cols), dtype)
+                read_rows(self._arena, self._blobs, source, segment.first_row, rows)
+                first = segment.first_col
                 data[top:bottom, left:right] = rows[:, first : first + right - left]
                 left = right
             top = bottom
-        return output.write(as_bytes(data), strip.offset)
+        return output.write(as_bytes(turned(self._arena, strip, data)), strip.offset)

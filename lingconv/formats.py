@@ -73,6 +73,7 @@ _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
 _TURNS = "_turns"
 _SPLIT = "_split"
+_TURNED = "_turned"
 _BLOCK_WORDS = {"name", "groups", "first", "end", "mtp", "stage"}
 
 
@@ -151,13 +152,14 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
         addresses={
             word: text
             for word, text in entry.items()
-            if word not in _TENSOR_WORDS and not word.endswith((_TURNS, _SPLIT))
+            if word not in _TENSOR_WORDS and not word.endswith((_TURNS, _SPLIT, _TURNED))
         },
         when=entry.get("when", ""),
         repeat=tuple(entry.get("repeat", {}).items()),
         keep_dtype=entry.get("keep_dtype", False),
         turns=_with_suffix(entry, _TURNS),
         split=_with_suffix(entry, _SPLIT),
+        turned=_with_suffix(entry, _TURNED),
     )
 
 

@@ -123,15 +123,15 @@ class _Gatherer:
         for tensor in layout.tensors.values():
             held = self._found.get(prefix + tensor.name)
             if held is None:
-                message = f"is missing, expected {list(tensor.shape)}"
+                message = f"is missing, expected {list(tensor.stored_shape)}"
                 self._faults.append(Fault("missing tensor", message, tensor=prefix + tensor.name))
                 continue
             self._used.add(held.name)
             vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
             if vocabulary and held.shape[1:] == tensor.shape[1:]:
                 self._add_vocabulary(tensor, held, part)
-            elif held.shape != tensor.shape:
-                message = f"has shape {list(held.shape)}, {list(tensor.shape)} is expected"
+            elif held.shape != tensor.stored_shape:
+                message = f"has shape {list(held.shape)}, {list(tensor.stored_shape)} is expected"
                 self._faults.append(Fault("shape", message, held.file, held.name))
             else:
                 self._add(tensor, held)
@@ -143,8 +143,13 @@ class _Gatherer:
             top = rows.start
             for address in within(self._addresses[rows.logical], rows.first, rows.num_rows):
                 place = (address.start, tensor.first_col)
-                offset = held.offset + top * row_bytes
-                self._put(address.name, place, (address.num_rows, cols), held, offset)
+                offset, pitch = held.offset + top * row_bytes, 0
+                if tensor.turned:
+                    pitch = tensor.height
+                    offset = held.offset + top // pitch * pitch * row_bytes
+                    offset += top % pitch * held.dtype.itemsize
+                sizes = (address.num_rows, cols)
+                self._put(address.name, place, sizes, held, offset, pitch)
                 top += address.num_rows
 
     def _add_vocabulary(self, tensor: PhysicalTensor, held: StoredTensor, part: Part) -> None:
@@ -161,6 +166,7 @@ class _Gatherer:
         sizes: tuple[int, int],
         held: StoredTensor,
         offset: int,
+        pitch: int = 0,
     ) -> None:
         """Add a box of whole rows, in the axes of the tensor that it is a part of."""
         twin = self._copies.setdefault((name, *place), held)
@@ -169,9 +175,10 @@ class _Gatherer:
             self._faults.append(Fault("replica", message, held.file, held.name))
         whole = self._whole.tensors[name]  # type: ignore[index]
         shape = whole.stored_shape
-        nbytes = sizes[0] * sizes[1] * held.dtype.itemsize
+        elements = (sizes[1] - 1) * pitch + sizes[0] if pitch else sizes[0] * sizes[1]
+        nbytes = elements * held.dtype.itemsize
         offsets, box = _in_axes(place, sizes, shape)
-        self._boxes.setdefault(name, []).append(Box(offsets, box, held.file, offset, nbytes))
+        self._boxes.setdefault(name, []).append(Box(offsets, box, held.file, offset, nbytes, pitch))
         dtype = self._dtypes.setdefault(name, held.dtype)  # type: ignore[arg-type]
         if dtype != held.dtype:
             message = f"is {held.dtype}, other ranks hold {dtype}"

@@ -45,7 +45,8 @@ class PhysicalTensor(NamedTuple):
     """A tensor as a layout names it, the logical rows that it is made of, and their common role.
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    Of rows that are split over ranks, columns from `first_col` on are in it.
+    Of rows that are split over ranks, columns from `first_col` on are in it. `turned` matrices are
+    stored transposed, one behind the other, under a shape that is `wide` or `tall`.
     """
 
     name: PhysicalName
@@ -56,10 +57,20 @@ class PhysicalTensor(NamedTuple):
     stack: int
     rows: tuple[Rows, ...]
     first_col: int = 0
+    turned: str = ""
+
+    @property
+    def height(self) -> int:
+        """Rows of one of the matrices that are stacked."""
+        return self.shape[0] // (self.stack or 1)
 
     @property
     def stored_shape(self) -> Shape:
-        """The shape as files state it: a stack has an axis of its own."""
+        """The shape as files state it: a stack has an axis of its own, if it is not turned."""
+        if self.turned == "wide":
+            return (*self.shape[1:], self.shape[0])
+        if self.turned == "tall":
+            return (self.stack * self.shape[1], self.height)
         return stacked_shape(self.shape, self.stack)
 
     def logical_shapes(self) -> dict[LogicalName, Shape]:
@@ -136,6 +147,7 @@ def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
         first.stack,
         tuple(rows),
         by_columns.rank * width[0] if width else 0,
+        first.turned,
     )
 
 

@@ -35,6 +35,7 @@ class ExpertNames(StrEnum):
 
     GROUPED = "grouped"
     SEQUENTIAL = "sequential"
+    FUSED = "fused"
 
 
 class Spec(StrEnum):

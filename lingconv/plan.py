@@ -224,7 +224,7 @@ def _line(transfer: Transfer, encodings: _Numbers) -> str:
 def _describe(stored: Stored, encodings: _Numbers) -> str:
     places = " ".join(f"{e.file}@{e.offset}+{e.nbytes}" for e in stored.extents)
     number = encodings.of(stored.encoding)
-    return f"{stored.name} {stored.shape} x{stored.stack} #{number} {places}"
+    return f"{stored.name} {stored.shape} x{stored.stack} /{stored.pitch} #{number} {places}"
 
 
 def _metadata_to_json(metadata: gguf.Metadata | None) -> dict[str, Any] | None:
@@ -291,10 +291,11 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
 def _stored_to_json(stored: Stored, encodings: _Numbers) -> list[Any]:
     extents = [list(extent) for extent in stored.extents]
     number = encodings.of(stored.encoding)
-    return [stored.name, list(stored.shape), number, extents, stored.stack]
+    turned = [stored.pitch, stored.stored_as]
+    return [stored.name, list(stored.shape), number, extents, stored.stack, turned]
 
 
 def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
-    name, shape, number, extents, stack = value
+    name, shape, number, extents, stack, (pitch, stored_as) = value
     places = tuple(Extent(*item) for item in extents)
-    return Stored(name, tuple(shape), encodings[number], places, stack)
+    return Stored(name, tuple(shape), encodings[number], places, stack, (), pitch, tuple(stored_as))

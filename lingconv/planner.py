@@ -222,7 +222,8 @@ class _Planner:
             target = self.fp8[found.power_of_two] if self.options.dtype else found
         if not copies:
             self._check_decoding(tensor, segments, target)
-        stored = Stored(tensor.name, tensor.shape, target, (), tensor.stack)
+        pitch, shape = (tensor.height, tensor.stored_shape) if tensor.turned else (0, ())
+        stored = Stored(tensor.name, tensor.shape, target, (), tensor.stack, (), pitch, shape)
         return Transfer(stored, segments, scaling, copies)
 
     def _check_decoding(

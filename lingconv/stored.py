@@ -27,7 +27,9 @@ class Stored(NamedTuple):
     """An encoded matrix in its place: one extent for each tensor of its encoding.
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    One that is cut into chunks has no extents, but `bands` of them, from its first row on.
+    One that is cut into chunks has no extents, but `bands` of them, from its first row on. Where
+    there is a `pitch`, it is stored by columns that begin so many elements apart, each matrix of a
+    stack by itself; `stored_as` is the shape that its file states then.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Stored(NamedTuple):
     extents: tuple[Extent, ...]
     stack: int = 0
     bands: "tuple[Band, ...]" = ()
+    pitch: int = 0
+    stored_as: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -54,7 +58,8 @@ class Stored(NamedTuple):
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Return the tensors that hold it, with their shapes as files state them."""
-        return self.encoding.tensors(self.name, stacked_shape(self.shape, self.stack))
+        shape = self.stored_as or stacked_shape(self.shape, self.stack)
+        return self.encoding.tensors(self.name, shape)
 
     def segments(self, first: int, num_rows: int) -> "tuple[Segment, ...]":
         """Return where `num_rows` rows from `first` on are, in reading order."""

@@ -17,6 +17,7 @@ from lingconv.stored import Extent, Segment, in_runs
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
 _F32_BYTES = 4
+_SCATTERED = 8
 
 
 class _Move(NamedTuple):
@@ -70,8 +71,14 @@ def lower(file: OutputFile) -> Iterator[Strip]:
 
 def _moves_bytes(transfer: Transfer) -> bool:
     """Return whether what fills a matrix lies in its sources as it is to lie in the target."""
-    return transfer.copies and all(
-        segment.is_whole_rows and segment.num_cols == transfer.cols for segment in transfer.segments
+    turned = transfer.target.pitch or any(s.source.pitch for s in transfer.segments)
+    return (
+        transfer.copies
+        and not turned
+        and all(
+            segment.is_whole_rows and segment.num_cols == transfer.cols
+            for segment in transfer.segments
+        )
     )
 
 
@@ -154,9 +161,13 @@ def _append(sources: list[Extent], extent: Extent) -> None:
 
 def rows_per_strip(transfer: Transfer) -> int:
     """Return how many rows a strip has: whole blocks, about STRIP_BYTES, at least one block."""
+    if transfer.target.pitch:
+        return transfer.target.pitch  # a matrix that is stored by columns is written at once
     multiple = transfer.target.encoding.row_multiple
     block_bytes = multiple * max(1, transfer.cols) * _widest(transfer)
-    return multiple * max(1, STRIP_BYTES // block_bytes)
+    # Rows of a matrix that is stored by columns cost the reading of all columns, every time.
+    scattered = any(segment.source.pitch for segment in transfer.segments)
+    return multiple * max(1, (_SCATTERED if scattered else 1) * STRIP_BYTES // block_bytes)
 
 
 def _widest(transfer: Transfer) -> int:
@@ -194,7 +205,8 @@ def strip_memory(strip: Strip) -> int:
         return strip.nbytes
     transfer = strip.transfer
     elements = (strip.last - strip.first) * max(1, transfer.cols)
-    return 3 * elements * _widest(transfer)
+    columns = {segment.source.pitch * segment.source.cols for segment in transfer.segments}
+    return 3 * (elements + max(columns, default=0)) * _widest(transfer)
 
 
 def _sources(transfer: Transfer) -> tuple[Encoding, ...]:

@@ -19,6 +19,7 @@ from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
 from lingconv.stored import side_by_side
 from lingconv.strips import RowStrip, works_in_f32
+from lingconv.turning import turned
 
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
 _SQUARES_OVERFLOW = 17
@@ -65,7 +66,7 @@ class Transcoder:
             infinity = 0x7F80 if encoding.dtype == DType.BF16 else 0x7C00
             bad = (written.view(np.uint16) & infinity) == infinity
             self._refuse(_source_of(strip, int(bad.any(axis=1).argmax())))
-        return output.write(as_bytes(written), offset)
+        return output.write(as_bytes(turned(self._arena, strip, written)), offset)
 
     def _write_ggml(
         self, strip: RowStrip, kind: GgmlType, values: Array, output: OutputBlob

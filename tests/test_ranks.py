@@ -49,7 +49,7 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("experts", ["grouped", "sequential"])
+@pytest.mark.parametrize("experts", ["grouped", "sequential", "fused"])
 @pytest.mark.parametrize("parallel", GRID, ids=lambda p: "-".join(map(str, p[:4])))
 def test_there_and_back(golden, parallel, experts, tmp_path):
     target = to_ranks(golden, tmp_path / "m", parallel, experts)
@@ -110,6 +110,26 @@ def test_names_are_those_of_a_ranks_own_modules(golden, tmp_path):
     assert model["decoder.layers.0.mlp.router.expert_bias"].dtype == torch.float32
     assert state["args"].pipeline_model_parallel_size == 2
     assert state["args"].expert_tensor_parallel_size == 1
+
+
+@pytest.mark.parametrize("dtype", ["", "f32"])
+def test_fused_experts_are_what_grouped_mlp_multiplies_by(golden, dtype, tmp_path):
+    """GroupedMLP views weight1 as [experts, hidden, 2 x width], and weight2 as [.., width, hidden]."""
+    target = to_ranks(golden, tmp_path / "m", Parallel(ep=2), "fused", dtype=dtype)
+    hf = read_tensors(golden)
+    for rank in range(2):
+        model = load(file_of(target, f"mp_rank_00_{rank:03d}"))["model"]
+        prefix = "decoder.layers.1.mlp.experts."
+        one, two = model[prefix + "weight1"], model[prefix + "weight2"]
+        assert (one.shape, two.shape) == ((256, 4 * 2 * 128), (4 * 128, 256))
+        for local in range(4):
+            expert = f"model.layers.1.mlp.experts.{4 * rank + local}."
+            gate, up = (hf[f"{expert}{name}_proj.weight"] for name in ("gate", "up"))
+            expected = torch.cat([gate, up]).T.to(one.dtype)
+            assert torch.equal(one.view(4, 256, -1)[local], expected)
+            down = hf[f"{expert}down_proj.weight"].T.to(one.dtype)
+            assert torch.equal(two.view(4, -1, 256)[local], down)
+        assert not [name for name in model if name.endswith("experts._extra_state")]
 
 
 @pytest.mark.parametrize("parallel", ["1 1 1", "2 1 1", "1 2 1", "2 2 2", "4 1 2"])

@@ -21,6 +21,7 @@ from lingconv.cli.options import (
     ExpertTensorParallel,
     Formats,
     Fresh,
+    Fused,
     Ignore,
     Jobs,
     Json,
@@ -90,6 +91,7 @@ def convert(
     spec: SpecOption = Spec.TE,
     singleton_experts: SingletonExperts = False,
     grouped_gemm: Experts = None,
+    legacy_grouped_gemm: Fused = False,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -134,7 +136,12 @@ def convert(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
         megatron=megatron_options(
-            spec, singleton_experts, grouped_gemm, (tp, pp, ep, etp, vpp), pp_layers
+            spec,
+            singleton_experts,
+            grouped_gemm,
+            legacy_grouped_gemm,
+            (tp, pp, ep, etp, vpp),
+            pp_layers,
         ),
     )
     limits, said = resources(jobs, max_memory), given(config, settings)

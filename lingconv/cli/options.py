@@ -417,6 +417,7 @@ def megatron_options(
     spec: Spec,
     singleton_experts: bool,
     grouped_gemm: bool | None,
+    fused: bool,
     parallel: tuple[int, int, int, int, int],
     pp_layers: str,
 ) -> MegatronOptions:
@@ -427,10 +428,11 @@ def megatron_options(
     except ValueError as exc:
         raise UsageError(f"`--pp-layers {pp_layers}` are not whole numbers") from exc
     grouped = spec == Spec.TE if grouped_gemm is None else grouped_gemm
+    names = ExpertNames.GROUPED if grouped else ExpertNames.SEQUENTIAL
     return MegatronOptions(
         spec.value,
         singleton_experts,
-        (ExpertNames.GROUPED if grouped else ExpertNames.SEQUENTIAL).value,
+        ExpertNames.FUSED.value if fused else names.value,
         Parallel(tp, pp, ep, etp or tp, vpp, layers),
     )
 

@@ -19,6 +19,7 @@ from lingconv.cli.options import (
     Experts,
     ExpertTensorParallel,
     Formats,
+    Fused,
     Ignore,
     Jobs,
     Json,
@@ -87,6 +88,7 @@ def plan(
     spec: SpecOption = Spec.TE,
     singleton_experts: SingletonExperts = False,
     grouped_gemm: Experts = None,
+    legacy_grouped_gemm: Fused = False,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     ep: ExpertParallel = 1,
@@ -128,7 +130,12 @@ def plan(
             outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
         ),
         megatron=megatron_options(
-            spec, singleton_experts, grouped_gemm, (tp, pp, ep, etp, vpp), pp_layers
+            spec,
+            singleton_experts,
+            grouped_gemm,
+            legacy_grouped_gemm,
+            (tp, pp, ep, etp, vpp),
+            pp_layers,
         ),
     )
     built = api.plan(

@@ -11,13 +11,17 @@ BLOCK_BYTES = 4096
 
 
 class Box(NamedTuple):
-    """A part of a tensor in its file: where it begins on each axis, its sizes, and its bytes."""
+    """A part of a tensor in its file: where it begins on each axis, its sizes, and its bytes.
+
+    Where there is a `pitch`, its columns begin so many elements apart, instead of its rows.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     offset: int
     nbytes: int
+    pitch: int = 0
 
 
 class StoredTensor(NamedTuple):

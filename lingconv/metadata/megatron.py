@@ -42,7 +42,8 @@ def megatron_args(
         "transformer_impl": "local"
         if options.megatron.spec == Spec.LOCAL
         else "transformer_engine",
-        "moe_grouped_gemm": options.megatron.experts == ExpertNames.GROUPED,
+        "moe_grouped_gemm": options.megatron.experts != ExpertNames.SEQUENTIAL,
+        "moe_use_legacy_grouped_gemm": options.megatron.experts == ExpertNames.FUSED,
         **_parallel_args(options.megatron.parallel, symbols["layers"]),
         "ckpt_format": "torch_dist" if options.layout == Target.MEGATRON else "torch",
         "iteration": ITERATION,
@@ -72,7 +73,7 @@ def rank_modules(layout: Layout, beside: Mapping[str, str]) -> list[str]:
     for tensor in layout.tensors.values():
         module, _, _ = tensor.name.rpartition(".")
         parent, _, own = module.rpartition(".")
-        if tensor.role in _LINEAR:
+        if tensor.role in _LINEAR and not tensor.turned:
             modules[module] = None
         if own in beside:
             modules[f"{parent}.{beside[own]}"] = None

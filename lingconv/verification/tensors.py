@@ -286,7 +286,7 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     encoding, (segment, *others) = pair.target.encoding, pair.segments
     unit = encoding.row_multiple
     first = segment.first_row + strip.first
-    in_pieces = others or pair.target.bands
+    in_pieces = others or pair.target.bands or segment.source.pitch
     if in_pieces or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
     rows, cols = strip.last - strip.first, matrix(pair.target)[1]
