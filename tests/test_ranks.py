@@ -114,7 +114,7 @@ def test_names_are_those_of_a_ranks_own_modules(golden, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["", "f32"])
 def test_fused_experts_are_what_grouped_mlp_multiplies_by(golden, dtype, tmp_path):
-    """GroupedMLP views weight1 as [experts, hidden, 2 x width], and weight2 as [.., width, hidden]."""
+    """GroupedMLP views weight1 as [experts, hidden, 2 width], weight2 as [.., width, hidden]."""
     target = to_ranks(golden, tmp_path / "m", Parallel(ep=2), "fused", dtype=dtype)
     hf = read_tensors(golden)
     for rank in range(2):

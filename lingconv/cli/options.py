@@ -83,6 +83,14 @@ Experts = Annotated[
         rich_help_panel=MEGATRON,
     ),
 ]
+Fused = Annotated[
+    bool,
+    typer.Option(
+        "--legacy-grouped-gemm",
+        help="All experts of a rank in `weight1` and `weight2`, as Megatron's option of that name.",
+        rich_help_panel=MEGATRON,
+    ),
+]
 TensorParallel = Annotated[
     int,
     typer.Option(
