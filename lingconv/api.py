@@ -43,7 +43,9 @@ def open_model(
     `formats` is a family file or a folder of them, in place of the built-in ones; `given` is what
     the checkpoint does not say of itself.
     """
-    return recognise(open_checkpoint(source), load_families(formats), given)
+    main_params = given is not None and given.main_params
+    checkpoint = open_checkpoint(source, main_params=main_params)
+    return recognise(checkpoint, load_families(formats), given)
 
 
 def inspect(

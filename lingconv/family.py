@@ -403,23 +403,22 @@ class Family:
 
     def refined(self, base: str, names: Collection[str]) -> str:
         """Return the layout `base` with those of its refinements that tensors are named by."""
-        words = {
-            key.removeprefix(f"{base}_"): None
-            for group in self.tensors.values()
-            for rule in group
-            for key in rule.addresses
-            if key.startswith(f"{base}_")
-        }
-        used = [word for word in words if self._names_by(base, word, names)]
-        return "+".join([base, *used])
+        addressed = [block.addresses for block in self.blocks]
+        addressed += [rule.addresses for group in self.tensors.values() for rule in group]
+        keys = [key for addresses in addressed for key in addresses]
+        words = dict.fromkeys(
+            key.removeprefix(f"{base}_") for key in keys if key.startswith(f"{base}_")
+        )
+        return "+".join([base, *(word for word in words if self._names_by(base, word, names))])
 
     def _names_by(self, base: str, word: str, names: Collection[str]) -> bool:
         """Return whether some tensor has the name that a refinement gives it, not its usual one."""
+        layout = f"{base}+{word}"
         for block in self.blocks:
-            prefix = block.addresses[base]
             for rule in (rule for group in block.groups for rule in self.tensors[group]):
-                own, usual = rule.addresses.get(f"{base}_{word}"), rule.addresses[base]
-                if own and _any_match(names, prefix + own) > _any_match(names, prefix + usual):
+                usual = block.addresses[base] + rule.addresses[base]
+                own = _of_layout(block.addresses, layout) + rule.address(layout)
+                if own != usual and _any_match(names, own) > _any_match(names, usual):
                     return True
         return False
 

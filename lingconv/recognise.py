@@ -26,10 +26,14 @@ ARGS_NAME = "Megatron's arguments"
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the user says of a checkpoint: a config in place of its own, and single keys of it."""
+    """What the user says of a checkpoint: a config in place of its own, and single keys of it.
+
+    `main_params` asks for the optimizer's FP32 weights.
+    """
 
     config: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    main_params: bool = False
 
 
 def recognise(

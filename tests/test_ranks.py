@@ -189,6 +189,21 @@ def load_golden(golden, name):
     return read_tensors(golden)[names[name]]
 
 
+def test_mtp_layers_under_their_newer_name(golden, tmp_path):
+    """core_v0.17.0 calls the module `mtp_model_layer`."""
+    target = to_ranks(golden, tmp_path / "m", Parallel(ep=2))
+
+    def rename(state):
+        model = state["model"]
+        for name in list(model):
+            model[name.replace("transformer_layer", "mtp_model_layer")] = model.pop(name)
+
+    for rank in range(2):
+        rewrite(file_of(target, f"mp_rank_00_{rank:03d}"), rename)
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(golden, tmp_path / "hf")
+
+
 # Faults ----------------------------------------------------------------------------------------
 
 

@@ -274,6 +274,30 @@ def test_layers_in_one_tensor_vocabulary_padded_and_optimizer_beside(golden_dist
     assert found["lm_head.weight"].shape == (512, 256)
 
 
+def test_main_params_of_the_optimizer(golden, golden_dist, config, tmp_path):
+    """Weights in FP32, of which the checkpoint's own are the roundings."""
+    rewriter = Rewriter(golden_dist)
+    fine = {}
+    for name, value in list(rewriter.state.items()):
+        if value.dtype == torch.bfloat16:
+            fine[name] = value.float() * (1 + 2**-10)
+            prefix = "chained_1." if "experts.experts" in name else ""
+            rewriter.state[f"{prefix}optimizer.state.fp32_param.{name}"] = fine[name]
+            rewriter.state[f"{prefix}optimizer.state.exp_avg.{name}"] = torch.zeros(value.shape)
+    source = rewriter.save(tmp_path / "m", golden_dist)
+    request = ConvertOptions(dtype="f32")
+    lingconv.convert(source, tmp_path / "hf", request, given=Given(config, main_params=True))
+    found = read_tensors(tmp_path / "hf")
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    assert torch.equal(found["model.layers.0.attention.dense.weight"], fine[name])
+    experts = fine["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
+    assert torch.equal(found["model.layers.1.mlp.experts.5.down_proj.weight"], experts[5])
+    lingconv.convert(source, tmp_path / "plain", given=Given(config))
+    assert_same_model(golden, tmp_path / "plain")
+    with pytest.raises(lingconv.CheckpointError, match="no optimizer state"):
+        lingconv.plan(golden_dist, given=Given(config, main_params=True))
+
+
 # Faults ----------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from lingconv.cli.options import (
     ExpertTensorParallel,
     Formats,
     Fresh,
+    FromMainParams,
     Fused,
     Ignore,
     Jobs,
@@ -110,6 +111,7 @@ def convert(
     formats: Formats = None,
     config: ConfigFile = None,
     settings: Settings = None,
+    from_main_params: FromMainParams = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -144,7 +146,10 @@ def convert(
             pp_layers,
         ),
     )
-    limits, said = resources(jobs, max_memory), given(config, settings)
+    limits, said = (
+        resources(jobs, max_memory),
+        given(config, settings, main_params=from_main_params),
+    )
     if dry_run:
         built = api.plan(source, options, destination=destination, formats=formats, given=said)
         plan_command.show(built, destination, limits, verbose=verbose)

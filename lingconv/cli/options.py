@@ -63,6 +63,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One key of that config. Repeatable."),
 ]
+FromMainParams = Annotated[
+    bool,
+    typer.Option(
+        "--from-main-params",
+        help="Read the optimizer's FP32 weights instead of their roundings.",
+        rich_help_panel=MEGATRON,
+    ),
+]
 SpecOption = Annotated[
     Spec,
     typer.Option("--spec", help="Megatron's layers: their names differ.", rich_help_panel=MEGATRON),
@@ -445,12 +453,15 @@ def megatron_options(
     )
 
 
-def given(config: Path | None, settings: list[str] | None) -> Given | None:
+def given(
+    config: Path | None, settings: list[str] | None, *, main_params: bool = False
+) -> Given | None:
     """Return what the user says of SRC, or None when that is nothing."""
-    if config is None and not settings:
+    if config is None and not settings and not main_params:
         return None
     pairs = [_pair("--set", text, "KEY=VALUE") for text in settings or ()]
-    return Given(_read_config(config) if config else None, {k: _value(v) for k, v in pairs})
+    values = {key: _value(text) for key, text in pairs}
+    return Given(_read_config(config) if config else None, values, main_params)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

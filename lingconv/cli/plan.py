@@ -19,6 +19,7 @@ from lingconv.cli.options import (
     Experts,
     ExpertTensorParallel,
     Formats,
+    FromMainParams,
     Fused,
     Ignore,
     Jobs,
@@ -105,6 +106,7 @@ def plan(
     formats: Formats = None,
     config: ConfigFile = None,
     settings: Settings = None,
+    from_main_params: FromMainParams = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -139,7 +141,11 @@ def plan(
         ),
     )
     built = api.plan(
-        source, options, destination=destination, formats=formats, given=given(config, settings)
+        source,
+        options,
+        destination=destination,
+        formats=formats,
+        given=given(config, settings, main_params=from_main_params),
     )
     if plan_file is not None:
         save(built, plan_file)

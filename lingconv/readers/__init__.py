@@ -16,10 +16,11 @@ from lingconv.storage import Storage
 from lingconv.storage.local import LocalStorage
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, main_params: bool = False) -> Checkpoint:
     """Read the headers of the checkpoint at a local path.
 
-    Raises UsageError when there is no such folder and CheckpointError when it holds no checkpoint.
+    `main_params` takes the optimizer's FP32 weights from Megatron's torch_dist. Raises UsageError
+    when there is no such folder and CheckpointError when it holds no checkpoint.
     """
     root = Path(source)
     if root.is_file() and root.suffix == gguf.SUFFIX:
@@ -29,14 +30,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         if not root.is_absolute() and str(source).count("/") == 1:
             hint = "SRC is a folder on this machine; download a Hub repository first"
         raise UsageError(f"{source} is neither a folder nor a GGUF file", hint=hint)
-    return read_checkpoint(LocalStorage(root))
+    return read_checkpoint(LocalStorage(root), main_params=main_params)
 
 
-def read_checkpoint(storage: Storage) -> Checkpoint:
+def read_checkpoint(storage: Storage, *, main_params: bool = False) -> Checkpoint:
     """Read the headers of the weight files in `storage`: Megatron's, safetensors, or one GGUF."""
     iteration = find_iteration(storage)
     if iteration is not None:
-        return read_megatron(storage, iteration)
+        return read_megatron(storage, iteration, main_params=main_params)
+    if main_params:
+        raise UsageError(f"`--from-main-params`: {storage.uri} is not Megatron's torch_dist")
     names = list(storage.files())
     if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         models = models_in(names)

@@ -9,7 +9,7 @@ from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
 from lingconv.containers import HeaderError, torch_dist
 from lingconv.containers.pickles import loads
 from lingconv.containers.torch_archive import PICKLE_NAME, ArchiveReader
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.gathering import names_of_ranks
 from lingconv.readers.arguments import args_of
 from lingconv.readers.ranks import RanksReader
@@ -49,18 +49,24 @@ def _exists(storage: Storage, name: str) -> bool:
     return False
 
 
-def read_megatron(storage: Storage, folder: str) -> Checkpoint:
-    """Read the checkpoint in `folder` of a storage, and the small files beside that folder."""
+def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -> Checkpoint:
+    """Read the checkpoint in `folder` of a storage, and the small files beside that folder.
+
+    With `main_params` weights are the FP32 ones in the state of the optimizer. Raises UsageError
+    when the files are those of ranks, where they are not read.
+    """
     faults: list[Fault] = []
     inside = (name.removeprefix(folder) for name in storage.files() if name.startswith(folder))
     ranks = [*names_of_ranks(inside)]
     reader: TorchDistReader | RanksReader
+    if ranks and main_params:
+        raise UsageError("`--from-main-params` is for torch_dist, not for the files of ranks")
     if ranks:
         reader = RanksReader(storage, folder, ranks)
         tensors = reader.read()
         args, names = reader.args, list(reader.files.values())
     else:
-        reader = TorchDistReader(storage, folder)
+        reader = TorchDistReader(storage, folder, main_params=main_params)
         tensors = reader.read()
         args = _read_args(storage, folder + torch_dist.COMMON_NAME, faults)
         names = [*reader.files(), folder + torch_dist.METADATA_NAME]

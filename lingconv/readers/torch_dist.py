@@ -26,6 +26,8 @@ _STATE = {
     "random state": re.compile(r"rng_state|rerun_state_machine_state"),
     "extra state": re.compile(r".*\._extra_state"),
 }
+# FP32 weights that the optimizer works on, by the key of the weight that is their rounding.
+_MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
 # Older Megatron stores layers that are all alike in one tensor, with the layer as its first axis.
 _ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
 
@@ -33,9 +35,10 @@ _ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
 class TorchDistReader:
     """Collects the weights of one checkpoint folder and every fault met on the way."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
+    def __init__(self, storage: Storage, folder: str, *, main_params: bool = False) -> None:
         self.storage = storage
         self.folder = folder
+        self.main_params = main_params
         self.faults: list[Fault] = []
         self.left_out: dict[str, LeftOut] = {}
         self._sizes: dict[str, int | None] = {}
@@ -52,6 +55,8 @@ class TorchDistReader:
             ) from exc
         self._set_aside(directory)
         weights = [tensor for tensor in directory.tensors if _state_of(tensor.name) is None]
+        if self.main_params:
+            weights = list(self._main_params(weights, directory))
         self._check_files(weights)
         for tensor, offsets in directory.lost:
             if _state_of(tensor) is None:
@@ -69,6 +74,29 @@ class TorchDistReader:
 
             stored = [self._stored(tensor, read) for tensor in weights]
         return {tensor.name: tensor for item in stored for tensor in _apart(item)}
+
+    def _main_params(
+        self, weights: Iterable[Tensor], directory: torch_dist.Directory
+    ) -> Iterator[Tensor]:
+        """Yield the optimizer's FP32 weights in place of their roundings, where it has some."""
+        mains = {
+            match[1]: tensor
+            for tensor in directory.tensors
+            if (match := _MAIN_PARAM.fullmatch(tensor.name))
+        }
+        if not mains:
+            raise CheckpointError(
+                f"{self.storage.uri} has no optimizer state with FP32 weights",
+                hint="leave `--from-main-params` out",
+            )
+        for weight in weights:
+            main = mains.get(weight.name, weight)
+            if main.shape != weight.shape:
+                message = f"FP32 weight is stored as {list(main.shape)}, not {list(weight.shape)}"
+                hint = "save with `fully_sharded_model_space`, or leave `--from-main-params` out"
+                fault = Fault("main weight", message, tensor=weight.name, hint=hint)
+                self.faults.append(fault)
+            yield main._replace(name=weight.name)
 
     def files(self) -> list[str]:
         """Return the files that weights are in."""
