@@ -165,6 +165,10 @@ class Block:
             raise CheckpointError(f"config.json asks for {len(layers):,} layers")
         return layers
 
+    def address(self, layout: str) -> str:
+        """Return the prefix of its tensors' addresses in a layout."""
+        return _of_layout(self.addresses, layout)
+
     def numbered(self, symbols: Mapping[str, Any], part: Part | None) -> Iterator[tuple[int, ...]]:
         """Yield each layer that a part holds, as (i, layer, its number there)."""
         if part is not None and self.stage and self.stage not in part.stages:
@@ -346,7 +350,7 @@ class Family:
         for block in self.blocks:
             numbered = list(block.numbered(symbols, part))
             entries = self._entries(block, symbols, layout, part) if numbered else []
-            prefix = _of_layout(block.addresses, layout)
+            prefix = block.address(layout)
             for i, layer, number in numbered:
                 name = block.name.format(layer=layer, i=i)
                 address = prefix.format(layer=number, i=i)
@@ -417,7 +421,7 @@ class Family:
         for block in self.blocks:
             for rule in (rule for group in block.groups for rule in self.tensors[group]):
                 usual = block.addresses[base] + rule.addresses[base]
-                own = _of_layout(block.addresses, layout) + rule.address(layout)
+                own = block.address(layout) + rule.address(layout)
                 if own != usual and _any_match(names, own) > _any_match(names, usual):
                     return True
         return False

@@ -212,10 +212,6 @@ class MegatronOptions:
                 raise UsageError(f"`--{name}` must be at least 1")
         if self.parallel.layers and self.parallel.vpp > 1:
             raise UsageError("`--pp-layers` and `--vpp` cannot be combined")
-        if self.experts == ExpertNames.GROUPED and self.spec == Spec.LOCAL:
-            raise UsageError(
-                "Megatron's local layers have sequential experts", hint="add `--sequential`"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +279,11 @@ class ConvertOptions:
             raise UsageError(
                 "torch_dist is loaded at any parallelism: it has no numbers of ranks",
                 hint="leave them out, or write `--to megatron-ranks`",
+            )
+        grouped = self.megatron.experts == ExpertNames.GROUPED
+        if self.layout == Target.RANKS and grouped and self.megatron.spec == Spec.LOCAL:
+            raise UsageError(
+                "Megatron's local layers have no grouped experts", hint="add `--sequential`"
             )
         if self.layout == Target.RANKS and self.megatron.singleton_experts:
             raise UsageError("`--singleton-experts` is for torch_dist: `--to megatron`")

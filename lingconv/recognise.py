@@ -17,7 +17,14 @@ from lingconv.family import Family, PhysicalName
 from lingconv.gathering import gather
 from lingconv.layout import build_layout
 from lingconv.matching import Matcher
-from lingconv.metadata.rebuild import plain_values, rebuild_config, rebuild_files, special_ids
+from lingconv.metadata.rebuild import (
+    DTYPE_NAMES,
+    plain_values,
+    rebuild_config,
+    rebuild_files,
+    special_ids,
+)
+from lingconv.metadata.shapes import symbols_from_shapes
 from lingconv.model import GGUF, HF, MEGATRON, Model
 from lingconv.storage.overlay import Overlay
 
@@ -132,11 +139,7 @@ def _recognise_megatron(
             dtype = stated if isinstance(stated, DType) else DType.BF16
             config = rebuild_config(family, family.megatron.of, symbols, dtype)
     if not config:
-        raise CheckpointError(
-            f"{checkpoint.storage.uri} holds neither arguments nor a {CONFIG_NAME}",
-            faults=checkpoint.faults,
-            hint="pass the model's `--config FILE` (a config.json)",
-        )
+        config = _config_from_shapes(checkpoint, family, given)
     shown = replace(
         checkpoint,
         config={**config, **given.settings},
@@ -150,6 +153,34 @@ def _recognise_megatron(
         return _matched(shown, family, architecture, symbols, MEGATRON)
     layout_name = family.refined(MEGATRON, checkpoint.tensors)
     return _matched(shown, family, architecture, symbols, layout_name)
+
+
+def _config_from_shapes(checkpoint: Checkpoint, family: Family, given: Given) -> dict[str, Any]:
+    """Return a config of what the shapes and the user say.
+
+    Raises CheckpointError with all that nobody says.
+    """
+    found = {} if checkpoint.is_spread else symbols_from_shapes(family, checkpoint.tensors)
+    config: dict[str, Any] = {"architectures": [family.megatron.of if family.megatron else ""]}
+    config.update(family.config)
+    largest = max(checkpoint.tensors.values(), key=lambda t: t.nbytes, default=None)
+    if largest is not None and largest.dtype in DTYPE_NAMES:
+        config["torch_dtype"] = DTYPE_NAMES[DType(largest.dtype)]
+    missing = []
+    for symbol in family.symbols:
+        keys = symbol.keys.get(HF, ())
+        if symbol.name in found and keys:
+            config[keys[0]] = found[symbol.name]
+        elif keys and MEGATRON in symbol.keys and not any(key in given.settings for key in keys):
+            missing.append(keys[0])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.storage.uri} holds neither arguments nor a {CONFIG_NAME}",
+            faults=checkpoint.faults,
+            details=[f"`{key}` follows from no shape" for key in missing],
+            hint="pass the model's `--config FILE` (a config.json), or `--set KEY=VALUE` for each",
+        )
+    return config
 
 
 def _contradictions(

@@ -91,6 +91,20 @@ RULES: dict[str, Rule] = {
 }
 
 
+def told_by_shapes(sizes: Symbols, present: Mapping[str, bool]) -> dict[str, Any]:
+    """Return the symbols that follow from sizes, and from the tensors that are there."""
+    found = {**sizes, **{name: there for name, there in present.items() if name in _SWITCHES}}
+    found["tied"] = not present.get("own_head", True)
+    if found.get("shared_width") and found.get("expert_width"):
+        found["shared_experts"] = found["shared_width"] // found["expert_width"]
+    elif not present.get("has_shared", False):
+        found["shared_experts"] = found["shared_width"] = 0
+    return found
+
+
+_SWITCHES = ("qk_norm", "qkv_bias", "dense_bias", "expert_bias")
+
+
 def megatron_notes(symbols: Symbols) -> list[str]:
     """Return where Megatron computes otherwise than the modeling file that the weights come from.
 

@@ -71,7 +71,7 @@ def finished_files(target):
     """Return the weight files under their final names, each with what would change if rewritten."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for pattern in ("*.safetensors", "*.gguf", "**/*.distcp")
+        for pattern in ("*.safetensors", "*.gguf", "**/__0_*.distcp")
         for path in target.glob(pattern)
     }
 

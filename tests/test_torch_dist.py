@@ -384,6 +384,26 @@ def test_shapes_that_contradict_the_arguments(golden, config, tmp_path):
     refuses(target, tmp_path, "num_query_groups", "linear_qkv.weight", "[512, 256]", "[768, 256]")
 
 
+def test_what_shapes_say_and_what_the_user_adds(golden, golden_dist, config, tmp_path):
+    with pytest.raises(lingconv.CheckpointError) as caught:
+        lingconv.plan(golden_dist)
+    missing = {detail.split("`")[1] for detail in caught.value.details}
+    assert "hidden_size" not in missing
+    settings = {key: config.get(key, config.get("partial_rotary_factor")) for key in missing}
+    lingconv.convert(golden_dist, tmp_path / "hf", given=Given(settings=settings))
+    assert_same_model(golden, tmp_path / "hf")
+    rebuilt = json.loads((tmp_path / "hf/config.json").read_text())
+    sizes = {
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "num_experts", "moe_intermediate_size", "num_shared_experts",
+        "moe_shared_expert_intermediate_size", "num_nextn_predict_layers", "num_hidden_layers",
+        "first_k_dense_replace", "tie_word_embeddings", "use_qk_norm", "use_qkv_bias",
+        "moe_router_enable_expert_bias",
+    }  # fmt: skip
+    assert sizes & missing == set()
+    assert {key: rebuilt[key] for key in sizes} == {key: config[key] for key in sizes}
+
+
 def test_nothing_says_what_it_is(golden_dist):
     with pytest.raises(lingconv.CheckpointError) as caught:
         lingconv.inspect(golden_dist)

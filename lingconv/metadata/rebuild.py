@@ -23,6 +23,8 @@ _SAMPLING = {
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
 _TEMPLATE = "tokenizer.chat_template"
+# What config.json calls the dtype of most weights.
+DTYPE_NAMES = {DType.BF16: "bfloat16", DType.F16: "float16", DType.F32: "float32"}
 # GPT-2's own splitting, which tokenizers has built in.
 _GPT2 = ("gpt-2", "default")
 
@@ -62,8 +64,7 @@ def rebuild_config(
         if value is not None:
             _put(config, symbol.key(Target.HF), value)
     config.update(token_ids or {})
-    names = {DType.F16: "float16", DType.F32: "float32"}
-    config["torch_dtype"] = names.get(dtype, "bfloat16")
+    config["torch_dtype"] = DTYPE_NAMES.get(dtype, "bfloat16")
     return config
 
 
