@@ -4,7 +4,6 @@ This module knows symbols, logical tensors and roles. It does not know files, by
 and no tensor name of any model stands in it: those are data (`formats/README.md`).
 """
 
-import fnmatch
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from itertools import groupby
 from typing import Any, NamedTuple, NewType
 
 from lingconv.errors import CheckpointError, Fault
-from lingconv.rules import AS_IT_IS, RULES, Spelling
+from lingconv.symbols import Symbol, check_symbol, whole_number
 
 LogicalName = NewType("LogicalName", str)
 PhysicalName = NewType("PhysicalName", str)
 Shape = tuple[int, ...]
 
-# No dimension of a real model comes near; it keeps a hostile config from exhausting memory.
-MAX_SYMBOL = 1 << 32
+# Keeps a hostile config from exhausting memory.
 MAX_REPEATS = 100_000
 
 
@@ -97,56 +95,6 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Symbol:
-    """A number or switch of the model and where each layout keeps it: the first key wins.
-
-    `spellings` say how a layout writes the value; `presence` is a glob of tensor names in a layout
-    that keeps no key for a switch, and what the switch is where there is such a tensor.
-    """
-
-    name: str
-    keys: Mapping[str, tuple[str, ...]]
-    default: Any
-    rule: str
-    spellings: Mapping[str, Spelling]
-    presence: Mapping[str, tuple[str, bool]]
-
-    def key(self, layout: str) -> str:
-        """Return the key that a layout uses first, or the symbol's name where it has none."""
-        return self.keys.get(layout, (self.name,))[0]
-
-    def value(
-        self,
-        config: Mapping[str, Any],
-        layout: str,
-        symbols: Mapping[str, Any],
-        names: Collection[str],
-    ) -> Any:
-        """Read the symbol from a config; raise KeyError when it is required and missing.
-
-        `names` are the tensors that the checkpoint has.
-        """
-        if layout in self.presence:
-            pattern, value = self.presence[layout]
-            return value if fnmatch.filter(names, pattern) else not value
-        found = (_look_up(config, key) for key in self.keys.get(layout, ()))
-        own = next((value for value in found if value is not None), None)
-        if own is not None:
-            own = self.spellings.get(layout, AS_IT_IS).read(own, symbols)
-        if self.rule:
-            return RULES[self.rule](own, symbols)
-        if own is None and self.default is None:
-            raise KeyError(self.key(layout))
-        return self.default if own is None else own
-
-    def written(self, layout: str, symbols: Mapping[str, Any]) -> Any:
-        """Return what a layout writes for the symbol, or None when it leaves it out."""
-        if layout not in self.keys:
-            return None
-        return self.spellings.get(layout, AS_IT_IS).write(symbols[self.name], symbols)
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """Groups of tensors, repeated for the layers `first` <= layer < `end`."""
 
@@ -160,7 +108,7 @@ class Block:
 
     def layers(self, symbols: Mapping[str, Any]) -> range:
         """Return the layer numbers that this block covers."""
-        layers = range(_number(self.first, symbols), _number(self.end, symbols))
+        layers = range(whole_number(self.first, symbols), whole_number(self.end, symbols))
         if len(layers) > MAX_REPEATS:
             raise CheckpointError(f"config.json asks for {len(layers):,} layers")
         return layers
@@ -204,7 +152,7 @@ class TensorRule:
         """Return how many tensors that this rule repeats share one address; 0 when none do."""
         for index, count in self.repeat:
             if "{" + index + "}" not in self.address(layout):
-                return _number(count, symbols) if part is None else len(part.experts)
+                return whole_number(count, symbols) if part is None else len(part.experts)
         return 0
 
     def turn(self, layout: str) -> str:
@@ -216,7 +164,7 @@ class TensorRule:
     def num_turns(self, layout: str, symbols: Mapping[str, Any]) -> int:
         """Return how many turns it takes with those that share its address."""
         base = layout.split("+")[0]
-        return _number(self.turns[base], symbols) if base in self.turns else 1
+        return whole_number(self.turns[base], symbols) if base in self.turns else 1
 
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
         """Return the shape that the symbols give; an axis is a product of symbols and integers."""
@@ -224,7 +172,7 @@ class TensorRule:
         for axis in self.axes:
             size = 1
             for factor in axis:
-                size *= _number(factor, symbols)
+                size *= whole_number(factor, symbols)
             if size == 0:
                 raise CheckpointError(f"config.json makes an axis of `{self.name}` empty")
             dims.append(size)
@@ -329,7 +277,7 @@ class Family:
                 value = overrides.get(symbol.name)
                 value = symbol.value(config, layout, symbols, names) if value is None else value
                 symbols[symbol.name] = value
-                _check_symbol(value)
+                check_symbol(value)
             except KeyError as exc:
                 if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
                     faults.append(Fault("config", f"`{key}` is missing", file))
@@ -351,9 +299,9 @@ class Family:
             numbered = list(block.numbered(symbols, part))
             entries = self._entries(block, symbols, layout, part) if numbered else []
             prefix = block.address(layout)
-            for i, layer, number in numbered:
+            for i, layer, local in numbered:
                 name = block.name.format(layer=layer, i=i)
-                address = prefix.format(layer=number, i=i)
+                address = prefix.format(layer=local, i=i)
                 for entry in entries:
                     rule = entry.rule
                     yield LogicalTensor(
@@ -463,16 +411,6 @@ def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
     return next((addresses[key] for key in keys if key in addresses), addresses[base])
 
 
-def _look_up(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value under `key`, whose dots lead into nested objects, or None."""
-    if key in config:
-        return config[key]
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def _bindings(
     repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any], part: Part | None
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
@@ -484,22 +422,8 @@ def _bindings(
         yield {}, {}
         return
     ((index, count),) = repeat
-    total = _number(count, symbols)
+    total = whole_number(count, symbols)
     if total > MAX_REPEATS:
         raise CheckpointError(f"config.json asks for {total:,} tensors of one kind")
     held = range(total) if part is None else part.experts
     yield from (({index: number}, {index: number - held.start}) for number in held)
-
-
-def _number(value: str | int, symbols: Mapping[str, Any]) -> int:
-    number = value if isinstance(value, int) else symbols[value]
-    if not isinstance(number, int):
-        raise CheckpointError(f"config.json gives `{value}` as {number!r}, not a whole number")
-    return number
-
-
-def _check_symbol(value: Any) -> None:
-    if isinstance(value, (int, float)) and not 0 <= value <= MAX_SYMBOL:
-        raise ValueError(f"{value} is not a size")
-    if not isinstance(value, (int, float, str)):
-        raise TypeError(f"{value!r} is neither a number, a switch nor a word")

@@ -20,10 +20,10 @@ from lingconv.family import (
     MegatronModel,
     Role,
     ScalePolicy,
-    Symbol,
     TensorRule,
 )
 from lingconv.rules import RULES, SPELLINGS
+from lingconv.symbols import Symbol
 
 
 def builtin_formats() -> Traversable:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint
 from lingconv.containers.gguf import Metadata
-from lingconv.dtypes import DType
+from lingconv.dtypes import DTYPES, DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
 from lingconv.gathering import gather
@@ -165,7 +165,7 @@ def _config_from_shapes(checkpoint: Checkpoint, family: Family, given: Given) ->
     config.update(family.config)
     largest = max(checkpoint.tensors.values(), key=lambda t: t.nbytes, default=None)
     if largest is not None and largest.dtype in DTYPE_NAMES:
-        config["torch_dtype"] = DTYPE_NAMES[DType(largest.dtype)]
+        config["torch_dtype"] = DTYPE_NAMES[DTYPES[largest.dtype.value]]
     missing = []
     for symbol in family.symbols:
         keys = symbol.keys.get(HF, ())
