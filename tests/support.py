@@ -37,6 +37,13 @@ def same_bits(left, right):
     )
 
 
+def assert_same_model(left, right):
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    a, b = read_tensors(left), read_tensors(right)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not same_bits(a[name], b[name])] == []
+
+
 def tree_digest(folder):
     """Return path -> sha256 of every file that a run leaves behind, its own state included."""
     return {

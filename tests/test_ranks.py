@@ -14,7 +14,7 @@ import lingconv
 from lingconv.gathering import find_parallel
 from lingconv.options import ConvertOptions, MegatronOptions
 from lingconv.ranks import Parallel, all_ranks
-from tests.support import read_tensors, same_bits
+from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]
 ITERATION = "iter_0000001"
@@ -26,12 +26,6 @@ def to_ranks(source, target, parallel, experts="grouped", **options):
     request = ConvertOptions(layout="megatron-ranks", megatron=megatron, **options)
     lingconv.convert(source, target, request)
     return target
-
-
-def assert_same_model(left, right):
-    a, b = read_tensors(left), read_tensors(right)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not same_bits(a[name], b[name])] == []
 
 
 def file_of(target, rank):

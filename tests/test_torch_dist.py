@@ -26,7 +26,7 @@ from lingconv.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.options import ConvertOptions, MegatronOptions
 from lingconv.recognise import Given
-from tests.support import read_tensors, same_bits
+from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]
 ITERATION = "iter_0000001"
@@ -47,12 +47,6 @@ def to_megatron(source, target, **options):
     request = ConvertOptions(layout="megatron", megatron=MegatronOptions(**options))
     lingconv.convert(source, target, request)
     return target
-
-
-def assert_same_model(left, right):
-    a, b = read_tensors(left), read_tensors(right)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not same_bits(a[name], b[name])] == []
 
 
 def load_with_torch(folder):
