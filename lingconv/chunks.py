@@ -6,6 +6,7 @@ twice. A band is a run of rows whose chunks are the same from left to right.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
+from math import prod
 from typing import NamedTuple
 
 from lingconv.containers import Box, StoredTensor
@@ -32,11 +33,8 @@ def stored_in_boxes(tensor: StoredTensor, encoding: Encoding) -> tuple[Stored, l
 
     The last axis is the matrix's columns, all others are its rows; a vector is one column.
     """
-    *leading, cols = tensor.shape if len(tensor.shape) > 1 else (*tensor.shape, 1)
-    rows = 1
-    for size in leading:
-        rows *= size
-    shape = (rows, cols) if len(tensor.shape) > 1 else tensor.shape
+    vector = len(tensor.shape) == 1
+    shape = tensor.shape if vector else (prod(tensor.shape[:-1]), tensor.shape[-1])
     stack = tensor.shape[0] if len(tensor.shape) > 2 else 0
     runs = [run for box in tensor.boxes for run in _runs(tensor, box, encoding)]
     return Stored(tensor.name, shape, encoding, (), stack), runs
@@ -48,9 +46,7 @@ def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Run]:
     shape = (*tensor.shape, 1) if vector else tensor.shape
     offsets = (*box.offsets, 0) if vector else box.offsets
     sizes = (*box.sizes, 1) if vector else box.sizes
-    rows = 1
-    for size in sizes[:-1]:
-        rows *= size
+    rows = prod(sizes[:-1])
     chunk_shape = (rows,) if vector else (rows, sizes[-1])
     extent = Extent(box.file, box.offset, box.nbytes)
     chunk = Stored(tensor.name, chunk_shape, encoding, (extent,), pitch=box.pitch)

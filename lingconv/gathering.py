@@ -10,9 +10,9 @@ from math import prod
 from typing import Any
 
 from lingconv.containers import Box, StoredTensor
-from lingconv.dtypes import DType
+from lingconv.dtypes import StoredType
 from lingconv.errors import Fault, UsageError
-from lingconv.family import Family, Part, Role
+from lingconv.family import Family, Part, PhysicalName, Role
 from lingconv.layout import Layout, PhysicalTensor, build_layout
 from lingconv.model import MEGATRON
 from lingconv.ranks import FILE_NAME, Parallel, all_ranks, parts
@@ -94,10 +94,10 @@ class _Gatherer:
         self._addresses = self._whole.addresses()
         names = {name.split("/", 2)[2] for name in found}
         self._layout_name = family.refined(MEGATRON, names)
-        self._boxes: dict[str, list[Box]] = {}
-        self._dtypes: dict[str, DType] = {}
-        self._rows: dict[str, int] = {}
-        self._copies: dict[tuple[str, int, int], StoredTensor] = {}
+        self._boxes: dict[PhysicalName, list[Box]] = {}
+        self._dtypes: dict[PhysicalName, StoredType] = {}
+        self._rows: dict[PhysicalName, int] = {}
+        self._copies: dict[tuple[PhysicalName, int, int], StoredTensor] = {}
         self._faults: list[Fault] = []
         self._used: set[str] = set()
 
@@ -116,7 +116,7 @@ class _Gatherer:
                 layout = build_layout(self._family, self._symbols, self._layout_name, part)
                 self._take(f"{folder}/{key}/", layout, part)
         self._sort_rest()
-        return {name: self._tensor(name) for name in self._boxes}, self._faults
+        return {str(name): self._tensor(name) for name in self._boxes}, self._faults
 
     def _take(self, prefix: str, layout: Layout, part: Part) -> None:
         """Add the boxes of one model chunk of one rank."""
@@ -161,7 +161,7 @@ class _Gatherer:
 
     def _put(
         self,
-        name: str,
+        name: PhysicalName,
         place: tuple[int, int],
         sizes: tuple[int, int],
         held: StoredTensor,
@@ -173,20 +173,20 @@ class _Gatherer:
         if twin is not held and twin.crc and held.crc and twin.crc != held.crc:
             message = f"is not the same in {twin.file}: replicas disagree"
             self._faults.append(Fault("replica", message, held.file, held.name))
-        whole = self._whole.tensors[name]  # type: ignore[index]
+        whole = self._whole.tensors[name]
         shape = whole.stored_shape
         elements = (sizes[1] - 1) * pitch + sizes[0] if pitch else sizes[0] * sizes[1]
         nbytes = elements * held.dtype.itemsize
         offsets, box = _in_axes(place, sizes, shape)
         self._boxes.setdefault(name, []).append(Box(offsets, box, held.file, offset, nbytes, pitch))
-        dtype = self._dtypes.setdefault(name, held.dtype)  # type: ignore[arg-type]
+        dtype = self._dtypes.setdefault(name, held.dtype)
         if dtype != held.dtype:
             message = f"is {held.dtype}, other ranks hold {dtype}"
             self._faults.append(Fault("dtype", message, held.file, held.name))
 
-    def _tensor(self, name: str) -> StoredTensor:
+    def _tensor(self, name: PhysicalName) -> StoredTensor:
         boxes, dtype = self._boxes[name], self._dtypes[name]
-        shape = self._whole.tensors[name].stored_shape  # type: ignore[index]
+        shape = self._whole.tensors[name].stored_shape
         shape = (self._rows.get(name, shape[0]), *shape[1:])
         return StoredTensor(
             name, dtype, shape, boxes[0].file, 0, dtype.nbytes_of(shape), tuple(boxes)

@@ -135,6 +135,35 @@ def test_config_is_made_of_the_arguments(golden, config, tmp_path):
     assert {key: rebuilt.get(key) for key in keys} == {key: config[key] for key in keys}
 
 
+def test_fp8_is_dequantized_and_the_bias_stays_in_f32(golden_block, tmp_path):
+    target = to_megatron(golden_block, tmp_path / "m")
+    lingconv.convert(target, tmp_path / "hf")
+    lingconv.convert(golden_block, tmp_path / "plain", ConvertOptions(dtype="bf16"))
+    assert_same_model(tmp_path / "plain", tmp_path / "hf")
+    state = load_with_torch(target / ITERATION)
+    assert {name for name, value in state.items() if value.dtype != torch.bfloat16} == {
+        "decoder.layers.1.mlp.router.expert_bias",
+        "mtp.layers.0.transformer_layer.mlp.router.expert_bias",
+    }
+
+
+def test_without_mtp_layers(golden, tmp_path):
+    request = ConvertOptions(layout="megatron", mtp="drop")
+    lingconv.convert(golden, tmp_path / "m", request)
+    lingconv.convert(tmp_path / "m", tmp_path / "hf")
+    lingconv.convert(golden, tmp_path / "plain", ConvertOptions(mtp="drop"))
+    assert_same_model(tmp_path / "plain", tmp_path / "hf")
+
+
+def test_other_routing_is_warned_of(golden, config, tmp_path):
+    """Megatron adds the topk // group_topk best scores of a group, the model's own code two."""
+    options = ConvertOptions(layout="megatron")
+    assert lingconv.plan(golden, options).warnings == ()
+    changed = Given({**config, "topk_group": 2})
+    (warning,) = lingconv.plan(golden, options, given=changed).warnings
+    assert "by its 1 best experts" in warning
+
+
 def test_a_run_goes_on_where_a_kill_left_it(golden, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.killer", golden, tmp_path, "40", "megatron"],
@@ -354,6 +383,24 @@ def test_one_chunk_dropped(golden, tmp_path):
 
     target = broken(golden, tmp_path, lambda folder: edit_metadata(folder, drop))
     refuses(target, tmp_path, name, "is listed, and not where it is")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offsets"), [((10**12, 0), (0, 0)), ((64, 256), (10**9, 0)), ((256,), (0,))]
+)
+def test_chunks_that_are_no_part_of_their_tensor(golden, sizes, offsets, tmp_path):
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+
+    def lie(metadata):
+        (chunk,) = metadata.state_dict_metadata[name].chunks
+        for key, place in list(metadata.storage_data.items()):
+            if key.fqn == name:
+                index = type(key)(name, torch.Size(offsets))
+                metadata.storage_data[index] = place
+        chunk.sizes, chunk.offsets = torch.Size(sizes), torch.Size(offsets)
+
+    target = broken(golden, tmp_path, lambda folder: edit_metadata(folder, lie))
+    refuses(target, tmp_path, name, "is no part of [256, 256]")
 
 
 def test_a_tensor_that_nobody_maps(golden, tmp_path):

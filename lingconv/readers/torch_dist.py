@@ -17,6 +17,7 @@ from lingconv.containers.torch_archive import PICKLE_NAME, ArchiveReader
 from lingconv.containers.torch_dist import Chunk, Place, Tensor
 from lingconv.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
+from lingconv.family import MAX_REPEATS
 from lingconv.storage import Storage
 from lingconv.storage.opened import OpenedFiles
 
@@ -147,6 +148,7 @@ class TorchDistReader:
             if size is None or place.offset + place.nbytes > size:
                 continue  # reported with its file
             try:
+                _check_inside(tensor, chunk)
                 boxes.append(
                     _box(tensor.dtype, chunk, place, ArchiveReader(read(place), place.nbytes))
                 )
@@ -161,6 +163,15 @@ class TorchDistReader:
 def _state_of(name: str) -> str | None:
     """Return what part of a training run a key belongs to, or None for the model's weights."""
     return next((kind for kind, pattern in _STATE.items() if pattern.match(name)), None)
+
+
+def _check_inside(tensor: Tensor, chunk: Chunk) -> None:
+    """Raise HeaderError for a chunk that is no part of its tensor."""
+    axes = (chunk.offsets, chunk.sizes, tensor.shape)
+    if len({*map(len, axes)}) != 1 or not all(
+        size > 0 and first + size <= whole for first, size, whole in zip(*axes, strict=True)
+    ):
+        raise HeaderError(f"{list(chunk.sizes)} is no part of {list(tensor.shape)}")
 
 
 def _box(dtype: DType, chunk: Chunk, place: Place, archive: ArchiveReader) -> Box:
@@ -191,7 +202,7 @@ def _load(pickled: bytes) -> Any:
 def _apart(tensor: StoredTensor) -> Iterator[StoredTensor]:
     """Yield a tensor, or, where it holds all layers, that of each layer by its usual name."""
     together = _ALL_LAYERS.fullmatch(tensor.name)
-    if together is None:
+    if together is None or not tensor.shape or tensor.shape[0] > MAX_REPEATS:
         yield tensor
         return
     for layer in range(tensor.shape[0]):
