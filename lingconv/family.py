@@ -84,7 +84,8 @@ class Part(NamedTuple):
     """What one rank of Megatron holds of a model.
 
     `layers` of the decoder and `experts` of each of them, numbered from 0 there; the blocks of its
-    `stages` of the pipeline (`first`, `last`); and its share of what tensor parallelism splits.
+    `stages` of the pipeline (`first`, `last`); and its share of what tensor parallelism splits, a
+    vocabulary of `vocabulary` rows among it, padding included.
     """
 
     layers: range
@@ -92,6 +93,7 @@ class Part(NamedTuple):
     experts: range
     dense: Share
     expert: Share
+    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)

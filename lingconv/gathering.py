@@ -103,6 +103,8 @@ class _Gatherer:
 
     def gather(self) -> tuple[dict[str, StoredTensor], list[Fault]]:
         folders = {name.split("/")[0] for name in self._found}
+        # Whatever a vocabulary was padded to, a rank's own file tells.
+        rows = self._parallel.padded(self._symbols["vocab_size"], 1)
         for rank in all_ranks(self._parallel):
             folder = rank.folder(self._parallel)
             if folder not in folders:
@@ -112,7 +114,7 @@ class _Gatherer:
                     Fault("missing rank", message, f"{folder}/{FILE_NAME}", hint=hint)
                 )
                 continue
-            for key, part in parts(self._parallel, rank, self._symbols):
+            for key, part in parts(self._parallel, rank, self._symbols, rows):
                 layout = build_layout(self._family, self._symbols, self._layout_name, part)
                 self._take(f"{folder}/{key}/", layout, part)
         self._sort_rest()

@@ -135,12 +135,19 @@ def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
     if first.turns > 1:
         rows = _share_of(_in_turns(members), by_rows, first)
     else:
-        rows = [_share_of([_all_rows(member)], by_rows, first)[0] for member in members]
+        rows = [
+            each
+            for member in members
+            for each in _share_of([_all_rows(member)], by_rows, first, _padded(member, part))
+        ]
     rows = _one_behind_the_other(rows)
+    height = sum(each.num_rows for each in rows)
+    if part is not None and by_rows.size > 1 and first.role in (Role.EMBEDDING, Role.HEAD):
+        height = part.vocabulary // by_rows.size
     width = tuple(_divided(first, cols, by_columns.size) for cols in first.shape[1:])
     return PhysicalTensor(
         first.address,
-        (rows[-1].start + rows[-1].num_rows, *width),
+        (height, *width),
         first.role,
         first.keep_dtype,
         first.mtp,
@@ -164,11 +171,20 @@ def _in_turns(members: list[LogicalTensor]) -> list[Rows]:
     ]
 
 
-def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor) -> list[Rows]:
-    """Return the rows of one of equal parts of `rows`, which lie one behind the other."""
+def _padded(member: LogicalTensor, part: Part | None) -> int:
+    """Return how many rows a tensor has, with the padding of a vocabulary that ranks share."""
+    vocabulary = member.role in (Role.EMBEDDING, Role.HEAD)
+    return part.vocabulary if part is not None and vocabulary else member.shape[0]
+
+
+def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor, total: int = 0) -> list[Rows]:
+    """Return the rows of one of equal parts of `rows`, which lie one behind the other.
+
+    There may be fewer than `total`: the rest is padding.
+    """
     if share.size == 1:
         return rows
-    count = _divided(logical, sum(each.num_rows for each in rows), share.size)
+    count = _divided(logical, total or sum(each.num_rows for each in rows), share.size)
     top, found = share.rank * count, []
     position = 0
     for each in rows:
@@ -177,6 +193,8 @@ def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor) -> list[Ro
         if begin < end:
             found.append(each._replace(first=each.first + begin, num_rows=end - begin))
         position += each.num_rows
+    if not found:
+        raise UsageError(f"{logical.name} has no rows for the last of {share.size} ranks")
     return found
 
 

@@ -48,6 +48,12 @@ class Transfer(NamedTuple):
         return self.target.rows
 
     @property
+    def filled_rows(self) -> int:
+        """Rows that segments fill; what is behind them stays zeros (a padded vocabulary)."""
+        elements = sum(segment.num_rows * segment.num_cols for segment in self.segments)
+        return elements // self.cols
+
+    @property
     def cols(self) -> int:
         """Elements in a row."""
         return self.target.cols

@@ -30,6 +30,11 @@ class Parallel(NamedTuple):
     vpp: int = 1
     layers: tuple[int, ...] = ()
 
+    def padded(self, vocabulary: int, multiple: int) -> int:
+        """Return the rows of a vocabulary that Megatron pads so that ranks get as many each."""
+        unit = multiple * self.tp
+        return -(-vocabulary // unit) * unit
+
     def describe(self) -> str:
         """Return the numbers of ranks in words."""
         return f"the model is spread over tp {self.tp}, pp {self.pp}, ep {self.ep}, etp {self.etp}"
@@ -70,8 +75,13 @@ def all_ranks(parallel: Parallel) -> list[Rank]:
     return list(found.values())
 
 
-def parts(parallel: Parallel, rank: Rank, symbols: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
-    """Yield the model chunks of a rank: their key in its file, and what they hold."""
+def parts(
+    parallel: Parallel, rank: Rank, symbols: Mapping[str, Any], vocabulary: int
+) -> Iterator[tuple[str, Part]]:
+    """Yield the model chunks of a rank: their key in its file, and what they hold.
+
+    `vocabulary` are the rows of the embedding, padding included.
+    """
     experts = _even(symbols["experts"], parallel.ep, "experts", "--ep") if symbols["experts"] else 0
     chunks = _chunks(parallel, symbols["layers"])
     for virtual in range(parallel.vpp):
@@ -90,6 +100,7 @@ def parts(parallel: Parallel, rank: Rank, symbols: Mapping[str, Any]) -> Iterato
                 range(rank.ep * experts, (rank.ep + 1) * experts),
                 Share(rank.tp, parallel.tp),
                 Share(rank.etp, parallel.etp),
+                vocabulary,
             ),
         )
 

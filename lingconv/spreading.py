@@ -6,7 +6,7 @@ from typing import Any
 
 from lingconv.family import LogicalName, PhysicalName
 from lingconv.layout import PhysicalTensor, build_layout
-from lingconv.metadata.megatron import rank_modules
+from lingconv.metadata.megatron import VOCABULARY, rank_modules
 from lingconv.model import Model
 from lingconv.options import MegatronOptions, Spec
 from lingconv.packing import pack_rank
@@ -58,7 +58,7 @@ class _Spreader:
         for rank in all_ranks(parallel):
             transfers: list[Transfer] = []
             modules = {}
-            for key, part in parts(parallel, rank, self._symbols):
+            for key, part in parts(parallel, rank, self._symbols, args[VOCABULARY]):
                 layout = build_layout(self._family, self._symbols, self._options.rank_layout, part)
                 modules[key] = rank_modules(layout, self._beside)
                 transfers += (self._transfer(key, t) for t in layout.tensors.values())

@@ -93,11 +93,12 @@ def written_bytes(strip: Strip) -> int:
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
     step = rows_per_strip(transfer)
-    firsts = range(0, transfer.rows, step)
-    counts = (min(step, transfer.rows - first) for first in firsts)
+    rows = transfer.filled_rows
+    firsts = range(0, rows, step)
+    counts = (min(step, rows - first) for first in firsts)
     runs = in_runs(transfer.segments, transfer.cols, counts)
     for first, segments in zip(firsts, runs, strict=True):
-        yield RowStrip(transfer, first, min(first + step, transfer.rows), segments)
+        yield RowStrip(transfer, first, min(first + step, rows), segments)
 
 
 def _moves(transfer: Transfer) -> Iterator[_Move]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -91,6 +92,28 @@ def test_virtual_stages_and_uneven_ones(deep, parallel, tmp_path):
     assert not parallel.layers or found.layers == parallel.layers
     lingconv.convert(target, tmp_path / "hf")
     assert_same_model(deep, tmp_path / "hf")
+
+
+def test_a_vocabulary_is_padded_as_megatron_pads_it(tmp_path):
+    """To a multiple of 128 for each rank, with zeros; Ling's 157184 at TP 8 becomes 157696."""
+    assert Parallel(tp=8).padded(157184, 128) == 157696
+    preset = json.loads((ROOT / "formats/presets/ling-mini-2.0.json").read_text())
+    preset.update(num_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2)
+    preset.update(vocab_size=1000, hidden_size=512, num_attention_heads=4)
+    (tmp_path / "config.json").write_text(json.dumps(preset))
+    lingconv.synth(tmp_path / "config.json", tmp_path / "hf", layers=2, dense_layers=1)
+    target = to_ranks(tmp_path / "hf", tmp_path / "m", Parallel(tp=4, etp=4))
+    word = "embedding.word_embeddings.weight"
+    shares = [load(file_of(target, f"mp_rank_{rank:02d}"))["model"][word] for rank in range(4)]
+    assert [share.shape for share in shares] == [(256, 512)] * 4
+    whole = torch.cat(shares)
+    assert torch.equal(whole[:1000], read_tensors(tmp_path / "hf")["model.word_embeddings.weight"])
+    assert not whole[1000:].any()
+    for path in target.rglob("*.pt"):
+        assert zipfile.ZipFile(path).testzip() is None
+    assert load(file_of(target, "mp_rank_03"))["args"].padded_vocab_size == 1024
+    lingconv.convert(target, tmp_path / "again")
+    assert_same_model(tmp_path / "hf", tmp_path / "again")
 
 
 def test_names_are_those_of_a_ranks_own_modules(golden, tmp_path):

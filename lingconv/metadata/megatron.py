@@ -20,6 +20,7 @@ _DTYPES = {TargetDType.F16: DType.F16, TargetDType.F32: DType.F32}
 _IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
 _STATEFUL = (Role.LINEAR, Role.EXPERT, Role.NORM, Role.MTP_PROJECTION)
 _LINEAR = (Role.LINEAR, Role.EXPERT, Role.MTP_PROJECTION, Role.HEAD)
+VOCABULARY = "padded_vocab_size"
 _DTYPE_KEY = "params_dtype"
 
 
@@ -33,6 +34,9 @@ def megatron_args(
         value = symbol.written(MEGATRON, symbols)
         if value is not None:
             args[symbol.key(MEGATRON)] = value
+    if options.layout == Target.RANKS:
+        multiple = args.get("make_vocab_size_divisible_by", 1)
+        args[VOCABULARY] = options.megatron.parallel.padded(args[VOCABULARY], multiple)
     return {
         **args,
         "seq_length": symbols["max_position_embeddings"],

@@ -41,6 +41,9 @@ def explained_writing(destination: Path) -> Iterator[None]:
         ) from exc
 
 
+_ZEROS = bytes(1 << 20)
+
+
 class Checksums:
     """The CRC-32 of everything that was written to a file, write by write."""
 
@@ -63,11 +66,16 @@ class Checksums:
         return new
 
     def of(self, offset: int, nbytes: int) -> int:
-        """Return the CRC-32 of a run of bytes that whole writes filled."""
+        """Return the CRC-32 of a run of bytes that whole writes filled; what is behind is zeros."""
         crc, position = 0, offset
-        while position < offset + nbytes:
+        while position in self._writes and position < offset + nbytes:
             count, part = self._writes[position]
             crc = isal_zlib.crc32_combine(crc, part, count)
+            position += count
+        while position < offset + nbytes:
+            count = min(len(_ZEROS), offset + nbytes - position)
+            zeros = isal_zlib.crc32(memoryview(_ZEROS)[:count])
+            crc = isal_zlib.crc32_combine(crc, zeros, count)
             position += count
         return crc
 
