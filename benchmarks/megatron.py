@@ -31,10 +31,13 @@ def conversions(work: Path, rounds: int) -> list[Line]:
     def back(out: Path) -> list[str | Path]:
         return [*LINGCONV, "convert", megatron, out]
 
-    return [
+    lines = [
         *compare("HF -> torch_dist", *side_by_side(hf, hf, work, there, rounds)),
         *compare("torch_dist -> HF", *side_by_side(megatron, megatron, work, back, rounds)),
     ]
+    for folder in (hf, megatron):
+        shutil.rmtree(folder)
+    return lines
 
 
 def large(work: Path) -> list[Line]:
