@@ -80,10 +80,6 @@ def tensors_of(plan: Plan) -> Iterator[Tensor]:
         yield Tensor(name, DTYPES[held[0][0].dtype.value], shape, boxes)
 
 
-def _metadata(plan: Plan) -> bytes:
-    return write_metadata(tensors_of(plan), objects_of(plan))
-
-
 def num_states(plan: Plan) -> int:
     """Return how many states of modules there are, each shard counted."""
     return sum(shards for _, shards in plan.states)

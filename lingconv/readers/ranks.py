@@ -1,6 +1,7 @@
 """Reads the files of Megatron's ranks: `mp_rank_*/model_optim_rng.pt`."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from lingconv.checkpoint import LeftOut
@@ -30,14 +31,9 @@ class RanksReader:
         tensors: dict[str, StoredTensor] = {}
         with OpenedFiles(self.storage) as blobs:
             for rank, file in self.files.items():
-
-                def read(offset: int, count: int, file: str = file) -> bytes:
-                    buffer = bytearray(count)
-                    blobs[file].read_into(offset, memoryview(buffer))
-                    return bytes(buffer)
-
                 try:
-                    archive = ArchiveReader(read, self.storage.stat(file).size)
+                    size = self.storage.stat(file).size
+                    archive = ArchiveReader(partial(blobs.read, file), size)
                     state = loads(archive.record(PICKLE_NAME))
                     found = self._read_state(rank, file, archive, state)
                     tensors.update((tensor.name, tensor) for tensor in found)

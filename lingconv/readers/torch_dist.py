@@ -5,7 +5,7 @@ opened. Chunks are read where they lie, however many ranks wrote them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -64,16 +64,7 @@ class TorchDistReader:
                 message = f"chunk at {list(offsets)} is listed, and not where it is"
                 self.faults.append(Fault("missing chunk", message, name, tensor))
         with OpenedFiles(self.storage) as blobs:
-
-            def read(place: Place) -> Callable[[int, int], bytes]:
-                def read_at(offset: int, count: int) -> bytes:
-                    buffer = bytearray(count)
-                    blobs[place.file].read_into(place.offset + offset, memoryview(buffer))
-                    return bytes(buffer)
-
-                return read_at
-
-            stored = [self._stored(tensor, read) for tensor in weights]
+            stored = [self._stored(tensor, blobs) for tensor in weights]
         return {tensor.name: tensor for item in stored for tensor in _apart(item)}
 
     def _main_params(
@@ -138,9 +129,7 @@ class TorchDistReader:
                 message = f"is cut short: {size:,} bytes, weights reach to byte {end:,}"
                 self.faults.append(Fault("truncated file", message, self.folder + name))
 
-    def _stored(
-        self, tensor: Tensor, read: Callable[[Place], Callable[[int, int], bytes]]
-    ) -> StoredTensor:
+    def _stored(self, tensor: Tensor, blobs: OpenedFiles) -> StoredTensor:
         boxes = []
         for chunk in tensor.chunks:
             place = chunk.place._replace(file=self.folder + chunk.place.file)
@@ -149,9 +138,7 @@ class TorchDistReader:
                 continue  # reported with its file
             try:
                 _check_inside(tensor, chunk)
-                boxes.append(
-                    _box(tensor.dtype, chunk, place, ArchiveReader(read(place), place.nbytes))
-                )
+                boxes.append(_box(tensor.dtype, chunk, place, _archive(blobs, place)))
             except HeaderError as exc:
                 message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
                 self.faults.append(Fault("chunk", message, place.file, tensor.name))
@@ -163,6 +150,13 @@ class TorchDistReader:
 def _state_of(name: str) -> str | None:
     """Return what part of a training run a key belongs to, or None for the model's weights."""
     return next((kind for kind, pattern in _STATE.items() if pattern.match(name)), None)
+
+
+def _archive(blobs: OpenedFiles, place: Place) -> ArchiveReader:
+    """Open an archive that lies among others in a file."""
+    return ArchiveReader(
+        lambda offset, count: blobs.read(place.file, place.offset + offset, count), place.nbytes
+    )
 
 
 def _check_inside(tensor: Tensor, chunk: Chunk) -> None:

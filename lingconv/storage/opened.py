@@ -25,6 +25,12 @@ class OpenedFiles(Mapping[str, Blob]):
                 blob = self._blobs[name]
         return blob
 
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """Return `count` bytes at `offset` of a file."""
+        buffer = bytearray(count)
+        self[name].read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
     def __iter__(self) -> Iterator[str]:
         """Return the names of the files that are open."""
         return iter(self._blobs)
