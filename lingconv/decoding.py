@@ -71,10 +71,11 @@ class Decoder:
         extent = source.extents[part]
         self._blobs[extent.file].read_into(extent.offset + offset, as_bytes(into))
 
-    def scales(self, source: Stored, top: int, bottom: int) -> Array:
-        """Return rows `top` to `bottom` of an FP8 matrix's scale grid as float32."""
+    def scales(self, source: Stored, first: int, num_rows: int) -> Array:
+        """Return the scales of `num_rows` rows of an FP8 matrix from `first` on, as float32."""
         encoding = cast("Fp8", source.encoding)
-        width = encoding.grid(*source.shape)[1]
+        top, bottom = encoding.scale_rows(first, num_rows, source.height)
+        width = encoding.grid(source.height, source.cols)[1]
         stored = _SCALE_STORAGE[encoding.scale_dtype]
         raw = self._arena.take("scales in", (bottom - top, width), stored)
         self.read(source, 1, top * width * raw.itemsize, raw)
@@ -108,12 +109,23 @@ class Decoder:
         codes = self._arena.take("read", values.shape, np.uint8)
         self._read_elements(source, row, codes)
         encoding = cast("Fp8", source.encoding)
-        block_rows, block_cols = encoding.block(*source.shape)
-        top = row // block_rows
-        scales = self.scales(source, top, -(-(row + values.shape[0]) // block_rows))
-        return numeric.dequantize(
-            codes, scales, values, block_rows, block_cols, row - top * block_rows
-        )
+        height = source.height
+        block_rows, block_cols = encoding.block(height, source.cols)
+        nonfinite = done = 0
+        while done < len(values):  # the blocks of stacked matrices begin anew with each of them
+            inner = (row + done) % height
+            count = min(height - inner, len(values) - done)
+            part = slice(done, done + count)
+            nonfinite += numeric.dequantize(
+                codes[part],
+                self.scales(source, row + done, count),
+                values[part],
+                block_rows,
+                block_cols,
+                inner % block_rows,
+            )
+            done += count
+        return nonfinite
 
     def _ggml(self, source: Stored, row: int, values: Array) -> int:
         kind = cast("Ggml", source.encoding).type

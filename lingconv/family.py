@@ -158,7 +158,7 @@ class TensorRule:
         return 0
 
     def turn(self, layout: str) -> str:
-        """Return how a layout stacks transposed matrices: `wide` side by side, or `tall`."""
+        """Return how a layout stacks transposed matrices: `wide`, `tall` or `deep`."""
         base, *refinements = layout.split("+")
         found = (self.turned.get(f"{base}_{word}", "") for word in refinements)
         return next((word for word in found if word), "")
@@ -237,7 +237,8 @@ class MegatronModel:
 class Family:
     """A model family: the Rosetta stone between its layouts.
 
-    `config` is what a rebuilt config.json says besides the symbols.
+    `config` is what a rebuilt config.json says besides the symbols; `merged` are the refinements of
+    Hugging Face's layout that stack experts, and what they are.
     """
 
     name: str
@@ -249,6 +250,7 @@ class Family:
     drops: tuple[Drop, ...]
     scale_policies: Mapping[str, ScalePolicy]
     config: Mapping[str, Any]
+    merged: Mapping[str, str]
     gguf: GgufModel | None
     megatron: MegatronModel | None
 
@@ -355,44 +357,18 @@ class Family:
                 ]
         return entries
 
-    def refined(self, base: str, names: Collection[str]) -> str:
-        """Return the layout `base` with those of its refinements that tensors are named by."""
-        addressed = [block.addresses for block in self.blocks]
-        addressed += [rule.addresses for group in self.tensors.values() for rule in group]
-        keys = [key for addresses in addressed for key in addresses]
-        words = dict.fromkeys(
-            key.removeprefix(f"{base}_") for key in keys if key.startswith(f"{base}_")
-        )
-        return "+".join([base, *(word for word in words if self._names_by(base, word, names))])
-
-    def _names_by(self, base: str, word: str, names: Collection[str]) -> bool:
-        """Return whether some tensor has the name that a refinement gives it, not its usual one."""
-        layout = f"{base}+{word}"
-        for block in self.blocks:
-            for rule in (rule for group in block.groups for rule in self.tensors[group]):
-                usual = block.addresses[base] + rule.addresses[base]
-                own = block.address(layout) + rule.address(layout)
-                if own != usual and _any_match(names, own) > _any_match(names, usual):
-                    return True
-        return False
-
     def key(self, symbol: str, layout: str) -> str:
         """Return the config key of a symbol in a layout."""
-        return next(entry.key(layout) for entry in self.symbols if entry.name == symbol)
+        base = layout.split("+")[0]
+        return next(entry.key(base) for entry in self.symbols if entry.name == symbol)
 
     def drop_reason(self, name: str, layout: str) -> str | None:
         """Return why a physical tensor may be left out, or None when no `[[drop]]` names it."""
         for drop in self.drops:
-            pattern = drop.patterns.get(layout)
+            pattern = drop.patterns.get(layout.split("+")[0])
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
-
-
-def _any_match(names: Collection[str], address: str) -> bool:
-    """Return whether some name is an address with numbers in place of its indices."""
-    pattern = re.compile(r"\d+".join(map(re.escape, re.split(r"\{\w+\}", address))))
-    return any(pattern.fullmatch(name) for name in names)
 
 
 class _Entry(NamedTuple):

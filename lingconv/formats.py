@@ -22,6 +22,7 @@ from lingconv.family import (
     ScalePolicy,
     TensorRule,
 )
+from lingconv.layout import HF
 from lingconv.rules import RULES, SPELLINGS
 from lingconv.symbols import Symbol
 
@@ -97,6 +98,7 @@ def parse_family(data: Mapping[str, Any]) -> Family:
             for name, entry in data.get("scale_policy", {}).items()
         },
         config=family.get("config", {}),
+        merged=_parse_merged(data.get("merged", {}), rules),
         gguf=_parse_gguf(data["gguf"]) if "gguf" in data else None,
         megatron=MegatronModel(**data["megatron"]) if "megatron" in data else None,
     )
@@ -123,6 +125,13 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
         if word.endswith(suffix)
     }
     return Symbol(name, keys, entry.get("default"), rule, spellings, presence)
+
+
+def _parse_merged(entry: Mapping[str, str], rules: list[TensorRule]) -> Mapping[str, str]:
+    for word in entry:
+        if not any(f"{HF}_{word}" in rule.addresses for rule in rules):
+            raise ValueError(f"`merged.{word}`: no tensor has an `{HF}_{word}`")
+    return entry
 
 
 def _parse_gguf(entry: Mapping[str, Any]) -> GgufModel:

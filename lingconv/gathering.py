@@ -13,8 +13,8 @@ from lingconv.containers import Box, StoredTensor
 from lingconv.dtypes import StoredType
 from lingconv.errors import Fault, UsageError
 from lingconv.family import Family, Part, PhysicalName, Role
-from lingconv.layout import Layout, PhysicalTensor, build_layout
-from lingconv.model import MEGATRON
+from lingconv.layout import MEGATRON, Layout, PhysicalTensor, build_layout
+from lingconv.naming import refined
 from lingconv.ranks import FILE_NAME, Parallel, all_ranks, parts
 from lingconv.stored import within
 
@@ -93,7 +93,7 @@ class _Gatherer:
         self._whole = build_layout(family, symbols, MEGATRON)
         self._addresses = self._whole.addresses()
         names = {name.split("/", 2)[2] for name in found}
-        self._layout_name = family.refined(MEGATRON, names)
+        self._layout_name = refined(family, MEGATRON, names)
         self._boxes: dict[PhysicalName, list[Box]] = {}
         self._dtypes: dict[PhysicalName, StoredType] = {}
         self._rows: dict[PhysicalName, int] = {}

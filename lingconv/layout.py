@@ -23,6 +23,11 @@ from lingconv.family import (
     Share,
 )
 
+# Layouts by their names in family files; refinements follow behind a `+`.
+HF = "hf"
+GGUF = "gguf"
+MEGATRON = "megatron"
+
 
 class Rows(NamedTuple):
     """Rows of a physical tensor from `start` on: those of a logical tensor from `first` on."""
@@ -46,7 +51,7 @@ class PhysicalTensor(NamedTuple):
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
     Of rows that are split over ranks, columns from `first_col` on are in it. `turned` matrices are
-    stored transposed, one behind the other, under a shape that is `wide` or `tall`.
+    stored transposed, one behind the other, under a shape that is `wide`, `tall` or `deep`.
     """
 
     name: PhysicalName
@@ -71,6 +76,8 @@ class PhysicalTensor(NamedTuple):
             return (*self.shape[1:], self.shape[0])
         if self.turned == "tall":
             return (self.stack * self.shape[1], self.height)
+        if self.turned == "deep":
+            return (self.stack, self.shape[1], self.height)
         return stacked_shape(self.shape, self.stack)
 
     def logical_shapes(self) -> dict[LogicalName, Shape]:
@@ -97,6 +104,11 @@ class Layout:
 
     name: str
     tensors: Mapping[PhysicalName, PhysicalTensor]
+
+    @property
+    def base(self) -> str:
+        """Its name without refinements."""
+        return self.name.split("+")[0]
 
     def addresses(self) -> dict[LogicalName, tuple[Address, ...]]:
         """Return where each logical tensor lives, in the order of its rows: `tensors` inverted."""

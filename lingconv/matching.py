@@ -13,8 +13,7 @@ from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import Fault
 from lingconv.family import Family, PhysicalName, Role
-from lingconv.layout import Layout, PhysicalTensor
-from lingconv.model import GGUF, HF, MEGATRON
+from lingconv.layout import GGUF, HF, MEGATRON, Layout, PhysicalTensor
 from lingconv.patterns import Pattern
 from lingconv.stored import Extent, Stored
 
@@ -71,15 +70,18 @@ class Matcher:
         if held.dtype == DType.F8_E4M3:
             return self._find_fp8(tensor, held)
         encoding = encoding_of(held.dtype)
-        if self.layout.name.startswith(MEGATRON):
+        if self.layout.base == MEGATRON:
             return self._find_boxes(tensor, held, encoding)
-        return Stored(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
+        found = Stored(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
+        if tensor.turned:
+            return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
+        return found
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
         """Return whether Megatron made a vocabulary longer, so that ranks get equal parts of it."""
         vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
         longer = held.shape[1:] == tensor.shape[1:] and held.shape[0] > tensor.shape[0]
-        return vocabulary and longer and self.layout.name.startswith(MEGATRON)
+        return vocabulary and longer and self.layout.base == MEGATRON
 
     def _find_boxes(
         self, tensor: PhysicalTensor, held: StoredTensor, encoding: Encoding
@@ -100,10 +102,12 @@ class Matcher:
             self._fault("scale", f"{message} ({' or '.join(names)})", held)
             return None
         scale = scales[0]
+        axes = 3 if tensor.stack else 2
         if isinstance(scale.dtype, GgmlType) or (
-            scale.dtype not in SCALE_DTYPES or len(held.shape) != 2
+            scale.dtype not in SCALE_DTYPES or len(held.shape) != axes or tensor.turned
         ):
-            message = f"{scale.dtype} scale of an FP8 tensor of {len(held.shape)} axes is not read"
+            turned = "transposed " if tensor.turned else ""
+            message = f"{scale.dtype} scale of {turned}FP8 with {len(held.shape)} axes is not read"
             self._fault("scale", message, scale)
             return None
         encoding = recognise_fp8(
@@ -119,7 +123,8 @@ class Matcher:
             message = f"scale has shape {list(scale.shape)}; weight {list(held.shape)} in blocks of"
             self._fault("scale", f"{message} {block} needs another", scale)
             return None
-        return Stored(tensor.name, held.shape, encoding, (_extent(held), _extent(scale)))
+        places = _extent(held), _extent(scale)
+        return Stored(tensor.name, tensor.shape, encoding, places, tensor.stack)
 
     def _contradicts(self, encoding: Fp8) -> bool:
         """Whether the config states another block."""
@@ -154,7 +159,7 @@ class Matcher:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         kept = [Pattern(text) for text in (self.stated.kept_modules if self.stated else ())]
-        if self.layout.name == HF:  # GGUF and Megatron mix dtypes by their nature
+        if self.layout.base == HF:  # GGUF and Megatron mix dtypes by their nature
             self.faults += _odd_dtypes(self.layout, self.stored, kept)
 
     def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:

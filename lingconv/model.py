@@ -9,12 +9,8 @@ from lingconv.dtypes import DType
 from lingconv.encodings.quantization_config import Stated
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
-from lingconv.layout import Layout, PhysicalTensor
+from lingconv.layout import MEGATRON, Layout, PhysicalTensor
 from lingconv.stored import Locator, Stored
-
-HF = "hf"
-GGUF = "gguf"
-MEGATRON = "megatron"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -41,7 +37,7 @@ class Model:
         Its local layers keep norms in F32 beside BF16 matrices. None for what lingconv wrote, as
         for all other layouts: there every tensor is in the dtype that it is to have.
         """
-        if not self.layout.name.startswith(MEGATRON) or self.checkpoint.is_recorded:
+        if self.layout.base != MEGATRON or self.checkpoint.is_recorded:
             return None
         named = self.checkpoint.config.get("torch_dtype") or self.checkpoint.config.get("dtype")
         return {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}.get(str(named))

@@ -19,12 +19,14 @@ from lingconv.ranks import Parallel
 DEFAULT_SHARD_BYTES = 10_000_000_000
 DISTCP_BYTES = 2_000_000_000
 AUTO = "auto"
+DEFAULT_MERGED = "dfactory"
 
 
 class Target(StrEnum):
     """`--to`: the layout to write, and with it the container."""
 
     HF = "hf"
+    HF_MERGED = "hf-merged"
     GGUF = "gguf"
     MEGATRON = "megatron"
     RANKS = "megatron-ranks"
@@ -218,10 +220,12 @@ class MegatronOptions:
 class ConvertOptions:
     """A whole request. `dtype` empty keeps every encoding as it is found.
 
+    `merged` is the name in the family file by which `hf-merged` keeps stacked experts.
     `max_shard_bytes` None is the layout's own: 10 GB for safetensors, one file for GGUF.
     """
 
     layout: str = Target.HF
+    merged: str = DEFAULT_MERGED
     dtype: str = ""
     fp8: Fp8Options = field(default_factory=Fp8Options)
     gguf: GgufOptions = field(default_factory=GgufOptions)
@@ -232,9 +236,18 @@ class ConvertOptions:
     allow_nonfinite: bool = False
     allow_requantize: bool = False
 
-    def check(self, policies: Iterable[str]) -> None:
-        """Raise UsageError for what cannot be carried out; `policies` are the family's own."""
+    def check(self, policies: Iterable[str], merged: Iterable[str]) -> None:
+        """Raise UsageError for what cannot be carried out.
+
+        `policies` are the family's own, and so are the names that stacked experts go by, `merged`.
+        """
         _check_word("to", self.layout, list(Target))
+        if self.layout == Target.HF_MERGED:
+            _check_word("experts-as", self.merged, merged)
+        elif self.merged != DEFAULT_MERGED:
+            raise UsageError(
+                "`--experts-as` is for stacked experts", hint=f"add `--to {Target.HF_MERGED}`"
+            )
         _check_word("mtp", self.mtp, list(Mtp))
         if self.dtype:
             _check_word("dtype", self.dtype, list(TargetDType))
@@ -302,6 +315,8 @@ class ConvertOptions:
         """The target's layout as the family file names it, refinements included."""
         if self.layout == Target.RANKS:
             return Target.MEGATRON
+        if self.layout == Target.HF_MERGED:
+            return f"{Target.HF}+{self.merged}"
         return self.megatron.layout if self.layout == Target.MEGATRON else self.layout
 
     @property

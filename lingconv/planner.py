@@ -5,7 +5,7 @@ each target tensor is filled completely. Pure: headers in, Plan out.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -23,9 +23,9 @@ from lingconv.encodings.ggml_mix import MIXES, Mix, ModelSize, Tensor, choose_ty
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.family import PhysicalName, ScalePolicy
-from lingconv.layout import Layout, PhysicalTensor, build_layout
+from lingconv.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.metadata.megatron import megatron_args, module_states
-from lingconv.model import HF, Model, refuse_faults
+from lingconv.model import Model, refuse_faults
 from lingconv.options import (
     AUTO,
     DEFAULT_SHARD_BYTES,
@@ -66,7 +66,7 @@ def build_plan(model: Model, options: ConvertOptions) -> Plan:
     Raises UsageError when the request does not fit the model, and CheckpointError with the list of
     all faults when the checkpoint cannot be trusted.
     """
-    options.check(model.family.scale_policies)
+    options.check(model.family.scale_policies, model.family.merged)
     return _Planner(model, options).build()
 
 
@@ -217,11 +217,16 @@ class _Planner:
     def _transfer(self, tensor: PhysicalTensor, segments: tuple[Segment, ...]) -> Transfer:
         found = segments[0].source.encoding
         target, scaling = self._encoding(tensor, found)
-        copies = all(_is_copy(segment, target) for segment in segments)
+        copies = _is_copy(tensor, segments, target)
         if copies and isinstance(target, Fp8) and isinstance(found, Fp8):
             target = self.fp8[found.power_of_two] if self.options.dtype else found
         if not copies:
             self._check_decoding(tensor, segments, target)
+        if tensor.turned and isinstance(target, Fp8):
+            raise UsageError(
+                f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
+                hint="add `--dtype bf16`, or stack experts otherwise (`--experts-as`)",
+            )
         pitch, shape = (tensor.height, tensor.stored_shape) if tensor.turned else (0, ())
         stored = Stored(tensor.name, tensor.shape, target, (), tensor.stack, (), pitch, shape)
         return Transfer(stored, segments, scaling, copies)
@@ -229,14 +234,31 @@ class _Planner:
     def _check_decoding(
         self, tensor: PhysicalTensor, segments: tuple[Segment, ...], target: Encoding
     ) -> None:
-        for segment in segments:
-            source = segment.source.encoding
+        found = {segment.source.encoding for segment in segments}
+        if not self.options.dtype and not self.mix and not self.model.own_dtype:
+            self._check_kept(tensor, found)
+        for source in found:
             if not is_decodable(source):
                 raise ValueError(f"{source.label} cannot be converted to {target.label}")
             fp8_again = isinstance(source, Fp8) and isinstance(target, Fp8)
             blocks_again = isinstance(source, Ggml) and isinstance(target, Fp8 | Ggml)
             if fp8_again or blocks_again:
                 self._check_requantize(tensor, source, target)
+
+    def _check_kept(self, tensor: PhysicalTensor, found: Collection[Encoding]) -> None:
+        """Refuse what cannot be kept as it is found, because it does not go together."""
+        if len(found) > 1:
+            labels = " and ".join(sorted(encoding.label for encoding in found))
+            raise UsageError(
+                f"{tensor.name} is made of tensors in {labels}",
+                hint="say what it is to be stored in: `--dtype bf16`",
+            )
+        if any(isinstance(encoding, Fp8) for encoding in found) and self.layout.base == HF:
+            raise UsageError(
+                f"{tensor.name} is made of FP8 blocks that do not end where one tensor follows"
+                " another",
+                hint="stack gate and up apart (`--experts-as dfactory`), or add `--dtype bf16`",
+            )
 
     def _check_requantize(self, tensor: PhysicalTensor, source: Encoding, target: Encoding) -> None:
         if not self.options.allow_requantize:
@@ -264,7 +286,7 @@ class _Planner:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), PLAIN_SCALING
         if not self._quantizes(tensor):
             # GGUF keeps norms and routers in F32, whatever they were.
-            kept = isinstance(found, Plain) and self.model.layout.name == HF
+            kept = isinstance(found, Plain) and self.model.layout.base == HF
             return found if kept else PLAIN[DType.BF16], PLAIN_SCALING
         scaling = self._scaling(tensor)
         return self.fp8[scaling.power_of_two], scaling
@@ -341,16 +363,19 @@ class _Planner:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = _CONFIG_DTYPES[TargetDType(dtype)]
         fp8 = [t.target.encoding for t in transfers if isinstance(t.target.encoding, Fp8)]
+        kept = [
+            transfer.target.name.removesuffix(".weight")
+            for transfer in transfers
+            if isinstance(transfer.target.encoding, Plain)
+            and self.layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
+        ]
+        stated = config.get(quantization_config.KEY)
         if not fp8:
             config.pop(quantization_config.KEY, None)
         elif dtype or self.options.mtp == Mtp.ONLY:
-            kept = [
-                transfer.target.name.removesuffix(".weight")
-                for transfer in transfers
-                if isinstance(transfer.target.encoding, Plain)
-                and self.layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
-            ]
             config[quantization_config.KEY] = quantization_config.build(fp8, kept)
+        elif stated and self.model.layout.name != self.layout.name:
+            config[quantization_config.KEY] = quantization_config.with_kept(stated, kept)
         return config
 
     def _mtp_keys(self) -> dict[str, Any]:
@@ -415,13 +440,26 @@ def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, 
     return symbols, build_layout(model.family, symbols, options.layout_name)
 
 
-def _is_copy(segment: Segment, target: Encoding) -> bool:
-    multiple = target.row_multiple
-    aligned = segment.first_row % multiple == 0 and (
-        segment.num_rows % multiple == 0
-        or segment.first_row + segment.num_rows == (segment.source.shape[:1] or (1,))[0]
-    )
-    return target.can_hold(segment.source.encoding) and aligned
+def _is_copy(tensor: PhysicalTensor, segments: Iterable[Segment], target: Encoding) -> bool:
+    """Return whether the bytes of all segments are right in the target as they are.
+
+    Segments of FP8 have to be whole blocks, where they come from and where they go.
+    """
+    if not all(target.can_hold(segment.source.encoding) for segment in segments):
+        return False
+    if not isinstance(target, Fp8):
+        return True
+    row = 0
+    for segment in segments:
+        source = segment.source
+        if not target.has_whole_blocks(segment.first_row, segment.num_rows, source.height):
+            return False
+        if not target.has_whole_blocks(row, segment.num_rows, tensor.height):
+            return False
+        if segment.num_rows > tensor.height != source.height:
+            return False
+        row += segment.num_rows
+    return True
 
 
 def _apply_policy(policy: ScalePolicy, tensor: PhysicalTensor) -> Scaling:

@@ -15,7 +15,7 @@ from lingconv.dtypes import DTYPES, DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
 from lingconv.gathering import gather
-from lingconv.layout import build_layout
+from lingconv.layout import GGUF, HF, MEGATRON, Layout, build_layout
 from lingconv.matching import Matcher
 from lingconv.metadata.rebuild import (
     DTYPE_NAMES,
@@ -25,7 +25,8 @@ from lingconv.metadata.rebuild import (
     special_ids,
 )
 from lingconv.metadata.shapes import symbols_from_shapes
-from lingconv.model import GGUF, HF, MEGATRON, Model
+from lingconv.model import Model
+from lingconv.naming import merged, refined, with_mtp_apart
 from lingconv.storage.overlay import Overlay
 
 ARGS_NAME = "Megatron's arguments"
@@ -61,7 +62,12 @@ def recognise(
     )
     family, architecture = _find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
-    return _matched(checkpoint, family, architecture, symbols, HF)
+    names = checkpoint.tensors.keys()
+    layout_name = merged(family, HF, names)
+    layout = build_layout(family, symbols, layout_name)
+    if layout_name != HF:
+        layout = with_mtp_apart(layout, build_layout(family, symbols, HF), names)
+    return _matched(checkpoint, family, architecture, symbols, layout)
 
 
 def _matched(
@@ -69,9 +75,8 @@ def _matched(
     family: Family,
     architecture: str,
     symbols: Mapping[str, Any],
-    layout_name: str,
+    layout: Layout,
 ) -> Model:
-    layout = build_layout(family, symbols, layout_name)
     matcher = Matcher(checkpoint, family, layout)
     matcher.match()
     return Model(
@@ -114,7 +119,7 @@ def _recognise_gguf(
         side_files={name: storage.stat(name) for name in files},
         faults=(*checkpoint.faults, *faults),
     )
-    return _matched(shown, family, family.gguf.of, symbols, GGUF)
+    return _matched(shown, family, family.gguf.of, symbols, build_layout(family, symbols, GGUF))
 
 
 def _recognise_megatron(
@@ -150,9 +155,11 @@ def _recognise_megatron(
     if checkpoint.is_spread:
         tensors, lost = gather(family, symbols, args, checkpoint.tensors)
         shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
-        return _matched(shown, family, architecture, symbols, MEGATRON)
-    layout_name = family.refined(MEGATRON, checkpoint.tensors)
-    return _matched(shown, family, architecture, symbols, layout_name)
+        layout_name = MEGATRON
+    else:
+        layout_name = refined(family, MEGATRON, checkpoint.tensors)
+    layout = build_layout(family, symbols, layout_name)
+    return _matched(shown, family, architecture, symbols, layout)
 
 
 def _config_from_shapes(checkpoint: Checkpoint, family: Family, given: Given) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class Stored(NamedTuple):
         return prod(self.shape[1:])
 
     @property
+    def height(self) -> int:
+        """Rows of one of the matrices that are stacked in it; of the matrix itself without."""
+        return self.rows // (self.stack or 1)
+
+    @property
     def first_extent(self) -> "Extent":
         """The place of its first bytes."""
         return self.bands[0].chunks[0].source.extents[0] if self.bands else self.extents[0]

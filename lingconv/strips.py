@@ -5,7 +5,7 @@ a shard, nor of the model. Pure, like the plan.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Ggml, Plain
@@ -92,13 +92,21 @@ def written_bytes(strip: Strip) -> int:
 
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
-    step = rows_per_strip(transfer)
-    rows = transfer.filled_rows
-    firsts = range(0, rows, step)
-    counts = (min(step, rows - first) for first in firsts)
-    runs = in_runs(transfer.segments, transfer.cols, counts)
-    for first, segments in zip(firsts, runs, strict=True):
-        yield RowStrip(transfer, first, min(first + step, rows), segments)
+    bounds = list(_bounds(transfer))
+    runs = in_runs(transfer.segments, transfer.cols, (last - first for first, last in bounds))
+    for (first, last), segments in zip(bounds, runs, strict=True):
+        yield RowStrip(transfer, first, last, segments)
+
+
+def _bounds(transfer: Transfer) -> Iterator[tuple[int, int]]:
+    """Yield where strips begin and end; where blocks would straddle stacked matrices, with them."""
+    target, step, rows = transfer.target, rows_per_strip(transfer), transfer.filled_rows
+    straddles = target.encoding.row_multiple > 1 and target.height % target.encoding.row_multiple
+    height = target.height if straddles else rows
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        for first in range(top, bottom, step):
+            yield first, min(first + step, bottom)
 
 
 def _moves(transfer: Transfer) -> Iterator[_Move]:
@@ -117,11 +125,15 @@ def _rows_of(segment: Segment, part: int) -> Extent:
     extent = source.extents[part]
     if segment.num_rows == source.rows:
         return extent
-    multiple = 1 if part == 0 else source.encoding.row_multiple
-    unit_bytes = extent.nbytes // -(-source.rows // multiple)
-    first = segment.first_row // multiple
-    count = -(-segment.num_rows // multiple)
-    return Extent(extent.file, extent.offset + first * unit_bytes, count * unit_bytes)
+    rows = segment.first_row, segment.num_rows
+    if part == 0:
+        first, end, total = rows[0], sum(rows), source.rows
+    else:
+        encoding = cast("Fp8", source.encoding)
+        first, end = encoding.scale_rows(*rows, source.height)
+        _, total = encoding.scale_rows(0, source.rows, source.height)
+    unit_bytes = extent.nbytes // total
+    return Extent(extent.file, extent.offset + first * unit_bytes, (end - first) * unit_bytes)
 
 
 def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:

@@ -19,9 +19,8 @@ from lingconv.errors import UsageError
 from lingconv.family import Family, Role
 from lingconv.formats import presets
 from lingconv.kernels.random import normal_rows, normal_table
-from lingconv.layout import build_layout
+from lingconv.layout import HF, build_layout
 from lingconv.metadata.tokenizer_json import gpt2_splitting, tokenizer_json
-from lingconv.model import HF
 from lingconv.storage import FileStat
 
 _WEIGHTS = "weights"

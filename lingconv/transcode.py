@@ -93,11 +93,12 @@ class Transcoder:
         return wide
 
     def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: OutputBlob) -> int:
-        _, scale_extent = strip.transfer.target.extents
         rows, cols = values.shape
-        block_rows, block_cols = encoding.block(strip.transfer.rows, cols)
+        target = strip.transfer.target
+        block_rows, block_cols = encoding.block(target.height, cols)
         codes = self._arena.take("write", values.shape, np.uint8, like=strip.offset)
-        scales = self._arena.take("scales out", encoding.grid(rows, cols), np.float32)
+        grid = -(-rows // block_rows), -(-cols // block_cols)
+        scales = self._arena.take("scales out", grid, np.float32)
         scaling = strip.transfer.scaling
         bad_row = numeric.quantize(
             values,
@@ -112,7 +113,8 @@ class Transcoder:
         if bad_row != numeric.NO_NONFINITE:
             self._refuse(_source_of(strip, bad_row))
         raw = encode_scales(scales, encoding.scale_dtype)
-        offset = scale_extent.offset + strip.first // block_rows * raw.shape[1] * raw.itemsize
+        top, _ = encoding.scale_rows(strip.first, rows, target.height)
+        offset = target.extents[1].offset + top * raw.shape[1] * raw.itemsize
         written = output.write(as_bytes(codes), strip.offset)
         return written + output.write(as_bytes(raw), offset)
 

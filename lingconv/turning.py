@@ -24,10 +24,15 @@ def read_rows(
         blobs[extent.file].read_into(offset, as_bytes(into))
         return
     columns = arena.take("columns", (source.cols, source.pitch), into.dtype)
-    needed = (source.cols - 1) * source.pitch + into.shape[0]
-    flat = columns.reshape(-1)[:needed]
-    blobs[extent.file].read_into(extent.offset + first * size, as_bytes(flat))
-    np.copyto(into, columns[:, : into.shape[0]].T)
+    done = 0
+    while done < len(into):  # each matrix of a stack is transposed by itself
+        matrix, inner = divmod(first + done, source.height)
+        count = min(source.height - inner, len(into) - done)
+        flat = columns.reshape(-1)[: (source.cols - 1) * source.pitch + count]
+        place = matrix * source.cols * source.pitch + inner
+        blobs[extent.file].read_into(extent.offset + place * size, as_bytes(flat))
+        np.copyto(into[done : done + count], columns[:, :count].T)
+        done += count
 
 
 def turned(arena: Arena, strip: RowStrip, rows: Array) -> Array:

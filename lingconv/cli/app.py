@@ -11,6 +11,7 @@ from lingconv.cli import (
     formats,
     forward,
     inspect,
+    merge,
     plan,
     quantize,
     synth,
@@ -61,3 +62,4 @@ for command in (
     env.env,
 ):
     app.command()(command)
+app.add_typer(merge.app, name="merge")

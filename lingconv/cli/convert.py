@@ -8,60 +8,24 @@ import typer
 from lingconv import api
 from lingconv.cli import plan as plan_command
 from lingconv.cli import verify as verify_command
+from lingconv.cli.grouped import grouped
 from lingconv.cli.options import (
-    AllowNonfinite,
-    AllowRequantize,
-    ConfigFile,
     Destination,
-    Dialect,
-    Drop,
-    DType,
-    ExpertParallel,
-    Experts,
-    ExpertTensorParallel,
     Formats,
     Fresh,
     FromMainParams,
-    Fused,
-    Ignore,
-    Jobs,
-    Json,
-    MaxMemory,
-    MaxShardSize,
-    MetadataText,
-    MtpOption,
-    OutType,
-    PipelineLayers,
-    PipelineParallel,
-    Quiet,
-    Scale,
-    ScaleDtype,
-    SchemeOption,
-    Settings,
-    SingletonExperts,
+    Limits,
+    Printed,
+    Said,
     Source,
-    SpecOption,
-    SplitMaxTensors,
-    TensorParallel,
-    TensorType,
-    TensorTypeFile,
-    To,
-    TokenizerPre,
-    Verbose,
     Verify,
-    VirtualPipeline,
-    gguf_options,
-    given,
-    layout_of,
-    megatron_options,
-    request,
-    resources,
 )
 from lingconv.cli.output import output
 from lingconv.cli.progress import make_progress, make_watcher
+from lingconv.cli.targets import Asked
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
-from lingconv.options import AUTO, ConvertOptions, Mtp, Scheme, Spec, VerifyOptions
+from lingconv.options import ConvertOptions, VerifyOptions
 from lingconv.recognise import Given
 
 if TYPE_CHECKING:
@@ -70,97 +34,40 @@ if TYPE_CHECKING:
 SCHEMA = "lingconv.convert/1"
 
 
+@grouped
 def convert(
     source: Source,
     destination: Destination,
-    to: To = None,
-    dtype: DType = None,
-    max_shard_size: MaxShardSize = "",
-    mtp: MtpOption = Mtp.KEEP,
-    drop: Drop = None,
-    scheme: SchemeOption = Scheme.BLOCK,
-    dialect: Dialect = "",
-    scale: Scale = None,
-    scale_dtype: ScaleDtype = "",
-    ignore: Ignore = None,
-    outtype: OutType = AUTO,
-    tensor_type: TensorType = None,
-    tensor_type_file: TensorTypeFile = None,
-    tokenizer_pre: TokenizerPre = "",
-    metadata: MetadataText = None,
-    split_max_tensors: SplitMaxTensors = 0,
-    spec: SpecOption = Spec.TE,
-    singleton_experts: SingletonExperts = False,
-    grouped_gemm: Experts = None,
-    legacy_grouped_gemm: Fused = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    etp: ExpertTensorParallel = 0,
-    vpp: VirtualPipeline = 1,
-    pp_layers: PipelineLayers = "",
-    allow_nonfinite: AllowNonfinite = False,
-    allow_requantize: AllowRequantize = False,
+    asked: Asked,
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Show the plan and stop.")
     ] = False,
+    *,
     verify: Verify = False,
     fresh: Fresh = False,
-    jobs: Jobs = 0,
-    max_memory: MaxMemory = "1GiB",
+    limits: Limits,
     formats: Formats = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
+    said: Said,
     from_main_params: FromMainParams = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    printed: Printed,
 ) -> None:
     """Convert a checkpoint. The same command resumes a run that was stopped.
 
     Examples: `lingconv convert Ling-1T-FP8 Ling-1T --dtype bf16`,
     `lingconv convert Ling-1T-FP8 Ling-1T-Q4_K_M.gguf --outtype q4_k_m --split-max-size 50GB`
     """
-    options = request(
-        to=layout_of(to, destination),
-        dtype=dtype or "",
-        max_shard_size=max_shard_size,
-        mtp=mtp,
-        drop=drop,
-        scheme=scheme,
-        dialect=dialect,
-        scale=scale,
-        scale_dtype=scale_dtype,
-        ignore=ignore,
-        allow_nonfinite=allow_nonfinite,
-        allow_requantize=allow_requantize,
-        gguf=gguf_options(
-            outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
-        ),
-        megatron=megatron_options(
-            spec,
-            singleton_experts,
-            grouped_gemm,
-            legacy_grouped_gemm,
-            (tp, pp, ep, etp, vpp),
-            pp_layers,
-        ),
-    )
-    limits, said = (
-        resources(jobs, max_memory),
-        given(config, settings, main_params=from_main_params),
-    )
+    options, given = asked.options(destination), said.given(main_params=from_main_params)
     if dry_run:
-        built = api.plan(source, options, destination=destination, formats=formats, given=said)
-        plan_command.show(built, destination, limits, verbose=verbose)
+        built = api.plan(source, options, destination=destination, formats=formats, given=given)
+        plan_command.show(built, destination, limits.resources, verbose=printed.verbose)
         return
     run(
         source,
         destination,
         options,
-        limits,
+        limits.resources,
         formats=formats,
-        said=said,
+        given=given,
         fresh=fresh,
         verify=verify,
     )
@@ -173,7 +80,7 @@ def run(
     limits: Resources,
     *,
     formats: str | None,
-    said: Given | None = None,
+    given: Given | None = None,
     fresh: bool,
     verify: bool,
 ) -> None:
@@ -184,7 +91,7 @@ def run(
             destination,
             options,
             formats=formats,
-            given=said,
+            given=given,
             resources=limits,
             progress=progress,
             fresh=fresh,
@@ -197,7 +104,7 @@ def run(
                 result.destination,
                 VerifyOptions(mtp=options.mtp),
                 formats=formats,
-                given=said,
+                given=given,
                 jobs=limits.jobs,
                 watcher=watcher,
             )

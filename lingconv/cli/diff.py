@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from lingconv import api
-from lingconv.cli.options import Jobs, Json, Quiet, Verbose
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Jobs, Printed
 from lingconv.cli.output import output
 from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
@@ -16,6 +17,7 @@ from lingconv.cli.verify import ANSWER_IS_NO
 _MAX_SHOWN = 20
 
 
+@grouped
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a checkpoint.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
@@ -23,9 +25,8 @@ def diff(
         bool, typer.Option("--values/--no-values", help="Read the tensors, not only headers.")
     ] = True,
     jobs: Jobs = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    printed: Printed,
 ) -> None:
     """List the names, shapes, dtypes and values that differ between two checkpoints.
 
@@ -34,7 +35,7 @@ def diff(
     """
     with make_watcher("diff") as watcher:
         found = api.diff(a, b, values=values, jobs=jobs, watcher=watcher)
-    shown = found.differences if verbose else found.differences[:_MAX_SHOWN]
+    shown = found.differences if printed.verbose else found.differences[:_MAX_SHOWN]
     kinds = Counter(difference.kind for difference in found.differences)
     lines = [f"{each.kind:<10} {each.name}  {each.message}" for each in shown]
     if len(shown) < len(found.differences):

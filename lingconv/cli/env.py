@@ -3,7 +3,8 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from lingconv.cli.options import Json, Quiet, Verbose
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Printed
 from lingconv.cli.output import columns, output
 from lingconv.machine import num_processors
 from lingconv.version import __version__
@@ -11,7 +12,8 @@ from lingconv.version import __version__
 _PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf", "typer", "rich")
 
 
-def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+@grouped
+def env(printed: Printed) -> None:
     """Print versions and the machine's kind, for bug reports."""
     values = {
         "lingconv": __version__,

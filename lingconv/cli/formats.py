@@ -1,13 +1,13 @@
 """`lingconv formats`: the families that are known."""
 
-from lingconv.cli.options import Formats, Json, Quiet, Verbose
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Formats, Printed
 from lingconv.cli.output import columns, output
 from lingconv.formats import load_families, presets
 
 
-def formats(
-    formats: Formats = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+@grouped
+def formats(formats: Formats = None, *, printed: Printed) -> None:
     """List the model families, their architectures and the presets for `synth`."""
     families = load_families(formats)
     lines: list[str] = []

@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lingconv import api
-from lingconv.cli.options import (
-    FORWARD,
-    ConfigFile,
-    Formats,
-    Json,
-    Quiet,
-    Settings,
-    Source,
-    Verbose,
-    given,
-)
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Formats, Printed, Said, Source
 from lingconv.cli.output import columns, output
 from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
@@ -29,6 +20,7 @@ if TYPE_CHECKING:
     from lingconv.reference.prompts import NextToken
 
 SCHEMA = "lingconv.forward/1"
+FORWARD = "Forward pass"
 
 Prompt = Annotated[
     str | None,
@@ -67,6 +59,7 @@ Device = Annotated[
 ]
 
 
+@grouped
 def forward(
     source: Source,
     prompt: Prompt = None,
@@ -89,11 +82,9 @@ def forward(
         ),
     ] = None,
     formats: Formats = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    said: Said,
+    printed: Printed,
 ) -> None:
     """Run a checkpoint's forward pass in plain torch, one layer in memory at a time.
 
@@ -111,7 +102,7 @@ def forward(
             chat=chat,
             tokens=tokens,
             formats=formats,
-            given=given(config, settings),
+            given=said.given(),
             watcher=watcher,
         )
     if out is not None:

@@ -1,7 +1,8 @@
 """`lingconv inspect`: what is this checkpoint?"""
 
 from lingconv import api
-from lingconv.cli.options import ConfigFile, Formats, Json, Quiet, Settings, Source, Verbose, given
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Formats, Printed, Said, Source
 from lingconv.cli.output import columns, output
 from lingconv.cli.units import count, file_size
 from lingconv.errors import CheckpointError, Fault
@@ -10,21 +11,20 @@ from lingconv.inspection import Report
 _MAX_FAULTS = 10
 
 
+@grouped
 def inspect(
     source: Source,
     formats: Formats = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    said: Said,
+    printed: Printed,
 ) -> None:
     """Say what a checkpoint is, and everything odd about it. Reads headers only.
 
     Example: `lingconv inspect Ling-mini-2.0`
     """
-    report = api.inspect(source, formats=formats, given=given(config, settings))
-    output.result(_lines(report, verbose=verbose), report.to_json(), report.architecture)
+    report = api.inspect(source, formats=formats, given=said.given())
+    output.result(_lines(report, verbose=printed.verbose), report.to_json(), report.architecture)
     if not report.sound:
         fatal = [fault for fault in report.faults if fault.fatal]
         raise CheckpointError(f"{report.source} has {len(fatal)} faults", hint=_hint(fatal))

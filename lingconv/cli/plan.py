@@ -7,59 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from lingconv import api
+from lingconv.cli.grouped import grouped
 from lingconv.cli.options import (
-    AllowNonfinite,
-    AllowRequantize,
-    ConfigFile,
     Destination,
-    Dialect,
-    Drop,
-    DType,
-    ExpertParallel,
-    Experts,
-    ExpertTensorParallel,
     Formats,
     FromMainParams,
-    Fused,
-    Ignore,
-    Jobs,
-    Json,
-    MaxMemory,
-    MaxShardSize,
-    MetadataText,
-    MtpOption,
-    OutType,
-    PipelineLayers,
-    PipelineParallel,
-    Quiet,
-    Scale,
-    ScaleDtype,
-    SchemeOption,
-    Settings,
-    SingletonExperts,
+    Limits,
+    Printed,
+    Said,
     Source,
-    SpecOption,
-    SplitMaxTensors,
-    TensorParallel,
-    TensorType,
-    TensorTypeFile,
-    To,
-    TokenizerPre,
-    Verbose,
-    VirtualPipeline,
-    gguf_options,
-    given,
-    layout_of,
-    megatron_options,
-    request,
-    resources,
 )
 from lingconv.cli.output import columns, output
+from lingconv.cli.targets import Asked
 from lingconv.cli.units import file_size, memory_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
-from lingconv.options import AUTO, Mtp, Scheme, Spec
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
@@ -67,89 +30,35 @@ _MAX_FILES = 10
 SCHEMA = "lingconv.dry-run/1"
 
 
+@grouped
 def plan(
     source: Source,
     destination: Destination,
-    to: To = None,
-    dtype: DType = None,
-    max_shard_size: MaxShardSize = "",
-    mtp: MtpOption = Mtp.KEEP,
-    drop: Drop = None,
-    scheme: SchemeOption = Scheme.BLOCK,
-    dialect: Dialect = "",
-    scale: Scale = None,
-    scale_dtype: ScaleDtype = "",
-    ignore: Ignore = None,
-    outtype: OutType = AUTO,
-    tensor_type: TensorType = None,
-    tensor_type_file: TensorTypeFile = None,
-    tokenizer_pre: TokenizerPre = "",
-    metadata: MetadataText = None,
-    split_max_tensors: SplitMaxTensors = 0,
-    spec: SpecOption = Spec.TE,
-    singleton_experts: SingletonExperts = False,
-    grouped_gemm: Experts = None,
-    legacy_grouped_gemm: Fused = False,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    ep: ExpertParallel = 1,
-    etp: ExpertTensorParallel = 0,
-    vpp: VirtualPipeline = 1,
-    pp_layers: PipelineLayers = "",
-    allow_nonfinite: AllowNonfinite = False,
-    allow_requantize: AllowRequantize = False,
+    asked: Asked,
     plan_file: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Save the plan as JSON.")
     ] = None,
-    jobs: Jobs = 0,
-    max_memory: MaxMemory = "1GiB",
+    *,
+    limits: Limits,
     formats: Formats = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
+    said: Said,
     from_main_params: FromMainParams = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    printed: Printed,
 ) -> None:
     """Show exactly what `convert` would do: files, bytes, memory, disk, and what is left out.
 
     Example: `lingconv plan Ling-1T Ling-1T-FP8 --dtype fp8`
     """
-    options = request(
-        to=layout_of(to, destination),
-        dtype=dtype or "",
-        max_shard_size=max_shard_size,
-        mtp=mtp,
-        drop=drop,
-        scheme=scheme,
-        dialect=dialect,
-        scale=scale,
-        scale_dtype=scale_dtype,
-        ignore=ignore,
-        allow_nonfinite=allow_nonfinite,
-        allow_requantize=allow_requantize,
-        gguf=gguf_options(
-            outtype, tensor_type, tensor_type_file, tokenizer_pre, metadata, split_max_tensors
-        ),
-        megatron=megatron_options(
-            spec,
-            singleton_experts,
-            grouped_gemm,
-            legacy_grouped_gemm,
-            (tp, pp, ep, etp, vpp),
-            pp_layers,
-        ),
-    )
     built = api.plan(
         source,
-        options,
+        asked.options(destination),
         destination=destination,
         formats=formats,
-        given=given(config, settings, main_params=from_main_params),
+        given=said.given(main_params=from_main_params),
     )
     if plan_file is not None:
         save(built, plan_file)
-    show(built, destination, resources(jobs, max_memory), verbose=verbose)
+    show(built, destination, limits.resources, verbose=printed.verbose)
 
 
 def save(plan: Plan, path: Path) -> None:

@@ -6,27 +6,14 @@ import typer
 
 from lingconv import api
 from lingconv.cli.convert import show
-from lingconv.cli.options import (
-    OUTPUT,
-    Destination,
-    DType,
-    Formats,
-    Fresh,
-    Jobs,
-    Json,
-    MaxMemory,
-    MaxShardSize,
-    OutType,
-    Quiet,
-    Verbose,
-    layout_of,
-    resources,
-    shard_bytes,
-)
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Destination, Formats, Fresh, Limits, Printed
 from lingconv.cli.progress import make_progress
+from lingconv.cli.targets import OUTPUT, DType, MaxShardSize, OutType, layout_of, shard_bytes
 from lingconv.options import AUTO, ConvertOptions, GgufOptions
 
 
+@grouped
 def synth(
     config: Annotated[
         str,
@@ -56,12 +43,10 @@ def synth(
         ),
     ] = False,
     fresh: Fresh = False,
-    jobs: Jobs = 0,
-    max_memory: MaxMemory = "1GiB",
+    *,
+    limits: Limits,
     formats: Formats = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    printed: Printed,
 ) -> None:
     """Write a checkpoint of random weights with realistic statistics, for trials and benchmarks.
 
@@ -84,7 +69,7 @@ def synth(
             seed=seed,
             headers_only=headers_only,
             formats=formats,
-            resources=resources(jobs, max_memory),
+            resources=limits.resources,
             progress=progress,
             fresh=fresh,
         )

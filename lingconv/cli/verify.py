@@ -7,17 +7,8 @@ import typer
 
 from lingconv import api
 from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
-from lingconv.cli.options import (
-    ConfigFile,
-    Formats,
-    Jobs,
-    Json,
-    Quiet,
-    Settings,
-    Source,
-    Verbose,
-    given,
-)
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Formats, Jobs, Printed, Said, Source
 from lingconv.cli.output import columns, output
 from lingconv.cli.progress import make_watcher
 from lingconv.cli.units import file_size
@@ -36,6 +27,7 @@ Report = Annotated[
 ]
 
 
+@grouped
 def verify(
     source: Source,
     target: Annotated[
@@ -88,11 +80,9 @@ def verify(
     device: Device = "cpu",
     jobs: Jobs = 0,
     formats: Formats = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    said: Said,
+    printed: Printed,
 ) -> None:
     """Prove that DST is what SRC became: tensor by tensor, and in what both compute.
 
@@ -119,11 +109,11 @@ def verify(
             chat=chat,
             tokens=tokens,
             formats=formats,
-            given=given(config, settings),
+            given=said.given(),
             jobs=jobs,
             watcher=watcher,
         )
-    conclude(verdict, report, verbose=verbose)
+    conclude(verdict, report, verbose=printed.verbose)
 
 
 def conclude(verdict: "Verdict", report: Path | None, *, verbose: bool) -> None:

@@ -66,11 +66,31 @@ class Fp8:
         block_rows, block_cols = self.block(rows, cols)
         return -(-rows // block_rows), -(-cols // block_cols)
 
+    def scale_rows(self, first: int, num_rows: int, height: int) -> tuple[int, int]:
+        """Return the first row of the scales of `num_rows` rows from `first` on, and their end.
+
+        The rows are those of matrices of `height` rows one behind the other, as their scales are.
+        """
+        unit = self.block_rows or height
+        per_matrix = -(-height // unit)
+        top, bottom = divmod(first, height), divmod(first + num_rows - 1, height)
+        return (
+            top[0] * per_matrix + top[1] // unit,
+            bottom[0] * per_matrix + bottom[1] // unit + 1,
+        )
+
+    def has_whole_blocks(self, first: int, num_rows: int, height: int) -> bool:
+        """Return whether `num_rows` rows from `first` on cut no block of stacked matrices."""
+        unit = self.block_rows or height
+        ends = first % height, (first + num_rows) % height
+        return all(row % unit == 0 for row in ends)
+
     def scale_tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the scale tensor of a matrix of `shape`."""
-        grid = self.grid(shape[0], shape[1])
+        """Return the shape of the scale tensor of a matrix of `shape`, or of a stack of them."""
+        *stack, rows, cols = shape
+        grid = self.grid(rows, cols)
         shapes = {ScaleShape.VECTOR: (grid[0],), ScaleShape.SCALAR: ()}
-        return shapes.get(self.scale_shape, grid)
+        return (*stack, *shapes.get(self.scale_shape, grid))
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of a row of `cols` elements, scales left out."""
@@ -133,9 +153,10 @@ def recognise(
 ) -> Fp8 | None:
     """Return the encoding of an FP8 matrix from its scale tensor, or None when none fits.
 
+    The matrices of a stack have their scales stacked along the same axes.
     `block` is the block size that the config states (128 x 128 where it states none).
     """
-    rows = shape[0]
+    rows = shape[-2]
     e8m0 = scale_dtype == DType.F8_E8M0
     candidates = (
         (1, 0, ScaleShape.COLUMN),

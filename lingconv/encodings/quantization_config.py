@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingconv.encodings.fp8 import Fp8
+from lingconv.patterns import Pattern
 
 FP8 = "fp8"
 COMPRESSED_TENSORS = "compressed-tensors"
 KEY = "quantization_config"
 DEFAULT_BLOCK = (128, 128)
 
+_KEPT_KEYS = ("modules_to_not_convert", "ignored_layers")
 _SUFFIX = {FP8: "_scale_inv", COMPRESSED_TENSORS: "_scale"}
 
 
@@ -63,7 +65,7 @@ def _read_fp8(stated: Mapping[str, Any]) -> Stated:
     if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise ValueError(f"`fmt` is {stated['fmt']!r}, not e4m3")
     block = stated.get("weight_block_size")
-    kept = stated.get("modules_to_not_convert") or stated.get("ignored_layers")
+    kept = next((stated[key] for key in _KEPT_KEYS if stated.get(key)), None)
     ue8m0 = stated.get("scale_fmt") == "ue8m0"
     return Stated(FP8, _block(block) if block else (0, 0), _names(kept), ue8m0)
 
@@ -118,6 +120,21 @@ def build(encodings: Sequence[Fp8], kept_modules: Sequence[str]) -> dict[str, An
     if all(encoding.power_of_two for encoding in encodings):
         config["scale_fmt"] = "ue8m0"
     return config
+
+
+def with_kept(stated: Mapping[str, Any], kept_modules: Sequence[str]) -> dict[str, Any]:
+    """Return a `quantization_config` for the same weights under other names.
+
+    The list of what is not quantized stays as it is where it fits: short names and patterns do.
+    """
+    keys = {FP8: _KEPT_KEYS, COMPRESSED_TENSORS: ("ignore",)}[stated["quant_method"]]
+    key = next((key for key in keys if stated.get(key)), keys[0])
+    patterns = [Pattern(text) for text in _names(stated.get(key))]
+    named = {module for module in kept_modules if any(p.matches(module) for p in patterns)}
+    used = [p for p in patterns if any(p.matches(module) for module in kept_modules)]
+    if len(named) == len(kept_modules) and len(used) == len(patterns):
+        return dict(stated)
+    return {**stated, key: list(kept_modules)}
 
 
 def _build_compressed_tensors(encoding: Fp8, kept_modules: Sequence[str]) -> dict[str, Any]:

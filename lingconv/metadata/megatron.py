@@ -10,8 +10,7 @@ from typing import Any
 from lingconv.containers.pickles import TORCH_NAMES, Global, Instance
 from lingconv.dtypes import DType
 from lingconv.family import Family, Role
-from lingconv.layout import Layout
-from lingconv.model import MEGATRON
+from lingconv.layout import MEGATRON, Layout
 from lingconv.options import ConvertOptions, ExpertNames, Spec, Target, TargetDType
 from lingconv.ranks import Parallel
 

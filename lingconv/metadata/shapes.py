@@ -6,7 +6,8 @@ from typing import Any
 
 from lingconv.containers import StoredTensor
 from lingconv.family import Block, Family, TensorRule
-from lingconv.model import MEGATRON
+from lingconv.layout import MEGATRON
+from lingconv.naming import refined
 from lingconv.rules import told_by_shapes
 
 _INDEX = re.compile(r"\{\w+\}")
@@ -14,7 +15,7 @@ _INDEX = re.compile(r"\{\w+\}")
 
 def symbols_from_shapes(family: Family, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Return the symbols that follow from the tensors of torch_dist: sizes, counts and switches."""
-    layout = family.refined(MEGATRON, tensors)
+    layout = refined(family, MEGATRON, tensors)
     found: dict[str, Any] = dict(_counts(family, layout, tensors))
     addressed = list(_addressed(family, layout, tensors))
     for _ in range(len(addressed)):  # every round solves one more symbol, or none any more

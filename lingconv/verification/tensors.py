@@ -116,8 +116,11 @@ class Comparison:
             rows, cols = matrix(target)
             multiple = blocks(target)[0] if cols > 1 else 1
             step = multiple * max(1, STRIP_ELEMENTS // (multiple * cols))
-            for first in range(0, rows, step):
-                yield _Strip(number, first, min(first + step, rows))
+            height = target.height if target.height % multiple else rows
+            for top in range(0, rows, height):  # blocks begin anew with each matrix of a stack
+                bottom = min(top + height, rows)
+                for first in range(top, bottom, step):
+                    yield _Strip(number, first, min(first + step, bottom))
 
     def _work(self, strips: Iterator[_Strip], watcher: Watcher) -> None:
         arena = Arena()
@@ -205,7 +208,7 @@ class Comparison:
         rounded = any(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
         if rounded or (peaks is not None and stored.shape != peaks.shape):
             peaks = None  # nothing says what such a scale ought to be
-        row = strip.first // encoding.block(*matrix(pair.target))[0]
+        row, _ = encoding.scale_rows(strip.first, strip.last - strip.first, pair.target.height)
         counts = scales.check(stored, peaks, encoding, row)
         octaves = scales.histogram(stored)
         with self._lock:
@@ -216,11 +219,9 @@ class Comparison:
 
 def _read_scales(pair: Pair, strip: _Strip, target: Decoder) -> Array | None:
     """Return the scales of a strip's rows as FP8 stores them, or None."""
-    encoding = pair.target.encoding
-    if not isinstance(encoding, Fp8):
+    if not isinstance(pair.target.encoding, Fp8):
         return None
-    unit = encoding.block(*matrix(pair.target))[0]
-    return target.scales(pair.target, strip.first // unit, -(-strip.last // unit)).copy()
+    return target.scales(pair.target, strip.first, strip.last - strip.first).copy()
 
 
 def _per_block(target: Stored, strip: _Strip, stored: Array | None) -> Array:
@@ -286,7 +287,7 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
     encoding, (segment, *others) = pair.target.encoding, pair.segments
     unit = encoding.row_multiple
     first = segment.first_row + strip.first
-    in_pieces = others or pair.target.bands or segment.source.pitch
+    in_pieces = others or pair.target.bands or pair.target.pitch or segment.source.pitch
     if in_pieces or not encoding.can_hold(segment.source.encoding) or first % unit:
         return False
     rows, cols = strip.last - strip.first, matrix(pair.target)[1]
@@ -299,6 +300,6 @@ def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target
         return False
     if not isinstance(encoding, Fp8):
         return True
-    before = source.scales(segment.source, first // unit, -(-(first + rows) // unit)).copy()
-    after = target.scales(pair.target, strip.first // unit, -(-strip.last // unit))
+    before = source.scales(segment.source, first, rows).copy()
+    after = target.scales(pair.target, strip.first, rows)
     return np.array_equal(before.view(np.uint32), after.view(np.uint32))

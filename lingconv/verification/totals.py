@@ -39,10 +39,10 @@ def has_block_scales(stored: Stored) -> bool:
 
 def blocks(stored: Stored) -> tuple[int, int]:
     """Return rows and columns of the blocks that figures are kept for."""
-    rows, cols = matrix(stored)
+    cols = matrix(stored)[1]
     encoding = stored.encoding
     if isinstance(encoding, Fp8) and has_block_scales(stored):
-        return encoding.block(rows, cols)
+        return encoding.block(stored.height, cols)
     if isinstance(encoding, Ggml):
         return 1, encoding.type.elements
     return _BLOCK, _BLOCK
