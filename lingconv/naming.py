@@ -17,14 +17,20 @@ MTP_APART = "mtp_apart"
 def refined(family: Family, base: str, names: Collection[str]) -> str:
     """Return the layout `base` with all of its refinements that tensors are named by."""
     known = {_template(name) for name in names}
-    found = [word for word in _words(family, base) if _score(family, base, word, known)]
+    found = [
+        word
+        for word in _words(family, base)
+        if any(own in known and usual not in known for usual, own in _renamed(family, base, word))
+    ]
     return "+".join([base, *found])
 
 
 def merged(family: Family, base: str, names: Collection[str]) -> str:
     """Return the layout `base`, or the one that merges experts by whose names most tensors go."""
     known = {_template(name) for name in names}
-    scores = {word: _score(family, base, word, known) for word in family.merged}
+    scores = {
+        word: sum(own in known for _, own in _renamed(family, base, word)) for word in family.merged
+    }
     best = max(scores, key=lambda word: scores[word], default="")
     return f"{base}+{best}" if best and scores[best] else base
 
@@ -54,14 +60,9 @@ def _words(family: Family, base: str) -> list[str]:
     return [key.removeprefix(f"{base}_") for key in keys if key.startswith(f"{base}_")]
 
 
-def _score(family: Family, base: str, word: str, known: set[str]) -> int:
-    """Return how many tensors have the names that a refinement gives them, not their usual ones."""
-    pairs = _renamed(family, base, f"{base}+{word}")
-    return sum(own in known and usual not in known for usual, own in pairs)
-
-
-def _renamed(family: Family, base: str, layout: str) -> Iterator[tuple[str, str]]:
-    """Yield the templates of tensors that a layout names otherwise than its base: (usual, own)."""
+def _renamed(family: Family, base: str, word: str) -> Iterator[tuple[str, str]]:
+    """Yield the templates of tensors that a refinement names otherwise: (usual, own)."""
+    layout = f"{base}+{word}"
     for block in family.blocks:
         for rule in (rule for group in block.groups for rule in family.tensors[group]):
             usual = _template(block.address(base) + rule.address(base))

@@ -225,11 +225,11 @@ class ConvertOptions:
     """
 
     layout: str = Target.HF
-    merged: str = DEFAULT_MERGED
     dtype: str = ""
     fp8: Fp8Options = field(default_factory=Fp8Options)
     gguf: GgufOptions = field(default_factory=GgufOptions)
     megatron: MegatronOptions = field(default_factory=MegatronOptions)
+    merged: str = DEFAULT_MERGED
     mtp: str = Mtp.KEEP
     max_shard_bytes: int | None = None
     drop: tuple[str, ...] = ()

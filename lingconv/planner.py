@@ -375,7 +375,11 @@ class _Planner:
         elif dtype or self.options.mtp == Mtp.ONLY:
             config[quantization_config.KEY] = quantization_config.build(fp8, kept)
         elif stated and self.model.layout.name != self.layout.name:
-            config[quantization_config.KEY] = quantization_config.with_kept(stated, kept)
+            config[quantization_config.KEY] = quantization_config.with_kept(
+                stated,
+                kept,
+                (t.target.name for t in transfers if isinstance(t.target.encoding, Fp8)),
+            )
         return config
 
     def _mtp_keys(self) -> dict[str, Any]:

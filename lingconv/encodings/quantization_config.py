@@ -5,7 +5,7 @@ matches by exact module path and transformers by substring, so full paths serve 
 compressed-tensors: as llm-compressor 0.14 writes it (a `config_groups` entry per scheme).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,17 +122,21 @@ def build(encodings: Sequence[Fp8], kept_modules: Sequence[str]) -> dict[str, An
     return config
 
 
-def with_kept(stated: Mapping[str, Any], kept_modules: Sequence[str]) -> dict[str, Any]:
+def with_kept(
+    stated: Mapping[str, Any], kept_modules: Sequence[str], quantized: Iterable[str]
+) -> dict[str, Any]:
     """Return a `quantization_config` for the same weights under other names.
 
-    The list of what is not quantized stays as it is where it fits: short names and patterns do.
+    Its list of what is not quantized stays where it still tells one from the other.
     """
     keys = {FP8: _KEPT_KEYS, COMPRESSED_TENSORS: ("ignore",)}[stated["quant_method"]]
     key = next((key for key in keys if stated.get(key)), keys[0])
     patterns = [Pattern(text) for text in _names(stated.get(key))]
-    named = {module for module in kept_modules if any(p.matches(module) for p in patterns)}
-    used = [p for p in patterns if any(p.matches(module) for module in kept_modules)]
-    if len(named) == len(kept_modules) and len(used) == len(patterns):
+
+    def listed(name: str) -> bool:
+        return any(pattern.matches(name) for pattern in patterns)
+
+    if all(map(listed, kept_modules)) and not any(map(listed, quantized)):
         return dict(stated)
     return {**stated, key: list(kept_modules)}
 
