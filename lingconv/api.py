@@ -1,6 +1,8 @@
 """The verbs, as functions: what the commands do, without a terminal."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
 from lingconv.inspection import Report, inspect_model
 from lingconv.machine import num_processors
+from lingconv.merging import open_average
 from lingconv.model import Model
 from lingconv.options import (
     ConvertOptions,
@@ -20,11 +23,13 @@ from lingconv.options import (
     TargetDType,
     VerifyOptions,
 )
+from lingconv.origins import Average
 from lingconv.plan import Plan
-from lingconv.planner import build_plan
+from lingconv.planner import build_average, build_plan
 from lingconv.progress import Progress, Unwatched, Watcher
 from lingconv.readers import open_checkpoint
 from lingconv.recognise import Given, recognise
+from lingconv.weighting import Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +96,62 @@ def convert(
     model = open_model(source, formats=formats, given=given)
     return execute(
         build_plan(model, options),
-        model.checkpoint.storage,
+        [model.checkpoint.storage],
+        Path(destination),
+        resources=resources,
+        progress=progress,
+        fresh=fresh,
+    )
+
+
+def plan_average(
+    sources: Sequence[str | Path],
+    weighting: Weighting,
+    options: ConvertOptions | None = None,
+    *,
+    destination: str | Path = "",
+    formats: str | None = None,
+    given: Given | None = None,
+) -> tuple[Plan, Average]:
+    """Return the plan of `merge_checkpoints`, and the checkpoints as they were opened."""
+    options = _named(options or ConvertOptions(), Path(destination))
+    families = load_families(formats)
+    main_params = given is not None and given.main_params
+    average = open_average(
+        [str(source) for source in sources],
+        weighting,
+        partial(open_checkpoint, main_params=main_params),
+        partial(recognise, families=families, given=given),
+    )
+    return build_average(average, options), average
+
+
+def merge_checkpoints(
+    sources: Sequence[str | Path],
+    destination: str | Path,
+    weighting: Weighting,
+    options: ConvertOptions | None = None,
+    *,
+    formats: str | None = None,
+    given: Given | None = None,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> Result:
+    """Average checkpoints of one model, oldest first, and convert the average in the same pass.
+
+    Sums are float64, rounded once. Layouts and encodings of the sources may differ; config and
+    small files are those of the last one. The same call again resumes. Raises the errors of
+    `lingconv.errors`.
+    """
+    for source in sources:
+        _refuse_overlap(Path(source), Path(destination))
+    built, average = plan_average(
+        sources, weighting, options, destination=destination, formats=formats, given=given
+    )
+    return execute(
+        built,
+        [model.checkpoint.storage for model in average.models],
         Path(destination),
         resources=resources,
         progress=progress,
@@ -144,7 +204,7 @@ def synth(
     options = _named(options or ConvertOptions(), Path(destination))
     return execute(
         build_plan(model, options),
-        model.checkpoint.storage,
+        [model.checkpoint.storage],
         Path(destination),
         resources=resources,
         progress=progress,

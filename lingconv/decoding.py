@@ -28,6 +28,15 @@ class Nonfinite(NamedTuple):
     row: int
 
 
+def source_of(segments: Sequence[Segment], cols: int, row: int) -> Nonfinite:
+    """Return where row `row` of what segments hold comes from."""
+    for segment, *_ in side_by_side(segments, cols):
+        if row < segment.num_rows:
+            return Nonfinite(segment.source, segment.first_row + row)
+        row -= segment.num_rows
+    raise AssertionError(f"the segments have no row {row} more")
+
+
 class Decoder:
     """Reads and decodes rows; one Decoder per thread, because it reuses its buffers."""
 

@@ -8,6 +8,7 @@ Killed anywhere, the same call goes on where it was.
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from lingconv.checkpoint import RECORD_NAME
 from lingconv.errors import LingconvError, ResourceError
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
-from lingconv.machine import free_bytes, num_processors
+from lingconv.machine import allow_open_files, free_bytes, num_processors
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent
 from lingconv.sidecars import last_files
@@ -58,7 +59,7 @@ class Result:
 
 def execute(
     plan: Plan,
-    storage: Storage,
+    storages: Sequence[Storage],
     destination: Path,
     *,
     resources: Resources | None = None,
@@ -66,7 +67,7 @@ def execute(
     fresh: bool = False,
     headers_only: bool = False,
 ) -> Result:
-    """Carry out `plan`, reading from `storage` and writing to `destination`.
+    """Carry out `plan`, reading from the storages of its sources and writing to `destination`.
 
     That is a folder, or the name of a GGUF file, which may be split into several.
     With `headers_only` the weight files are sparse: headers and holes that read as zeros.
@@ -85,10 +86,11 @@ def execute(
         if not headers_only:
             check_disk(folder.root, sum(folder.bytes_missing(f.name, f.nbytes) for f in todo))
         progress.begin(plan, len(plan.files) - len(todo), jobs)
-        _carry_side_files(plan, storage, folder)
-        crew = Crew(plan, storage, folder, progress, sparse=headers_only)
+        allow_open_files(len(plan.source_files))
+        _carry_side_files(plan, storages, folder)
+        crew = Crew(plan, storages, folder, progress, sparse=headers_only)
         crew.fill(todo, jobs)
-        for name, data in last_files(plan, _source_record(storage), __version__).items():
+        for name, data in last_files(plan, _source_record(storages[-1]), __version__).items():
             replace_file(folder.root / name, [data])
         folder.complete()
     named = place_of(destination).name
@@ -113,11 +115,12 @@ def check_disk(destination: Path, need_bytes: int) -> None:
         )
 
 
-def _carry_side_files(plan: Plan, storage: Storage, folder: RunFolder) -> None:
+def _carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder) -> None:
+    base, storage = len(storages) - 1, storages[-1]
     for name, nbytes in plan.side_files.items():
         path = folder.root / name
         if not path.exists() or path.stat().st_size != nbytes:
-            check_unchanged(plan, storage, {name})
+            check_unchanged(plan, storages, {(base, name)})
             starts = range(0, nbytes, _CHUNK_BYTES)
             replace_file(path, (storage.read(name, start, _CHUNK_BYTES) for start in starts))
 

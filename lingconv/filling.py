@@ -1,10 +1,11 @@
 """One strip: bytes moved, rows put together, or rows transcoded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lingconv.buffers import Arena, as_bytes
+from lingconv.plan import Source
 from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
 from lingconv.stored import side_by_side
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
 class Filler:
     """Fills strips one at a time; one Filler per thread. numba comes with the first transcoding."""
 
-    def __init__(self, blobs: Mapping[str, Blob], *, allow_nonfinite: bool) -> None:
-        self._blobs = blobs
+    def __init__(
+        self,
+        opened: Sequence[Mapping[str, Blob]],
+        sources: Sequence[Source],
+        *,
+        allow_nonfinite: bool,
+    ) -> None:
+        self._opened = opened
+        self._sources = sources
+        # Bytes that are copied are always those of the last source: others are only averaged.
+        self._blobs = opened[-1]
         self._allow_nonfinite = allow_nonfinite
         self._arena = Arena()
 
@@ -27,7 +37,9 @@ class Filler:
     def _transcoder(self) -> "Transcoder":
         from lingconv.transcode import Transcoder
 
-        return Transcoder(self._arena, self._blobs, allow_nonfinite=self._allow_nonfinite)
+        return Transcoder(
+            self._arena, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
+        )
 
     def fill(self, strip: Strip, output: OutputBlob) -> int:
         """Fill one strip of `output`; return how many bytes were written."""

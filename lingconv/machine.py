@@ -5,6 +5,10 @@ import resource
 import shutil
 from pathlib import Path
 
+from lingconv.errors import ResourceError
+
+_OTHER_FILES = 256
+
 
 def num_processors() -> int:
     """Return how many processors this process may use."""
@@ -24,3 +28,19 @@ def free_bytes(destination: Path) -> int:
 def peak_resident_bytes() -> int:
     """Return the most memory that this process held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files so that `count` may be open besides a few others.
+
+    Raises ResourceError where the system does not let it.
+    """
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ResourceError(
+                f"{count:,} files are to be read, this process may open {hard:,}",
+                hint=f"raise the limit: `ulimit -Hn {needed}`",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

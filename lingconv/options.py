@@ -220,7 +220,8 @@ class MegatronOptions:
 class ConvertOptions:
     """A whole request. `dtype` empty keeps every encoding as it is found.
 
-    `merged` is the name in the family file by which `hf-merged` keeps stacked experts.
+    `merged` is the name in the family file by which `hf-merged` keeps stacked experts; `exclude`
+    are tensors that an average takes from its last checkpoint.
     `max_shard_bytes` None is the layout's own: 10 GB for safetensors, one file for GGUF.
     """
 
@@ -233,6 +234,7 @@ class ConvertOptions:
     mtp: str = Mtp.KEEP
     max_shard_bytes: int | None = None
     drop: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     allow_nonfinite: bool = False
     allow_requantize: bool = False
 
@@ -341,7 +343,7 @@ class ConvertOptions:
         for name in ("tensor_types", "metadata"):
             gguf[name] = tuple((left, right) for left, right in gguf[name])
         return cls(
-            **{**fields, "drop": tuple(fields["drop"])},
+            **{**fields, "drop": tuple(fields["drop"]), "exclude": tuple(fields["exclude"])},
             fp8=Fp8Options(**fp8),
             gguf=GgufOptions(**gguf),
             megatron=MegatronOptions(**{**megatron, "parallel": parallel}),

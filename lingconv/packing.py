@@ -6,8 +6,8 @@ from typing import Any
 from lingconv.containers import TensorSpec, gguf, safetensors, torch_dist
 from lingconv.dtypes import DTYPES, DType
 from lingconv.framing import chunk_archive, rank_archive
-from lingconv.plan import Container, OutputFile, Transfer
-from lingconv.stored import Extent, Stored, in_runs
+from lingconv.plan import Container, OutputFile, Transfer, in_term_runs
+from lingconv.stored import Extent, Stored
 
 # A chunk of torch_dist is read whole by whoever loads a part of it: one expert of Ling-1T.
 CHUNK_BYTES = 64 << 20
@@ -105,15 +105,15 @@ def _chunks(transfer: Transfer) -> Iterator[_Unplaced]:
     unit = height if stack else 1
     firsts = range(0, steps, step)
     counts = [min(step, steps - first) for first in firsts]
-    runs = in_runs(transfer.segments, cols, (count * unit for count in counts))
-    for first, count, segments in zip(firsts, counts, runs, strict=True):
+    runs = in_term_runs(transfer, [count * unit for count in counts])
+    for first, count, terms in zip(firsts, counts, runs, strict=True):
         inner = (height, *target.shape[1:]) if stack else target.shape[1:]
         shape, offsets = (count, *inner), (first, *(0 for _ in inner))
         matrix = (count * unit, *target.shape[1:])
         chunk = Stored(target.name, matrix, target.encoding, (), count if stack else 0)
         (whole,) = target.encoding.tensors(target.name, shape)
         spec = whole._replace(offsets=offsets)
-        yield transfer._replace(target=chunk, segments=segments), (spec,)
+        yield transfer._replace(target=chunk, terms=terms), (spec,)
 
 
 def _cut(

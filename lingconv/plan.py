@@ -7,7 +7,7 @@ holds no tensor data, opens no file, and imports neither torch nor numba. `plann
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -19,9 +19,9 @@ from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.errors import UsageError
 from lingconv.options import ConvertOptions
 from lingconv.storage import FileStat
-from lingconv.stored import Extent, Segment, Stored
+from lingconv.stored import Extent, Segment, Stored, in_runs
 
-SCHEMA = "lingconv.plan/3"
+SCHEMA = "lingconv.plan/4"
 
 
 class Scaling(NamedTuple):
@@ -31,16 +31,44 @@ class Scaling(NamedTuple):
     power_of_two: bool
 
 
+class Source(NamedTuple):
+    """A checkpoint that is read: its files, and its weight where several are averaged."""
+
+    uri: str
+    files: Mapping[str, FileStat]
+    weight: float = 1.0
+
+
+class Term(NamedTuple):
+    """What fills a matrix, from its first row to its last, in each of some sources.
+
+    `sources` are their numbers in the plan; all of them keep it in the same places.
+    """
+
+    sources: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
 class Transfer(NamedTuple):
-    """One target matrix and what fills it, from its first row to its last.
+    """One target matrix and what fills it: a source, or the average of all terms' sources.
 
     `copies` means that the bytes are moved as they are; otherwise rows are decoded and encoded.
     """
 
     target: Stored
-    segments: tuple[Segment, ...]
+    terms: tuple[Term, ...]
     scaling: Scaling
     copies: bool
+
+    @property
+    def is_average(self) -> bool:
+        """Whether there is more than one source."""
+        return len(self.terms) > 1 or len(self.terms[0].sources) > 1
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What fills it in the last of its sources."""
+        return self.terms[-1].segments
 
     @property
     def rows(self) -> int:
@@ -57,6 +85,16 @@ class Transfer(NamedTuple):
     def cols(self) -> int:
         """Elements in a row."""
         return self.target.cols
+
+
+def in_term_runs(transfer: Transfer, counts: Sequence[int]) -> Iterator[tuple[Term, ...]]:
+    """Yield the terms of the first of `counts` rows of a transfer, of the next ones, and so on."""
+    runs = [in_runs(term.segments, transfer.cols, counts) for term in transfer.terms]
+    for beside in zip(*runs, strict=True):
+        yield tuple(
+            term._replace(segments=segments)
+            for term, segments in zip(transfer.terms, beside, strict=True)
+        )
 
 
 class Container(StrEnum):
@@ -96,12 +134,13 @@ class Dropped(NamedTuple):
 class Plan:
     """A conversion as a value.
 
+    Of several `sources`, oldest first, the last one is the base: its config and small files are
+    the target's. `weighting` is how their weights were chosen.
     `args` are the arguments that Megatron's formats carry, `states` the keys of the modules' states
     in torch_dist, each with the number of its shards.
     """
 
-    source: str
-    source_files: Mapping[str, FileStat]
+    sources: tuple[Source, ...]
     family: str
     options: ConvertOptions
     files: tuple[OutputFile, ...]
@@ -112,6 +151,25 @@ class Plan:
     warnings: tuple[str, ...]
     args: Mapping[str, Any] | None = None
     states: tuple[tuple[str, int], ...] = ()
+    weighting: str = ""
+
+    @property
+    def source(self) -> str:
+        """What is read, in words."""
+        if self.weighting:
+            return f"{self.weighting} of {len(self.sources)} checkpoints"
+        return self.sources[-1].uri
+
+    @property
+    def source_files(self) -> dict[str, FileStat]:
+        """All files that are read; those of several sources with where they are."""
+        if not self.weighting:
+            return dict(self.sources[-1].files)
+        return {
+            f"{source.uri}/{name}": stat
+            for source in self.sources
+            for name, stat in source.files.items()
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -124,7 +182,11 @@ class Plan:
             sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
         rest = {
             "schema": SCHEMA,
-            "source_files": {name: stat.size for name, stat in self.source_files.items()},
+            "sources": [
+                [{name: stat.size for name, stat in source.files.items()}, source.weight]
+                for source in self.sources
+            ],
+            "weighting": self.weighting,
             "family": self.family,
             "options": self.options.to_json(),
             "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
@@ -145,7 +207,12 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the source's weight files."""
-        return sum(segment.nbytes for transfer in self.transfers() for segment in transfer.segments)
+        return sum(
+            len(term.sources) * segment.nbytes
+            for transfer in self.transfers()
+            for term in transfer.terms
+            for segment in term.segments
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -168,8 +235,15 @@ class Plan:
         files = [_file_to_json(file, encodings) for file in self.files]
         return {
             "schema": SCHEMA,
-            "source": self.source,
-            "source_files": {name: list(stat) for name, stat in self.source_files.items()},
+            "sources": [
+                {
+                    "uri": source.uri,
+                    "files": {name: list(stat) for name, stat in source.files.items()},
+                    "weight": source.weight,
+                }
+                for source in self.sources
+            ],
+            "weighting": self.weighting,
             "family": self.family,
             "options": self.options.to_json(),
             "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
@@ -190,8 +264,15 @@ class Plan:
             raise UsageError(f"not a plan of schema {SCHEMA}: {value.get('schema')!r}")
         encodings = [encoding_from_json(item) for item in value["encodings"]]
         return cls(
-            source=value["source"],
-            source_files={name: FileStat(*stat) for name, stat in value["source_files"].items()},
+            sources=tuple(
+                Source(
+                    item["uri"],
+                    {name: FileStat(*stat) for name, stat in item["files"].items()},
+                    item["weight"],
+                )
+                for item in value["sources"]
+            ),
+            weighting=value["weighting"],
             family=value["family"],
             options=ConvertOptions.from_json(value["options"]),
             files=tuple(_file_from_json(item, encodings) for item in value["files"]),
@@ -218,9 +299,10 @@ class _Numbers:
 def _line(transfer: Transfer, encodings: _Numbers) -> str:
     """Return a transfer as a line of text, for the digest."""
     sources = " < ".join(
-        f"{_describe(segment.source, encodings)} {segment.first_row}+{segment.num_rows}"
-        f" {segment.first_col}+{segment.num_cols}"
-        for segment in transfer.segments
+        f"{term.sources} {_describe(segment.source, encodings)}"
+        f" {segment.first_row}+{segment.num_rows} {segment.first_col}+{segment.num_cols}"
+        for term in transfer.terms
+        for segment in term.segments
     )
     scaling = f"{transfer.scaling.min_amax!r} {transfer.scaling.power_of_two}"
     target = _describe(transfer.target, encodings)
@@ -257,8 +339,14 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
             {
                 "target": _stored_to_json(transfer.target, encodings),
                 "from": [
-                    [_stored_to_json(source, encodings), *window]
-                    for source, *window in transfer.segments
+                    {
+                        "sources": term.sources,
+                        "segments": [
+                            [_stored_to_json(source, encodings), *window]
+                            for source, *window in term.segments
+                        ],
+                    }
+                    for term in transfer.terms
                 ],
                 "scaling": list(transfer.scaling),
                 "copies": transfer.copies,
@@ -280,8 +368,14 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
             Transfer(
                 _stored_from_json(item["target"], encodings),
                 tuple(
-                    Segment(_stored_from_json(stored, encodings), *window)
-                    for stored, *window in item["from"]
+                    Term(
+                        tuple(term["sources"]),
+                        tuple(
+                            Segment(_stored_from_json(stored, encodings), *window)
+                            for stored, *window in term["segments"]
+                        ),
+                    )
+                    for term in item["from"]
                 ),
                 Scaling(*item["scaling"]),
                 item["copies"],

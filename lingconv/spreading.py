@@ -4,22 +4,20 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
-from lingconv.family import LogicalName, PhysicalName
+from lingconv.family import Family, LogicalName, PhysicalName
 from lingconv.layout import PhysicalTensor, build_layout
 from lingconv.metadata.megatron import VOCABULARY, rank_modules
-from lingconv.model import Model
 from lingconv.options import MegatronOptions, Spec
 from lingconv.packing import pack_rank
 from lingconv.plan import OutputFile, Transfer
 from lingconv.ranks import FILE_NAME, all_ranks, parts
 from lingconv.sidecars import ITERATION_FOLDER
-from lingconv.stored import Locator, Segment
 
-TransferOf = Callable[[PhysicalTensor, tuple[Segment, ...]], Transfer]
+TransferOf = Callable[[PhysicalTensor], Transfer]
 
 
 def spread(
-    model: Model,
+    family: Family,
     symbols: Mapping[str, Any],
     options: MegatronOptions,
     args: Mapping[str, Any],
@@ -29,7 +27,7 @@ def spread(
 
     Raises UsageError when the model cannot be spread like that.
     """
-    spreader = _Spreader(model, symbols, options, transfer_of)
+    spreader = _Spreader(family, symbols, options, transfer_of)
     files = tuple(spreader.files(args))
     spreader.check()
     return files
@@ -38,17 +36,16 @@ def spread(
 class _Spreader:
     def __init__(
         self,
-        model: Model,
+        family: Family,
         symbols: Mapping[str, Any],
         options: MegatronOptions,
         transfer_of: TransferOf,
     ) -> None:
-        self._family = model.family
+        self._family = family
         self._symbols = symbols
         self._options = options
         self._transfer_of = transfer_of
-        self._locator: Locator = model.locator()
-        megatron = model.family.megatron
+        megatron = family.megatron
         te = megatron is not None and options.spec == Spec.TE
         self._beside = megatron.state_beside if megatron and te else {}
         self._held: dict[LogicalName, set[tuple[int, ...]]] = {}
@@ -70,9 +67,7 @@ class _Spreader:
         for rows in tensor.rows:
             window = rows.first, rows.num_rows, tensor.first_col, cols
             self._held.setdefault(rows.logical, set()).add(window)
-        segments = self._locator.window(tensor.rows, tensor.first_col, cols)
-        named = tensor._replace(name=PhysicalName(f"{key}/{tensor.name}"))
-        return self._transfer_of(named, segments)
+        return self._transfer_of(tensor._replace(name=PhysicalName(f"{key}/{tensor.name}")))
 
     def check(self) -> None:
         """Make sure that the ranks together hold all of every tensor."""

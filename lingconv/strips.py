@@ -11,12 +11,14 @@ from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
-from lingconv.plan import OutputFile, Plan, Transfer
-from lingconv.stored import Extent, Segment, in_runs
+from lingconv.plan import OutputFile, Plan, Term, Transfer, in_term_runs
+from lingconv.stored import Extent, Segment
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
 _F32_BYTES = 4
+_SUM_BYTES = 8  # averages are added in float64,
+_AT_ONCE = 8  # so many checkpoints at a time
 _SCATTERED = 8
 
 
@@ -40,7 +42,7 @@ class CopyStrip(NamedTuple):
 
 
 class RowStrip(NamedTuple):
-    """Rows `first` to `last` of a target matrix, which `segments` hold.
+    """Rows `first` to `last` of a target matrix, which `terms` hold.
 
     They are decoded and encoded, or put together as they are where the transfer copies.
     """
@@ -48,7 +50,12 @@ class RowStrip(NamedTuple):
     transfer: Transfer
     first: int
     last: int
-    segments: tuple[Segment, ...]
+    terms: tuple[Term, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What holds them in the last of its sources."""
+        return self.terms[-1].segments
 
     @property
     def offset(self) -> int:
@@ -93,9 +100,9 @@ def written_bytes(strip: Strip) -> int:
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
     bounds = list(_bounds(transfer))
-    runs = in_runs(transfer.segments, transfer.cols, (last - first for first, last in bounds))
-    for (first, last), segments in zip(bounds, runs, strict=True):
-        yield RowStrip(transfer, first, last, segments)
+    runs = in_term_runs(transfer, [last - first for first, last in bounds])
+    for (first, last), terms in zip(bounds, runs, strict=True):
+        yield RowStrip(transfer, first, last, terms)
 
 
 def _bounds(transfer: Transfer) -> Iterator[tuple[int, int]]:
@@ -187,6 +194,8 @@ def _widest(transfer: Transfer) -> int:
     """Return the bytes of an element where it is widest: source, target or in between."""
     if transfer.copies:
         return _element_bytes(transfer.target.encoding)
+    if transfer.is_average:
+        return _SUM_BYTES
     encodings = [transfer.target.encoding, *_sources(transfer)]
     in_f32 = works_in_f32(transfer) or isinstance(transfer.target.encoding, Ggml)
     return max(_F32_BYTES if in_f32 else 2, *map(_element_bytes, encodings))
@@ -198,6 +207,8 @@ def _element_bytes(encoding: Encoding) -> int:
 
 def works_in_f32(transfer: Transfer) -> bool:
     """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
+    if transfer.is_average:
+        return transfer.target.encoding != PLAIN[DType.BF16]
     sources = {segment.source.encoding for segment in transfer.segments}
     target = transfer.target.encoding
     if isinstance(target, Fp8):
@@ -218,8 +229,14 @@ def strip_memory(strip: Strip) -> int:
         return strip.nbytes
     transfer = strip.transfer
     elements = (strip.last - strip.first) * max(1, transfer.cols)
-    columns = {segment.source.pitch * segment.source.cols for segment in transfer.segments}
-    return 3 * (elements + max(columns, default=0)) * _widest(transfer)
+    segments = [segment for term in transfer.terms for segment in term.segments]
+    columns = max((segment.source.pitch * segment.source.cols for segment in segments), default=0)
+    if not transfer.is_average:
+        return 3 * (elements + columns) * _widest(transfer)
+    bf16 = all(segment.source.encoding == PLAIN[DType.BF16] for segment in segments)
+    term_bytes = 2 if bf16 else 2 * _F32_BYTES  # with what they are decoded from
+    per_element = _AT_ONCE * term_bytes + _SUM_BYTES + 3 * _F32_BYTES
+    return per_element * elements + columns * _F32_BYTES
 
 
 def _sources(transfer: Transfer) -> tuple[Encoding, ...]:
@@ -239,7 +256,8 @@ def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]
     Raises ResourceError when the budget is too small for a single strip.
     """
     kinds = {
-        (t.target.shape, t.target.encoding, t.copies, _sources(t)): t for t in plan.transfers()
+        (t.target.shape, t.target.encoding, t.copies, t.is_average, _sources(t)): t
+        for t in plan.transfers()
     }
     largest, name = max((_transfer_memory(t), t.target.name) for t in kinds.values())
     fitting = min(jobs, max_memory_bytes // max(largest, 1))

@@ -3,21 +3,21 @@
 Rows travel as BF16 bits (uint16) where that loses nothing, else as float32 (`strips.works_in_f32`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lingconv.averaging import Averager
 from lingconv.buffers import Arena, Array, as_bytes
-from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite
+from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite, source_of
 from lingconv.dtypes import DType, GgmlType
 from lingconv.encodings import Fp8, Ggml
 from lingconv.errors import CheckpointError
 from lingconv.kernels import ggml, numeric
-from lingconv.plan import Scaling
+from lingconv.plan import Scaling, Source
 from lingconv.storage import Blob
 from lingconv.storage.output import OutputBlob
-from lingconv.stored import side_by_side
 from lingconv.strips import RowStrip, works_in_f32
 from lingconv.turning import turned
 
@@ -28,10 +28,19 @@ _SQUARES_OVERFLOW = 17
 class Transcoder:
     """Fills strips of rows, one at a time; one Transcoder per thread."""
 
-    def __init__(self, arena: Arena, blobs: Mapping[str, Blob], *, allow_nonfinite: bool) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        opened: Sequence[Mapping[str, Blob]],
+        sources: Sequence[Source],
+        *,
+        allow_nonfinite: bool,
+    ) -> None:
         self._allow_nonfinite = allow_nonfinite
         self._arena = arena
-        self._decoder = Decoder(arena, blobs)
+        self._sources = sources
+        self._decoders = [Decoder(arena, blobs) for blobs in opened]
+        self._averager = Averager(arena, self._decoders, [source.weight for source in sources])
 
     def run(self, strip: RowStrip, output: OutputBlob) -> int:
         """Fill one strip of the file `output`; return how many bytes were written."""
@@ -43,13 +52,18 @@ class Transcoder:
         dtype = F32 if works_in_f32(transfer) else BF16_BITS
         shape = strip.last - strip.first, transfer.cols
         values = self._arena.take("values", shape, dtype, like=strip.offset)
-        self._refuse(self._decoder.fill(strip.segments, 0, values))
+        if not strip.transfer.is_average:
+            self._refuse(self._decoders[-1].fill(strip.segments, 0, values))
+        elif self._averager.fill(strip, values) and not self._allow_nonfinite:
+            self._refuse(*self._averager.find_nonfinite(strip))
         return values
 
-    def _refuse(self, met: Nonfinite | None) -> None:
+    def _refuse(self, met: Nonfinite | None, number: int = -1) -> None:
+        """Raise CheckpointError for what was met in source `number`, unless that is allowed."""
         if met is not None and not self._allow_nonfinite:
+            uri = self._sources[number].uri
             raise CheckpointError(
-                f"{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
+                f"{uri}/{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
                 f" {met.row} (or a value too large for the target's dtype)",
                 hint="mend the source, or pass `--allow-nonfinite`",
             )
@@ -141,12 +155,7 @@ _ENCODERS: dict[tuple[DType, np.dtype[Any]], Callable[..., tuple[Array, int]]] =
 
 
 def _source_of(strip: RowStrip, row: int) -> Nonfinite:
-    """Return where row `row` of a strip comes from."""
-    for segment, *_ in side_by_side(strip.segments, strip.transfer.cols):
-        if row < segment.num_rows:
-            return Nonfinite(segment.source, segment.first_row + row)
-        row -= segment.num_rows
-    raise AssertionError(f"a strip of {strip.transfer.target.name} has no row {row} more")
+    return source_of(strip.segments, strip.transfer.cols, row)
 
 
 def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:

@@ -8,7 +8,8 @@ piece, so that even one of a terabyte goes on where a kill left it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -25,12 +26,18 @@ from lingconv.storage.output import Checksums, OutputBlob
 from lingconv.strips import Strip, lower, written_bytes
 
 
-def check_unchanged(plan: Plan, storage: Storage, names: set[str]) -> None:
-    """Raise CheckpointError when a source file is not what it was when the plan was made."""
-    for name in sorted(names):
-        if storage.stat(name) != plan.source_files[name]:
+def check_unchanged(
+    plan: Plan, storages: Sequence[Storage], files: Collection[tuple[int, str]]
+) -> None:
+    """Raise CheckpointError when a file is not what it was when the plan was made.
+
+    `files` are numbers of sources, each with a file's name.
+    """
+    for number, name in sorted(files):
+        source = plan.sources[number]
+        if storages[number].stat(name) != source.files[name]:
             raise CheckpointError(
-                f"{name} changed while it was read",
+                f"{source.uri}/{name} changed while it was read",
                 hint="the source must stay as it is; restore it, or start over with `--fresh`",
             )
 
@@ -79,12 +86,14 @@ class _OpenFile:
             raise
 
     @cached_property
-    def sources(self) -> set[str]:
-        """Return the source files that this one is made of."""
+    def sources(self) -> set[tuple[int, str]]:
+        """Return the files that this one is made of, each with its source's number."""
         return {
-            extent.file
+            (number, extent.file)
             for transfer in self.file.transfers
-            for segment in transfer.segments
+            for term in transfer.terms
+            for number in term.sources
+            for segment in term.segments
             for extent in segment.source.extents
         }
 
@@ -132,7 +141,7 @@ class Crew:
     def __init__(
         self,
         plan: Plan,
-        storage: Storage,
+        storages: Sequence[Storage],
         folder: RunFolder,
         progress: Progress,
         *,
@@ -140,19 +149,21 @@ class Crew:
     ) -> None:
         self._sparse = sparse
         self._plan = plan
-        self._storage = storage
+        self._storages = storages
         self._folder = folder
         self._progress = progress
         self._lock = threading.Lock()
         self._waiting: Iterator[OutputFile] = iter(())
         self._open: list[_OpenFile] = []
-        self._blobs = OpenedFiles(storage)
+        self._opened = [OpenedFiles(storage) for storage in storages]
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
         """Fill `files` with `jobs` threads; raise the first error that any of them met."""
         self._waiting = iter(files)
-        with self._blobs:
+        with ExitStack() as stack:
+            for opened in self._opened:
+                stack.enter_context(opened)
             try:
                 if self._sparse:
                     while (begun := self._begin_file()) is not None:
@@ -190,7 +201,9 @@ class Crew:
         """Take strips until there are none, or somebody failed."""
         from lingconv.filling import Filler  # with numpy, which nobody who only plans needs
 
-        worker = Filler(self._blobs, allow_nonfinite=self._plan.options.allow_nonfinite)
+        worker = Filler(
+            self._opened, self._plan.sources, allow_nonfinite=self._plan.options.allow_nonfinite
+        )
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
@@ -242,7 +255,7 @@ class Crew:
             self._finish(file)
         elif whole_piece:
             file.output.sync()
-            check_unchanged(self._plan, self._storage, file.sources)
+            check_unchanged(self._plan, self._storages, file.sources)
             with self._lock:
                 sums = file.checksums.take_new() if file.checksums else []
                 self._folder.finish_piece(file.file.name, piece, sums)
@@ -254,7 +267,7 @@ class Crew:
             for part in seals(file.file, lambda item: sums.of(item.offset, item.nbytes)):
                 file.output.write(memoryview(part.data), part.offset)
         file.output.sync()
-        check_unchanged(self._plan, self._storage, file.sources)
+        check_unchanged(self._plan, self._storages, file.sources)
         with self._lock:
             self._open.remove(file)
             file.output.close()

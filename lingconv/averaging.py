@@ -1,0 +1,74 @@
+"""One strip of an average: rows of every checkpoint, weighed and added in float64."""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from lingconv.buffers import Arena, Array
+from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite, source_of
+from lingconv.dtypes import DType
+from lingconv.encodings.plain import PLAIN
+from lingconv.kernels import average as kernel
+from lingconv.plan import Term
+from lingconv.strips import RowStrip
+
+
+class Averager:
+    """Fills strips with averages, one at a time; one Averager per thread."""
+
+    def __init__(self, arena: Arena, decoders: Sequence[Decoder], weights: Sequence[float]) -> None:
+        self._arena = arena
+        self._decoders = decoders
+        self._weights = np.array(weights, np.float64)
+
+    def fill(self, strip: RowStrip, values: Array) -> int:
+        """Fill `values` (BF16 bits or float32) with a strip; return whether NaN or Inf came of it.
+
+        The checkpoints are added in their order, a few at a time.
+        """
+        sums = self._arena.take("sums", (values.size,), np.float64)
+        begin = True
+        for term in strip.terms:
+            dtype = _working(term)
+            for sources in _in_widths(term.sources):
+                rows = self._arena.take("terms", (len(sources), *values.shape), dtype)
+                for number, into in zip(sources, rows, strict=True):
+                    self._decoders[number].fill(term.segments, 0, into)
+                weights = self._weights[list(sources)]
+                kernel.add(rows.reshape(len(sources), -1), weights, sums, begin=begin)
+                begin = False
+        flat = values.reshape(-1)
+        if values.dtype == BF16_BITS:
+            return kernel.round_to_bf16(sums, flat)
+        to_odd = strip.transfer.target.encoding == PLAIN[DType.F16]
+        return kernel.round_to_f32(sums, flat, to_odd)
+
+    def find_nonfinite(self, strip: RowStrip) -> tuple[Nonfinite, int]:
+        """Return where the checkpoints have a NaN or Inf, and the number of the first such one."""
+        shape = strip.last - strip.first, prod(strip.transfer.target.shape[1:])
+        for term in strip.terms:
+            for number in term.sources:
+                values = self._arena.take("found", shape, F32)
+                self._decoders[number].fill(term.segments, 0, values)
+                bad = ~np.isfinite(values).all(axis=1)
+                if bad.any():
+                    return source_of(term.segments, shape[1], int(bad.argmax())), number
+        last = strip.terms[-1]
+        return source_of(last.segments, shape[1], 0), last.sources[-1]
+
+
+def _working(term: Term) -> np.dtype[Any]:
+    """Return what the rows of checkpoints are added as: BF16 where they are, else float32."""
+    encodings = {segment.source.encoding for segment in term.segments}
+    return BF16_BITS if encodings == {PLAIN[DType.BF16]} else F32
+
+
+def _in_widths(sources: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Yield the sources in runs that there are kernels for."""
+    done = 0
+    while done < len(sources):
+        width = next(width for width in kernel.WIDTHS if width <= len(sources) - done)
+        yield sources[done : done + width]
+        done += width
