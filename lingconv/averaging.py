@@ -28,22 +28,18 @@ class Averager:
 
         The checkpoints are added in their order, a few at a time.
         """
-        sums = self._arena.take("sums", (values.size,), np.float64)
-        begin = True
-        for term in strip.terms:
-            dtype = _working(term)
-            for sources in _in_widths(term.sources):
-                rows = self._arena.take("terms", (len(sources), *values.shape), dtype)
-                for number, into in zip(sources, rows, strict=True):
-                    self._decoders[number].fill(term.segments, 0, into)
-                weights = self._weights[list(sources)]
-                kernel.add(rows.reshape(len(sources), -1), weights, sums, begin=begin)
-                begin = False
-        flat = values.reshape(-1)
-        if values.dtype == BF16_BITS:
-            return kernel.round_to_bf16(sums, flat)
+        runs = [(term, run) for term in strip.terms for run in _in_widths(term.sources)]
+        sums = self._arena.take("sums", (values.size if len(runs) > 1 else 0,), np.float64)
+        for place, (term, sources) in enumerate(runs):
+            rows = self._arena.take("terms", (len(sources), *values.shape), _working(term))
+            for number, into in zip(sources, rows, strict=True):
+                self._decoders[number].fill(term.segments, 0, into)
+            weights = self._weights[list(sources)]
+            flat, begin = rows.reshape(len(sources), -1), place == 0
+            if place < len(runs) - 1:
+                kernel.add(flat, weights, sums, begin=begin)
         to_odd = strip.transfer.target.encoding == PLAIN[DType.F16]
-        return kernel.round_to_f32(sums, flat, to_odd)
+        return kernel.finish(flat, weights, sums, begin, values.reshape(-1), to_odd)
 
     def find_nonfinite(self, strip: RowStrip) -> tuple[Nonfinite, int]:
         """Return where the checkpoints have a NaN or Inf, and the number of the first such one."""

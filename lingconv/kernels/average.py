@@ -4,12 +4,12 @@ Every element's sum starts at 0.0 and takes its terms in the order of the checkp
 and each sum rounded to float64: no threads, no lanes and no fast-math change a bit of it.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
-from numpy import float32, float64, uint16, uint32
+from numba import njit, types
+from numba.extending import overload
+from numpy import float32, float64, uint16, uint32, uintp
 
 from lingconv.kernels.numeric import float_bits, load
 
@@ -18,31 +18,32 @@ Array = np.ndarray[Any, Any]
 # So many checkpoints are added at once, while a sum is in a register.
 WIDTHS: Final = (8, 4, 2, 1)
 _EXPONENT: Final = 0x7F800000
+# Sums that are rounded at once stay in the processor's first cache.
+_BLOCK: Final = 2048
 
 
-def _adder(width: int) -> Callable[[Array, Array, Array, bool], None]:
-    """Return the kernel that adds `width` checkpoints: a loop of constant length is unrolled."""
-
-    @njit(nogil=True, cache=True)
-    def add(terms: Array, weights: Array, sums: Array, begin: bool) -> None:
-        for i in range(sums.size):
-            total = float64(0.0) if begin else sums[i]
-            for j in range(width):
-                total += weights[j] * float64(load(terms[j, i]))
-            sums[i] = total
-
-    return add
+@njit(inline="always")
+def _add_some(
+    terms: Any, first: Any, weights: Any, sums: Any, begin: Any, width: Any
+) -> None:  # inlined with a constant width, so that the inner loop is unrolled
+    for i in range(sums.size):
+        total = float64(0.0) if begin else sums[i]
+        for j in range(width):
+            total += weights[j] * float64(load(terms[j, uintp(first + i)]))
+        sums[i] = total
 
 
-_ADDERS: Final = {width: _adder(width) for width in WIDTHS}
-
-
-def add(terms: Array, weights: Array, sums: Array, *, begin: bool) -> None:
-    """Add weights[j] * terms[j] to `sums`, or set `sums` to that where they `begin`.
-
-    `terms` [J, N] are BF16 (uint16) or float32, J one of WIDTHS; `sums` [N] are float64.
-    """
-    _ADDERS[len(terms)](terms, weights, sums, begin)
+@njit(nogil=True, cache=True)
+def _add(terms: Array, first: int, weights: Array, sums: Array, begin: bool) -> None:
+    """Add the terms from column `first` on."""
+    if len(weights) == 8:
+        _add_some(terms, first, weights, sums, begin, 8)
+    elif len(weights) == 4:
+        _add_some(terms, first, weights, sums, begin, 4)
+    elif len(weights) == 2:
+        _add_some(terms, first, weights, sums, begin, 2)
+    else:
+        _add_some(terms, first, weights, sums, begin, 1)
 
 
 @njit
@@ -62,8 +63,7 @@ def _to_odd(value: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def round_to_bf16(sums: Array, target: Array) -> int:
-    """Round float64 to BF16 (uint16), ties to even; return 1 when any result is NaN or Inf."""
+def _round_bf16(sums: Array, target: Array) -> int:
     worst = uint32(0)
     for i in range(sums.size):
         bits = _to_odd(sums[i])
@@ -75,11 +75,7 @@ def round_to_bf16(sums: Array, target: Array) -> int:
 
 
 @njit(nogil=True, cache=True)
-def round_to_f32(sums: Array, target: Array, to_odd: bool) -> int:
-    """Round float64 to float32; return 1 when any result is NaN or Inf.
-
-    With `to_odd`, the result is to be rounded again, to fewer bits; else ties go to even.
-    """
+def _round_f32(sums: Array, target: Array, to_odd: bool) -> int:
     bits = target.view(np.uint32)
     worst = uint32(0)
     for i in range(sums.size):
@@ -87,3 +83,47 @@ def round_to_f32(sums: Array, target: Array, to_odd: bool) -> int:
         worst = max(worst, uint32(found & uint32(0x7FFFFFFF)))
         bits[i] = found
     return int(worst >= uint32(_EXPONENT))
+
+
+def add(terms: Array, weights: Array, sums: Array, *, begin: bool) -> None:
+    """Add weights[j] * terms[j] to `sums`, or set `sums` to that where they `begin`.
+
+    `terms` [J, N] are BF16 (uint16) or float32, J one of WIDTHS; `sums` [N] are float64.
+    """
+    _add(terms, 0, weights, sums, begin)
+
+
+def _round(sums: Any, target: Any, to_odd: Any) -> Any:
+    """Round to BF16 or float32, as the type of the target says."""
+
+
+@overload(_round)
+def _round_of(sums: Any, target: Any, to_odd: Any) -> Any:
+    def to_bf16(sums: Any, target: Any, to_odd: Any) -> Any:
+        return _round_bf16(sums, target)
+
+    def to_f32(sums: Any, target: Any, to_odd: Any) -> Any:
+        return _round_f32(sums, target, to_odd)
+
+    return to_bf16 if target.dtype == types.uint16 else to_f32
+
+
+@njit(nogil=True, cache=True)
+def finish(
+    terms: Array, weights: Array, sums: Array, begin: bool, target: Array, to_odd: bool
+) -> int:
+    """Add the last terms, as `add` does, and round: to BF16 (a uint16 `target`) or to float32.
+
+    Ties go to even; with `to_odd` a float32 is to be rounded again, to fewer bits. Returns 1 when
+    any result is NaN or Inf. `sums` are only read, and not even that where they `begin`.
+    """
+    held = np.empty(_BLOCK, np.float64)
+    nonfinite = 0
+    for first in range(0, target.size, _BLOCK):
+        part = held[: min(_BLOCK, target.size - first)]
+        into = target[first : first + part.size]
+        if not begin:
+            part[:] = sums[first : first + part.size]
+        _add(terms, first, weights, part, begin)
+        nonfinite |= _round(part, into, to_odd)
+    return nonfinite
