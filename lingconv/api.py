@@ -132,6 +132,7 @@ def merge_checkpoints(
     weighting: Weighting,
     options: ConvertOptions | None = None,
     *,
+    report: str | Path | None = None,
     formats: str | None = None,
     given: Given | None = None,
     resources: Resources | None = None,
@@ -141,14 +142,18 @@ def merge_checkpoints(
     """Average checkpoints of one model, oldest first, and convert the average in the same pass.
 
     Sums are float64, rounded once. Layouts and encodings of the sources may differ; config and
-    small files are those of the last one. The same call again resumes. Raises the errors of
-    `lingconv.errors`.
+    small files are those of the last one. `report` is an HTML file to show the weights in. The
+    same call again resumes. Raises the errors of `lingconv.errors`.
     """
     for source in sources:
         _refuse_overlap(Path(source), Path(destination))
     built, average = plan_average(
         sources, weighting, options, destination=destination, formats=formats, given=given
     )
+    if report is not None:
+        from lingconv import average_report
+
+        average_report.write(built, str(destination), Path(report))
     return execute(
         built,
         [model.checkpoint.storage for model in average.models],
@@ -322,9 +327,9 @@ def diff(
 
 def check_report() -> None:
     """Raise UsageError when reports cannot be drawn here."""
-    from lingconv.verification import report
+    from lingconv import pages
 
-    report.check()
+    pages.check()
 
 
 def write_report(verdict: "Verdict", path: str | Path) -> None:

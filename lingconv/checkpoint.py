@@ -14,6 +14,7 @@ from lingconv.storage import FileStat, Storage
 
 CONFIG_NAME = "config.json"
 RECORD_NAME = "lingconv.json"
+CARD_NAME = "README.md"
 
 
 class LeftOut(NamedTuple):
@@ -30,6 +31,7 @@ class Checkpoint:
     `metadata` are the key-values of GGUF files, `args` the arguments in Megatron's; other
     checkpoints have None. `left_out` is what Megatron's files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
+    `revision` is what is known of the version, in words.
     """
 
     storage: Storage
@@ -44,3 +46,4 @@ class Checkpoint:
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     is_recorded: bool = False
     is_spread: bool = False
+    revision: str = ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingconv.checkpoint import RECORD_NAME
+from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.errors import LingconvError, ResourceError
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import allow_open_files, free_bytes, num_processors
@@ -90,7 +90,8 @@ def execute(
         _carry_side_files(plan, storages, folder)
         crew = Crew(plan, storages, folder, progress, sparse=headers_only)
         crew.fill(todo, jobs)
-        for name, data in last_files(plan, _source_record(storages[-1]), __version__).items():
+        record, card = _source_record(storages[-1]), _base_card(plan, storages[-1])
+        for name, data in last_files(plan, record, card, __version__).items():
             replace_file(folder.root / name, [data])
         folder.complete()
     named = place_of(destination).name
@@ -123,6 +124,13 @@ def _carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder
             check_unchanged(plan, storages, {(base, name)})
             starts = range(0, nbytes, _CHUNK_BYTES)
             replace_file(path, (storage.read(name, start, _CHUNK_BYTES) for start in starts))
+
+
+def _base_card(plan: Plan, storage: Storage) -> str:
+    """Return the card of the source, where a new one is made of it."""
+    if CARD_NAME in plan.sources[-1].files and plan.weighting:
+        return storage.read(CARD_NAME).decode("utf-8", "replace")
+    return ""
 
 
 def _source_record(storage: Storage) -> dict[str, Any] | None:

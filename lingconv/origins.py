@@ -34,7 +34,12 @@ class Average(NamedTuple):
         """Return the checkpoints as a plan names them."""
         checkpoints = [model.checkpoint for model in self.models]
         return tuple(
-            Source(checkpoint.storage.uri, {**checkpoint.shards, **checkpoint.side_files}, weight)
+            Source(
+                checkpoint.storage.uri,
+                {**checkpoint.shards, **checkpoint.side_files},
+                weight,
+                checkpoint.revision,
+            )
             for checkpoint, weight in zip(checkpoints, self.weights, strict=True)
         )
 

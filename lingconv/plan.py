@@ -32,11 +32,15 @@ class Scaling(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checkpoint that is read: its files, and its weight where several are averaged."""
+    """A checkpoint that is read: its files, and its weight where several are averaged.
+
+    `revision` is what is known of its version, in words.
+    """
 
     uri: str
     files: Mapping[str, FileStat]
     weight: float = 1.0
+    revision: str = ""
 
 
 class Term(NamedTuple):
@@ -240,6 +244,7 @@ class Plan:
                     "uri": source.uri,
                     "files": {name: list(stat) for name, stat in source.files.items()},
                     "weight": source.weight,
+                    "revision": source.revision,
                 }
                 for source in self.sources
             ],
@@ -269,6 +274,7 @@ class Plan:
                     item["uri"],
                     {name: FileStat(*stat) for name, stat in item["files"].items()},
                     item["weight"],
+                    item["revision"],
                 )
                 for item in value["sources"]
             ),

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
+from lingconv.checkpoint import CARD_NAME
 from lingconv.choosing import Chooser
+from lingconv.containers.gguf import Value, ValueType
 from lingconv.encodings import Fp8, Ggml
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.layout import HF, Layout, PhysicalTensor, build_layout
@@ -25,6 +27,8 @@ from lingconv.rules import megatron_notes
 from lingconv.sidecars import ITERATION_FOLDER
 from lingconv.spreading import spread
 from lingconv.stored import Stored
+
+_AVERAGE_KEY = "lingconv.average"
 
 
 def build_plan(model: Model, options: ConvertOptions) -> Plan:
@@ -110,6 +114,8 @@ class _Planner:
         metadata, notes = describe(
             model.checkpoint, model.family, model.architecture, target, request
         )
+        if self.average.weighting:
+            metadata[_AVERAGE_KEY] = Value(ValueType.STRING, self._in_words())
         self.notes += [*notes, *_lossy(transfers)]
         return pack_gguf(
             transfers,
@@ -118,6 +124,11 @@ class _Planner:
             max_shard_bytes=limit,
             max_tensors=request.max_shard_tensors,
         )
+
+    def _in_words(self) -> str:
+        """Return what is averaged, for the metadata of a GGUF file, beside which no record lies."""
+        sources = (f"{s.weight:.9g} {s.uri} {s.revision}".strip() for s in self.average.sources())
+        return f"{self.average.weighting}: {'; '.join(sources)}"
 
     def _args(self) -> dict[str, Any] | None:
         """Return the arguments of a target in Megatron's format; other targets have none."""
@@ -137,7 +148,10 @@ class _Planner:
         """Return the small files to carry over: a GGUF file holds all that it needs itself."""
         if self.chooser.mix:
             return {}
-        return {name: stat.size for name, stat in self.model.checkpoint.side_files.items()}
+        carried = {name: stat.size for name, stat in self.model.checkpoint.side_files.items()}
+        if self.average.weighting:
+            carried.pop(CARD_NAME, None)  # a new one is made of it
+        return carried
 
     def _excused(self, model: Model, fault: Fault) -> bool:
         """Return whether the user's options make a fault harmless."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME
+from lingconv.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME
 from lingconv.containers import TensorSpec
 from lingconv.containers.pickles import dumps
 from lingconv.containers.safetensors import INDEX_NAME, SINGLE_NAME
@@ -31,12 +31,16 @@ ITERATION_FOLDER = f"iter_{ITERATION:07d}/"
 
 
 def last_files(
-    plan: Plan, source_record: Mapping[str, Any] | None, version: str
+    plan: Plan, source_record: Mapping[str, Any] | None, base_card: str, version: str
 ) -> dict[str, bytes]:
-    """Return the files that make a checkpoint complete, in the order they are to be written."""
+    """Return the files that make a checkpoint complete, in the order they are to be written.
+
+    `source_record` and `base_card` are the lingconv.json and the README.md of the base.
+    """
     makers: dict[str, Callable[[], bytes]] = {
         INDEX_NAME: lambda: index_json(plan),
         RECORD_NAME: lambda: _json(_record(plan, source_record, version)),
+        CARD_NAME: lambda: _card(plan, base_card, version),
         CONFIG_NAME: lambda: _json(plan.config),
         ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
         ITERATION_FOLDER + FORMAT_NAME: lambda: json.dumps(FORMAT).encode(),
@@ -53,14 +57,16 @@ def last_names(plan: Plan) -> list[str]:
     """Return the names of those files: GGUF needs none, a single safetensors file no index."""
     if plan.options.layout == Target.GGUF:
         return []
+    card = [CARD_NAME] if plan.weighting else []
     if plan.options.layout == Target.MEGATRON:
         inner = (_STATES_NAME, COMMON_NAME, FORMAT_NAME, METADATA_NAME)
         own = [ITERATION_FOLDER + name for name in inner]
-        return [*own, RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
+        return [*own, RECORD_NAME, *card, CONFIG_NAME, TRACKER_NAME]
     if plan.options.layout == Target.RANKS:
-        return [RECORD_NAME, CONFIG_NAME, TRACKER_NAME]
+        return [RECORD_NAME, *card, CONFIG_NAME, TRACKER_NAME]
     single = [file.name for file in plan.files] == [SINGLE_NAME]
-    return [RECORD_NAME, CONFIG_NAME] if single else [INDEX_NAME, RECORD_NAME, CONFIG_NAME]
+    index = [] if single else [INDEX_NAME]
+    return [*index, RECORD_NAME, *card, CONFIG_NAME]
 
 
 def tensors_of(plan: Plan) -> Iterator[Tensor]:
@@ -144,9 +150,20 @@ def _record(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -
         "encodings": plan.encodings(),
         "dropped": reasons,
     }
+    if plan.weighting:
+        record["sources"] = [
+            {"uri": source.uri, "revision": source.revision, "weight": source.weight}
+            for source in plan.sources
+        ]
     if source_record is not None:
         record["source_record"] = source_record
     return record
+
+
+def _card(plan: Plan, base_card: str, version: str) -> bytes:
+    from lingconv.card import average_card  # with huggingface_hub, which nothing else here needs
+
+    return average_card(plan, base_card, version).encode()
 
 
 def _json(value: Any) -> bytes:

@@ -77,8 +77,12 @@ class Weighting(NamedTuple):
                 f"the weights sum to {total:.9g}, not to 1",
                 hint="write fractions where decimals do not fit: 1/3,1/3,1/3",
             )
-        decay = tuple(math.fsum(weights[i:]) for i in range(1, len(weights)))
-        return cls(name, tuple(weights), decay)
+        return cls(name, tuple(weights), decay_of(weights))
+
+
+def decay_of(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return the decay w_1 ... w_k that weights c_0 ... c_k stand for."""
+    return tuple(math.fsum(weights[i:]) for i in range(1, len(weights)))
 
 
 def mean(count: int) -> Weighting:

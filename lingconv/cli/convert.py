@@ -1,5 +1,6 @@
 """`lingconv convert`: from any checkpoint to another layout, dtype or shard size."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,8 +112,13 @@ def run(
     show(result, verdict)
 
 
-def show(result: Result, verdict: "Verdict | None" = None) -> None:
-    """Print what a run did and what came of it; exit with 1 when the proof failed."""
+def show(
+    result: Result, verdict: "Verdict | None" = None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Print what a run did and what came of it; exit with 1 when the proof failed.
+
+    `more` goes into the document of `--json`.
+    """
     rate = result.bytes_written / result.seconds if result.seconds else 0.0
     found = result.files_found_finished
     line = (
@@ -131,6 +137,7 @@ def show(result: Result, verdict: "Verdict | None" = None) -> None:
         "bytes_written": result.bytes_written,
         "seconds": round(result.seconds, 3),
         "warnings": list(result.warnings),
+        **(more or {}),
     }
     proof = []
     if verdict is not None:

@@ -1,15 +1,36 @@
 """`lingconv merge`: experts into one tensor for each layer, checkpoints into their average."""
 
-from dataclasses import replace
-from typing import Annotated
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from lingconv import api, weighting
 from lingconv.cli import convert
+from lingconv.cli import plan as plan_command
 from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Destination, Formats, Fresh, Limits, Printed, Said, Source, Verify
-from lingconv.cli.targets import ExpertsAs, OutputWords
+from lingconv.cli.options import (
+    Destination,
+    Formats,
+    Fresh,
+    FromMainParams,
+    Limits,
+    Printed,
+    Said,
+    Source,
+    Verify,
+)
+from lingconv.cli.output import output
+from lingconv.cli.progress import make_progress
+from lingconv.cli.targets import Asked, ExpertsAs, OutputWords
+from lingconv.errors import UsageError
 from lingconv.options import DEFAULT_MERGED, Target
+from lingconv.weighting import Decay, Weighting
+
+WEIGHTS = "Weights"
+_BAR_WIDTH = 40
 
 app = typer.Typer(no_args_is_help=True, help="Merge experts, or average checkpoints.")
 
@@ -24,7 +45,7 @@ def experts(
         bool, typer.Option("--split", help="The other way: a tensor for each expert.")
     ] = False,
     *,
-    output: OutputWords,
+    written: OutputWords,
     verify: Verify = False,
     fresh: Fresh = False,
     limits: Limits,
@@ -40,7 +61,7 @@ def experts(
     `lingconv merge experts out Ling-1T-FP8 --split`
     """
     options = replace(
-        output.options(), layout=Target.HF if split else Target.HF_MERGED, merged=experts_as
+        written.options(), layout=Target.HF if split else Target.HF_MERGED, merged=experts_as
     )
     convert.run(
         source,
@@ -52,3 +73,193 @@ def experts(
         fresh=fresh,
         verify=verify,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightWords:
+    """How checkpoints are weighed."""
+
+    decay: Annotated[
+        Decay | None,
+        typer.Option(
+            "--decay",
+            help="Weights that stand for a decay of the learning rate (WSM); linear is the mean.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    decay_to: Annotated[
+        float | None,
+        typer.Option(
+            "--decay-to",
+            metavar="SHARE",
+            help="Where the decay ends, as a share of its peak; 0, for exponential 0.1.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    decay_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--decay-file",
+            metavar="FILE",
+            help="A decay of your own: a share of the peak for each step from one to the next.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W,...",
+            help="The weights themselves, such as 1/4,1/4,1/2.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    mean: Annotated[
+        bool, typer.Option("--mean", help="Equal weights.", rich_help_panel=WEIGHTS)
+    ] = False
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top",
+            metavar="N",
+            min=0,
+            help="Only the N best by validation score, as Ling 2.0 did with 32; needs `--scores`.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = 0
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            metavar="FILE",
+            help="CSV: checkpoint (path or name), score.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    lower_is_better: Annotated[
+        bool,
+        typer.Option("--lower-is-better", help="Scores are losses.", rich_help_panel=WEIGHTS),
+    ] = False
+
+    def chosen(self, sources: list[Path]) -> list[Path]:
+        """Return the checkpoints that take part, in their order."""
+        if bool(self.top) != (self.scores is not None):
+            raise UsageError("`--top` and `--scores` belong together")
+        if self.scores is None:
+            return sources
+        names = [str(source) for source in sources]
+        places = weighting.best(names, self.scores, self.top, lower_is_better=self.lower_is_better)
+        return [sources[place] for place in places]
+
+    def weighting(self, count: int) -> Weighting:
+        """Return the weights of `count` checkpoints."""
+        ways = [self.decay, self.decay_file, self.weights, self.mean or None]
+        asked = sum(way is not None for way in ways)
+        if asked > 1 or (not asked and not self.top):
+            raise UsageError(
+                "say once how the checkpoints are weighed",
+                hint="`--mean`, `--decay NAME`, `--decay-file FILE` or `--weights W,W,...`",
+            )
+        if self.decay_to is not None and self.decay is None:
+            raise UsageError("`--decay-to` is for `--decay`")
+        if self.decay is not None:
+            return weighting.by_decay(self.decay, count, self.decay_to)
+        if self.decay_file is not None:
+            return weighting.by_file(self.decay_file, count)
+        if self.weights is not None:
+            return weighting.by_hand(self.weights, count)
+        return weighting.mean(count)
+
+
+@app.command()
+@grouped
+def checkpoints(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SRC...", help="Checkpoints of one training run, oldest first."),
+    ],
+    destination: Destination,
+    by: WeightWords,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="PATTERN",
+            help="Take these tensors from the last checkpoint instead. Repeatable.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None,
+    *,
+    asked: Asked,
+    dry_run: Annotated[
+        bool, typer.Option("-n", "--dry-run", help="Show weights and plan, and stop.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Show the weights in an HTML file."),
+    ] = None,
+    fresh: Fresh = False,
+    limits: Limits,
+    formats: Formats = None,
+    said: Said,
+    from_main_params: FromMainParams = False,
+    printed: Printed,
+) -> None:
+    """Average checkpoints of one model, and convert the average in the same pass.
+
+    Sums are float64, rounded once. What the target is to be is said as for `convert`.
+
+    Examples: `lingconv merge checkpoints iter_* out --decay cosine`,
+    `lingconv merge checkpoints iter_* out --top 32 --scores scores.csv --dtype fp8`
+    """
+    chosen = by.chosen(sources)
+    weights = by.weighting(len(chosen))
+    if report is not None:
+        api.check_report()
+    options = replace(asked.options(destination), exclude=tuple(exclude or ()))
+    given = said.given(main_params=from_main_params)
+    for line in _weight_lines(chosen, weights):
+        output.note(line)
+    if dry_run:
+        built, _ = api.plan_average(
+            chosen, weights, options, destination=destination, formats=formats, given=given
+        )
+        plan_command.show(built, destination, limits.resources, verbose=printed.verbose)
+        return
+    with make_progress() as progress:
+        result = api.merge_checkpoints(
+            chosen,
+            destination,
+            weights,
+            options,
+            report=report,
+            formats=formats,
+            given=given,
+            resources=limits.resources,
+            progress=progress,
+            fresh=fresh,
+        )
+    convert.show(result, more=_in_json(chosen, weights))
+
+
+def _weight_lines(sources: list[Path], weights: Weighting) -> list[str]:
+    """Return a table and a plot of the weights."""
+    block = "\u2588" if "utf" in (sys.stderr.encoding or "").lower() else "#"
+    width = max(len(str(source)) for source in sources)
+    rates = (1.0, *weights.decay)
+    largest = max(weights.weights)
+    lines = [f"{weights.name} of {len(sources)} checkpoints: learning rate, weight"]
+    for source, weight, rate in zip(sources, weights.weights, rates, strict=True):
+        bar = block * round(_BAR_WIDTH * weight / largest)
+        lines.append(f"  {source!s:<{width}}  {rate:6.4f}  {weight:8.6f}  {bar}")
+    return lines
+
+
+def _in_json(sources: list[Path], weights: Weighting) -> dict[str, Any]:
+    return {
+        "weighting": weights.name,
+        "sources": [
+            {"uri": str(source), "weight": weight}
+            for source, weight in zip(sources, weights.weights, strict=True)
+        ],
+    }

@@ -4,11 +4,13 @@ Opening never fails on a broken file: everything wrong or odd is a Fault, so tha
 all of it and `plan` can refuse with the whole list.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from lingconv.checkpoint import Checkpoint
 from lingconv.containers import gguf
 from lingconv.errors import UsageError
+from lingconv.provenance import find_revision
 from lingconv.readers.gguf import GgufReader, models_in
 from lingconv.readers.megatron import find_iteration, read_megatron
 from lingconv.readers.safetensors import SafetensorsReader
@@ -30,7 +32,9 @@ def open_checkpoint(source: str | Path, *, main_params: bool = False) -> Checkpo
         if not root.is_absolute() and str(source).count("/") == 1:
             hint = "SRC is a folder on this machine; download a Hub repository first"
         raise UsageError(f"{source} is neither a folder nor a GGUF file", hint=hint)
-    return read_checkpoint(LocalStorage(root), main_params=main_params)
+    storage = LocalStorage(root)
+    checkpoint = read_checkpoint(storage, main_params=main_params)
+    return replace(checkpoint, revision=find_revision(storage))
 
 
 def read_checkpoint(storage: Storage, *, main_params: bool = False) -> Checkpoint:

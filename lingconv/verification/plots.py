@@ -1,51 +1,21 @@
-"""The report's pictures, drawn by matplotlib as SVG that follows the page's colours.
+"""What a verdict looks like: its pictures, by name."""
 
-Everything that is not data is drawn in two marker colours, which become CSS variables afterwards:
-so one picture serves light and dark pages and paper.
-"""
-
-import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lingconv.pages.drawing import BLUE, ORANGE, picture, put_labels
 from lingconv.verification.verdict import ForwardFigures, TensorFigures, Verdict
 
-_INK, _FAINT = "#010203", "#040506"
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
-_BLUE, _ORANGE = "#3b82c4", "#d97a29"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _FAINT,
-    "grid.alpha": 0.35,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 _EQUAL = ListedColormap([(0.5, 0.55, 0.6, 0.28)])  # a grey that suits light and dark pages
-_WIDTH = 7.2
 _BLOCK = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"experts\.(\d+)\.(.+)")
-
-Draw = Callable[[Axes], None]
 
 
 def depth(forward: ForwardFigures) -> str:
@@ -54,15 +24,15 @@ def depth(forward: ForwardFigures) -> str:
     def draw(axes: Axes) -> None:
         places = range(len(forward.layers))
         for values, label, colour in (
-            ([layer.mean_cosine for layer in forward.layers], "mean over tokens", _BLUE),
-            ([layer.min_cosine for layer in forward.layers], "worst token", _ORANGE),
+            ([layer.mean_cosine for layer in forward.layers], "mean over tokens", BLUE),
+            ([layer.min_cosine for layer in forward.layers], "worst token", ORANGE),
         ):
             axes.plot(places, values, "o-", color=colour, label=label, markersize=3)
         axes.set_ylabel("cosine")
         _name_stages(axes, [layer.name for layer in forward.layers])
         axes.legend()
 
-    return _picture(draw, 2.6, "depth")
+    return picture(draw, 2.6, "depth")
 
 
 def flips(forward: ForwardFigures) -> str:
@@ -71,24 +41,24 @@ def flips(forward: ForwardFigures) -> str:
 
     def draw(axes: Axes) -> None:
         shares = [100 * (layer.flipped_tokens or 0.0) for layer in routed]
-        axes.bar(range(len(routed)), shares, color=_BLUE)
+        axes.bar(range(len(routed)), shares, color=BLUE)
         axes.set_ylabel("tokens with other experts, %")
         axes.set_ylim(0, max(1.0, *shares) * 1.05)
         _name_stages(axes, [layer.name for layer in routed])
 
-    return _picture(draw, 2.2, "flips") if routed else ""
+    return picture(draw, 2.2, "flips") if routed else ""
 
 
 def positions(forward: ForwardFigures) -> str:
     """Draw the KLD at each position."""
 
     def draw(axes: Axes) -> None:
-        axes.bar(range(len(forward.logits.per_position)), forward.logits.per_position, color=_BLUE)
+        axes.bar(range(len(forward.logits.per_position)), forward.logits.per_position, color=BLUE)
         axes.set_xlabel("token position")
         axes.set_ylabel("KLD, nats")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _picture(draw, 2.2, "positions")
+    return picture(draw, 2.2, "positions")
 
 
 def kinds(tensors: Sequence[TensorFigures]) -> str:
@@ -120,12 +90,12 @@ def scales(histogram: Mapping[int, int]) -> str:
 
     def draw(axes: Axes) -> None:
         octaves = sorted(histogram)
-        axes.bar(octaves, [histogram[octave] for octave in octaves], color=_BLUE, width=0.9)
+        axes.bar(octaves, [histogram[octave] for octave in octaves], color=BLUE, width=0.9)
         axes.set_xlabel("scale, log2")
         axes.set_ylabel("blocks")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _picture(draw, 2.2, "scales")
+    return picture(draw, 2.2, "scales")
 
 
 def errors(tensors: Sequence[TensorFigures]) -> str:
@@ -151,7 +121,7 @@ def errors(tensors: Sequence[TensorFigures]) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
 
-    return _picture(draw, 2.4, "errors")
+    return picture(draw, 2.4, "errors")
 
 
 def pictures(verdict: Verdict) -> dict[str, str]:
@@ -210,44 +180,16 @@ def _heat_map(cells: Mapping[tuple[str, str], float], name: str, columns_are: st
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_xlabel(columns_are)
-        _label(axes.xaxis, columns, 24)
-        _label(axes.yaxis, rows, 32)
+        put_labels(axes.xaxis, columns, 24)
+        put_labels(axes.yaxis, rows, 32)
         if name == "experts":
             axes.set_ylabel("layer")
 
-    return _picture(draw, min(7.0, 1.1 + 0.19 * len(rows)), name, grid=False)
-
-
-def _label(axis: Any, labels: Sequence[str], most: int) -> None:
-    """Put labels on an axis of cells, as many as there is room for."""
-    step = -(-len(labels) // most)
-    axis.set_ticks(range(0, len(labels), step), labels[::step])
+    return picture(draw, min(7.0, 1.1 + 0.19 * len(rows)), name, grid=False)
 
 
 def _name_stages(axes: Axes, names: Sequence[str]) -> None:
     """Name the stages of a forward pass below the axis: numbers, and words for the others."""
     labels = [name.removeprefix("layers.").replace("mtp.", "mtp ") for name in names]
-    _label(axes.xaxis, [label.replace("embedding", "emb") for label in labels], 24)
+    put_labels(axes.xaxis, [label.replace("embedding", "emb") for label in labels], 24)
     axes.set_xlabel("layer")
-
-
-def _picture(draw: Draw, height: float, name: str, *, grid: bool = True) -> str:
-    """Draw one picture and return it as an SVG element."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height))
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        if grid:
-            axes.grid(visible=True, axis="y")
-            axes.set_axisbelow(True)
-        draw(axes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Ids have to be unique in the page, not only in the picture.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for marker, variable in _VARIABLES.items():
-        svg = svg.replace(marker, variable)
-    return re.sub(r'width="[^"]+pt" height="[^"]+pt"', 'role="img"', svg, count=1)

@@ -1,22 +1,15 @@
-"""A verdict as one HTML file that needs nothing else: no network, no script; light, dark, paper."""
+"""A verdict as one HTML file to look at."""
 
 import json
 from collections.abc import Iterator
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
-from lingconv.errors import UsageError
-from lingconv.journal import replace_file
-from lingconv.storage.output import explained_writing
+from lingconv import pages
 from lingconv.verification.verdict import TensorFigures, Verdict
 from lingconv.version import __version__
 
 _MOST = 100
 _WORST = 25
-_TEMPLATE = "report.html.jinja"
 # Name of a picture -> its title and what it shows, in the order of the page.
 _PICTURES = {
     "depth": (
@@ -44,30 +37,19 @@ _PICTURES = {
 }
 
 
-def check() -> None:
-    """Raise UsageError when matplotlib, which draws the pictures, is not installed."""
-    if find_spec("matplotlib") is None:
-        raise UsageError(
-            "reports are drawn by matplotlib, which is not installed",
-            hint="pip install 'lingconv[report]'",
-        )
-
-
 def write(verdict: Verdict, path: Path) -> None:
-    """Write the report on `verdict`."""
-    check()
-    with explained_writing(path):
-        replace_file(path, [render(verdict).encode()])
+    """Write the report on `verdict`; needs the extra `report`."""
+    pages.check()
+    pages.write(render(verdict), path)
 
 
 def render(verdict: Verdict) -> str:
     """Return the report as HTML."""
     from lingconv.verification.plots import pictures
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = files("lingconv.verification") / _TEMPLATE
     drawn = pictures(verdict)
-    return environment.from_string(template.read_text("utf-8")).render(
+    return pages.render(
+        "verdict.html.jinja",
         verdict=verdict,
         answer="yes" if verdict.ok else "no",
         headline=_headline(verdict),

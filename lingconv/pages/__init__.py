@@ -1,0 +1,39 @@
+"""HTML pages that need nothing else: no network, no script; light, dark, paper."""
+
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from lingconv.errors import UsageError
+from lingconv.journal import replace_file
+from lingconv.storage.output import explained_writing
+
+
+def check() -> None:
+    """Raise UsageError when matplotlib, which draws the pictures, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "reports are drawn by matplotlib, which is not installed",
+            hint="pip install 'lingconv[report]'",
+        )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page of this folder's templates, all values escaped."""
+    folder = files("lingconv.pages")
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),
+    )
+    return environment.get_template(template).render(**values)
+
+
+def write(html: str, path: Path) -> None:
+    """Write a page, all of it or nothing."""
+    with explained_writing(path):
+        replace_file(path, [html.encode()])

@@ -1,0 +1,38 @@
+"""Which version of a checkpoint is that? What is said about it where it lies."""
+
+import re
+from contextlib import suppress
+
+from lingconv.errors import LingconvError
+from lingconv.storage import Storage
+
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+_ITERATION = re.compile(r"(?:^|/)iter_(\d+)/?$")
+_TRACKER = "latest_checkpointed_iteration.txt"
+# huggingface_hub notes there which commit a file was downloaded from: `hf download --local-dir`.
+_DOWNLOADED = ".cache/huggingface/download/config.json.metadata"
+
+
+def repository_of(uri: str) -> str:
+    """Return the Hub repository whose cached snapshot `uri` is; empty when it is none."""
+    found = _SNAPSHOT.search(uri)
+    return f"{found[1]}/{found[2]}" if found else ""
+
+
+def find_revision(storage: Storage) -> str:
+    """Return the commit or the training iteration of a checkpoint; empty when nothing says so."""
+    if found := _SNAPSHOT.search(storage.uri):
+        return f"commit {found[3]}"
+    if found := _ITERATION.search(storage.uri):
+        return f"iteration {int(found[1])}"
+    commit = _first_line(storage, _DOWNLOADED)
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        return f"commit {commit}"
+    iteration = _first_line(storage, _TRACKER)
+    return f"iteration {int(iteration)}" if re.fullmatch(r"\d{1,12}", iteration) else ""
+
+
+def _first_line(storage: Storage, name: str) -> str:
+    with suppress(LingconvError, UnicodeDecodeError, IndexError):
+        return storage.read(name, 0, 256).decode().splitlines()[0].strip()
+    return ""
