@@ -61,8 +61,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "checkpoints", f"{len(weights)}"
     # 1 / sum of squares: as many equal weights would even out noise as well as these.
     yield "effective number", f"{1 / sum(weight**2 for weight in weights):.2f}"
-    yield "read", f"{plan.read_bytes / 1e9:,.2f} GB"
-    yield "written", f"{plan.write_bytes / 1e9:,.2f} GB"
+    yield "read", f"{plan.read_bytes / 1e9:,.3g} GB"
+    yield "written", f"{plan.write_bytes / 1e9:,.3g} GB"
     yield "stored as", ", ".join(plan.encodings())
 
 
@@ -82,10 +82,10 @@ def _steps(decay: list[float]) -> str:
     from lingconv.pages.drawing import ORANGE, picture, put_labels
 
     def draw(axes: "Axes") -> None:
-        axes.stairs(decay, range(len(decay) + 1), color=ORANGE, linewidth=2, baseline=None)
+        axes.stairs(decay, range(-1, len(decay)), color=ORANGE, linewidth=2, baseline=None)
         axes.set_ylabel("share of the peak")
         axes.set_ylim(0, 1.05)
         put_labels(axes.xaxis, [str(place) for place in range(len(decay))], 32)
-        axes.set_xlabel("before checkpoint")
+        axes.set_xlabel("checkpoint")
 
     return picture(draw, 2.4, "decay")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from lingconv.plan import Plan, Source
 from lingconv.provenance import repository_of
@@ -28,7 +29,7 @@ def _parse(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         parsed = ModelCard(card, ignore_metadata_errors=True)
-    except (ValueError, TypeError):
+    except (YAMLError, ValueError, TypeError):
         return {}, card
     data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
     return data, parsed.text

@@ -209,7 +209,7 @@ def test_a_source_that_changes_mid_run(golden, tmp_path, change):
     changed = "changed while it was read"
     says = f"too early|{changed}" if change == "truncate" else changed
     with pytest.raises(CheckpointError, match=says):
-        execute(plan, model.checkpoint.storage, tmp_path / "out")
+        execute(plan, [model.checkpoint.storage], tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -10,7 +10,7 @@ import lingconv.strips
 from lingconv.buffers import Arena
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Plain
-from lingconv.plan import OutputFile, Scaling, Transfer
+from lingconv.plan import OutputFile, Scaling, Source, Term, Transfer
 from lingconv.storage.output import OutputBlob
 from lingconv.stored import Extent, Stored
 from lingconv.strips import CopyStrip, lower
@@ -65,7 +65,7 @@ def fill(path, transfer, blobs):
         offset += spec.nbytes
     placed = transfer._replace(target=target._replace(extents=tuple(extents)))
     output = OutputBlob(path, offset)
-    transcoder = Transcoder(Arena(), blobs, allow_nonfinite=False)
+    transcoder = Transcoder(Arena(), [blobs], [Source("", {})], allow_nonfinite=False)
     written = 0
     for strip in lower(OutputFile("out", offset, specs, (placed,))):
         if isinstance(strip, CopyStrip):
@@ -105,7 +105,10 @@ def test_rows_of_several_sources(rows, skips, cols, source, target, strip_bytes,
     expected = torch.cat(pieces)
     copies = source == target and source != BLOCK
     transfer = Transfer(
-        Stored("w", tuple(expected.shape), target, ()), tuple(segments), SCALING, copies
+        Stored("w", tuple(expected.shape), target, ()),
+        (Term((0,), tuple(segments)),),
+        SCALING,
+        copies,
     )
     before = lingconv.strips.STRIP_BYTES
     lingconv.strips.STRIP_BYTES = strip_bytes
@@ -131,7 +134,8 @@ def test_fp8_blocks_are_copied_with_their_scales(splits, tmp_path):
         first -= count if count % 128 == 0 else 128
         segments += stored.segments(first, count)
     total = sum(splits)
-    transfer = Transfer(Stored("w", (total, 200), BLOCK, ()), tuple(segments), SCALING, copies=True)
+    terms = (Term((0,), tuple(segments)),)
+    transfer = Transfer(Stored("w", (total, 200), BLOCK, ()), terms, SCALING, copies=True)
     found = fill(tmp_path / "out", transfer, blobs)
     codes, scales = reference_quantize(weight)
     rows = [row for s in segments for row in range(s.first_row, s.first_row + s.num_rows)]

@@ -496,7 +496,7 @@ class TestCommand:
         assert done.exit_code == 1
 
     def test_the_report_needs_matplotlib(self, golden, monkeypatch):
-        monkeypatch.setattr("lingconv.verification.report.find_spec", lambda name: None)
+        monkeypatch.setattr("lingconv.pages.find_spec", lambda name: None)
         done = self.invoke("verify", golden, golden, "--report", "r.html")
         assert isinstance(done.exception, UsageError)
         assert "lingconv[report]" in done.exception.hint
