@@ -18,13 +18,16 @@ from pathlib import Path
 import lingconv
 import lingconv.transcode
 import lingconv.workers
+from lingconv.api import merge_checkpoints
 from lingconv.journal import RunFolder
+from lingconv.weighting import mean
 from tests.support import tree_digest
 
 OPTIONS = {
     "fp8": lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000),
     "gguf": lingconv.ConvertOptions(layout="gguf", gguf=lingconv.GgufOptions(outtype="q8_0")),
     "megatron": lingconv.ConvertOptions(layout="megatron", max_shard_bytes=1_500_000),
+    "average": lingconv.ConvertOptions(dtype="bf16", max_shard_bytes=300_000),
 }
 KIND = sys.argv[4]
 lingconv.workers.PIECE_BYTES = 100_000
@@ -32,7 +35,13 @@ lingconv.workers.PIECE_BYTES = 100_000
 
 def convert(source, target):
     target = target / "x.gguf" if KIND == "gguf" else target
-    lingconv.convert(source, target, OPTIONS[KIND], resources=lingconv.Resources(jobs=2))
+    resources = lingconv.Resources(jobs=2)
+    if KIND == "average":
+        # Of the same model in three encodings: FP8 by rows, by blocks, and BF16.
+        sources = [f"{source}-fp8-channel", f"{source}-fp8-block-ct", source]
+        merge_checkpoints(sources, target, mean(3), OPTIONS[KIND], resources=resources)
+    else:
+        lingconv.convert(source, target, OPTIONS[KIND], resources=resources)
 
 
 class Noted:

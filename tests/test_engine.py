@@ -45,7 +45,7 @@ class StopAfter(Silent):
             raise self.error
 
 
-@pytest.mark.parametrize("kind", ["fp8", "gguf"])
+@pytest.mark.parametrize("kind", ["fp8", "gguf", "average"])
 def test_a_hundred_kills(golden, tmp_path, kind):
     """kill -9 at random instants: the same command gives the same bytes, no file written twice."""
     done = subprocess.run(

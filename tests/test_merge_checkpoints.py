@@ -469,7 +469,7 @@ def test_mergekit_thinks_so_too(run, tmp_path):
     for name, tensor in read_tensors(tmp_path / "out").items():
         batch = SimpleNamespace(tensors=[source[name].double()[None] for source in sources])
         theirs = linear_merge.implementation(
-            batch, torch.tensor([weights.weights]).double(), normalize=False
+            batch, torch.tensor([weights.weights], dtype=torch.float64), normalize=False
         )[0]
         # Its products and sums may be fused: next to a tie, both neighbours are as near.
         least = (nearest(theirs.numpy(), tensor.dtype).double() - theirs).abs()
