@@ -13,22 +13,29 @@ Array = np.ndarray[Any, Any]
 
 
 class Arena:
-    """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O."""
+    """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O.
+
+    What is going to be written has one for each `turn`, so that it may wait while others fill.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
+        self.turn = 0
+        self._buffers: dict[tuple[str, int], Array] = {}
 
-    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any, like: int = 0) -> Array:
+    def take(
+        self, purpose: str, shape: tuple[int, ...], dtype: Any, like: int | None = None
+    ) -> Array:
         """Return an array for `purpose`; what it held before is gone.
 
-        It lies in its page as byte `like` of a file lies in its disk block, so that whole blocks
-        of the two fall together.
+        Where it is for byte `like` of a file, it lies in its page as that lies in its disk block,
+        so that whole blocks of the two fall together.
         """
         nbytes = prod(shape) * np.dtype(dtype).itemsize
-        first = like % BLOCK_BYTES
-        held = self._buffers.get(purpose)
+        first = (like or 0) % BLOCK_BYTES
+        key = purpose, 0 if like is None else self.turn
+        held = self._buffers.get(key)
         if held is None or held.size < first + nbytes:
-            held = self._buffers[purpose] = _aligned_buffer(BLOCK_BYTES + nbytes)
+            held = self._buffers[key] = _aligned_buffer(BLOCK_BYTES + nbytes)
         array: Array = held[first : first + nbytes].view(dtype).reshape(shape)
         return array
 

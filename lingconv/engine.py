@@ -40,7 +40,7 @@ class Resources:
 
     @property
     def resolved_jobs(self) -> int:
-        """Threads: as many as asked for, else two for each processor: half wait for the disk."""
+        """Threads: as many as asked for, else two for each processor: half of them write."""
         return self.jobs or 2 * num_processors()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lingconv.buffers import Arena, as_bytes
 from lingconv.plan import Source
 from lingconv.storage import Blob
-from lingconv.storage.output import OutputBlob
+from lingconv.storage.output import Output
 from lingconv.stored import side_by_side
 from lingconv.strips import CopyStrip, RowStrip, Strip
 from lingconv.turning import read_rows, turned
@@ -41,15 +41,19 @@ class Filler:
             self._arena, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
         )
 
-    def fill(self, strip: Strip, output: OutputBlob) -> int:
-        """Fill one strip of `output`; return how many bytes were written."""
+    def fill(self, strip: Strip, output: Output, turn: int = 0) -> int:
+        """Fill one strip of `output`; return how many bytes were written.
+
+        What other turns wrote may still be in use.
+        """
+        self._arena.turn = turn
         if isinstance(strip, CopyStrip):
             return self._copy(strip, output)
         if strip.transfer.copies:
             return self._assemble(strip, output)
         return self._transcoder.run(strip, output)
 
-    def _copy(self, strip: CopyStrip, output: OutputBlob) -> int:
+    def _copy(self, strip: CopyStrip, output: Output) -> int:
         data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
         filled = 0
         for source in strip.sources:
@@ -58,7 +62,7 @@ class Filler:
             filled += source.nbytes
         return output.write(data, strip.offset)
 
-    def _assemble(self, strip: RowStrip, output: OutputBlob) -> int:
+    def _assemble(self, strip: RowStrip, output: Output) -> int:
         """Put rows together from windows of others, as bytes."""
         cols = strip.transfer.cols
         target = strip.transfer.target

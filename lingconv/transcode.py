@@ -17,7 +17,7 @@ from lingconv.errors import CheckpointError
 from lingconv.kernels import ggml, numeric
 from lingconv.plan import Scaling, Source
 from lingconv.storage import Blob
-from lingconv.storage.output import OutputBlob
+from lingconv.storage.output import Output
 from lingconv.strips import RowStrip, works_in_f32
 from lingconv.turning import turned
 
@@ -42,7 +42,7 @@ class Transcoder:
         self._decoders = [Decoder(arena, blobs) for blobs in opened]
         self._averager = Averager(arena, self._decoders, [source.weight for source in sources])
 
-    def run(self, strip: RowStrip, output: OutputBlob) -> int:
+    def run(self, strip: RowStrip, output: Output) -> int:
         """Fill one strip of the file `output`; return how many bytes were written."""
         return self._write_rows(strip, self._decode_rows(strip), output)
 
@@ -68,7 +68,7 @@ class Transcoder:
                 hint="mend the source, or pass `--allow-nonfinite`",
             )
 
-    def _write_rows(self, strip: RowStrip, values: Array, output: OutputBlob) -> int:
+    def _write_rows(self, strip: RowStrip, values: Array, output: Output) -> int:
         encoding = strip.transfer.target.encoding
         if isinstance(encoding, Fp8):
             return self._write_fp8(strip, encoding, values, output)
@@ -82,9 +82,7 @@ class Transcoder:
             self._refuse(_source_of(strip, int(bad.any(axis=1).argmax())))
         return output.write(as_bytes(turned(self._arena, strip, written)), offset)
 
-    def _write_ggml(
-        self, strip: RowStrip, kind: GgmlType, values: Array, output: OutputBlob
-    ) -> int:
+    def _write_ggml(self, strip: RowStrip, kind: GgmlType, values: Array, output: Output) -> int:
         numbers = self._tame_f32(strip, values).reshape(-1, kind.elements)
         blocks = self._arena.take("write", (len(numbers), kind.nbytes), np.uint8, like=strip.offset)
         ggml.QUANTIZERS[kind](numbers, blocks)
@@ -106,13 +104,13 @@ class Transcoder:
             self._refuse(_source_of(strip, int((~tame).any(axis=1).argmax())))
         return wide
 
-    def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: OutputBlob) -> int:
+    def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: Output) -> int:
         rows, cols = values.shape
         target = strip.transfer.target
         block_rows, block_cols = encoding.block(target.height, cols)
         codes = self._arena.take("write", values.shape, np.uint8, like=strip.offset)
         grid = -(-rows // block_rows), -(-cols // block_cols)
-        scales = self._arena.take("scales out", grid, np.float32)
+        scales = self._arena.take("scales out", grid, np.float32, like=0)
         scaling = strip.transfer.scaling
         bad_row = numeric.quantize(
             values,

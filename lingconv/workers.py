@@ -9,12 +9,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from lingconv.behind import Filled, Turns
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.framing import frames, seals
 from lingconv.journal import RunFolder
@@ -70,6 +72,7 @@ class _OpenFile:
     ) -> None:
         self.file = file
         self.started = time.monotonic()
+        self.writer = ThreadPoolExecutor(1, "write")
         self.held_bytes = 0
         self._in_flight: Counter[int] = Counter()
         self._tasks = self._missing(done)
@@ -129,6 +132,11 @@ class _OpenFile:
         del self._in_flight[piece]
         return True
 
+    def close(self) -> None:
+        """Close the file, which may be the last thing that its thread does."""
+        self.writer.shutdown(wait=False)
+        self.output.close()
+
     @property
     def is_filled(self) -> bool:
         """Whether everything is written."""
@@ -159,7 +167,10 @@ class Crew:
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
-        """Fill `files` with `jobs` threads; raise the first error that any of them met."""
+        """Fill `files` with `jobs` threads, half of which write what the others filled.
+
+        Raises the first error that any of them met.
+        """
         self._waiting = iter(files)
         with ExitStack() as stack:
             for opened in self._opened:
@@ -169,17 +180,19 @@ class Crew:
                     while (begun := self._begin_file()) is not None:
                         self._finish(begun)
                 elif jobs == 1:
-                    self._work()
+                    self._work(behind=1)
                 else:
                     self._work_in_threads(jobs)
             finally:
                 for file in self._open:
-                    file.output.close()
+                    file.writer.shutdown(cancel_futures=True)
+                    file.close()
         if self._error is not None:
             raise self._error
 
     def _work_in_threads(self, jobs: int) -> None:
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(jobs)]
+        workers = range(jobs // 2)
+        threads = [threading.Thread(target=self._work, args=(2,), daemon=True) for _ in workers]
         threads.append(threading.Thread(target=self._load_transcoder, daemon=True))
         for thread in threads:
             thread.start()
@@ -197,22 +210,33 @@ class Crew:
         if not all(transfer.copies for transfer in self._plan.transfers()):
             import_module("lingconv.transcode")
 
-    def _work(self) -> None:
-        """Take strips until there are none, or somebody failed."""
+    def _work(self, behind: int) -> None:
+        """Take strips until there are none, or somebody failed; write one while the next fills.
+
+        `behind` is the number of strips that may be in buffers: with one, there is no next.
+        """
         from lingconv.filling import Filler  # with numpy, which nobody who only plans needs
 
-        worker = Filler(
-            self._opened, self._plan.sources, allow_nonfinite=self._plan.options.allow_nonfinite
-        )
+        allow_nonfinite = self._plan.options.allow_nonfinite
+        filler = Filler(self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite)
+        turns = Turns(behind)
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
-                written = worker.fill(task.strip, file.output)
-                self._progress.advance(file.file.name, written)
-                self._release(file, task.piece)
+                filled = Filled()
+                filler.fill(task.strip, filled, turns.free())
+                turns.hand_over(file.writer.submit(self._write, file, task.piece, filled))
+            turns.wait()
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self._stop(exc)
+
+    def _write(self, file: _OpenFile, piece: int, filled: Filled) -> None:
+        """Write what a worker filled of a piece."""
+        for data, offset in filled.parts:
+            written = file.output.write(data, offset)
+            self._progress.advance(file.file.name, written)
+        self._release(file, piece)
 
     def _stop(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -270,7 +294,7 @@ class Crew:
         check_unchanged(self._plan, self._storages, file.sources)
         with self._lock:
             self._open.remove(file)
-            file.output.close()
+            file.close()
             self._folder.finish(file.file.name)
         seconds = time.monotonic() - file.started
         self._progress.file_ends(file.file.name, file.file.nbytes, seconds)

@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 WIDTHS: Final = (8, 4, 2, 1)
 _EXPONENT: Final = 0x7F800000
 # Sums that are rounded at once stay in the processor's first cache.
-_BLOCK: Final = 2048
+_BLOCK: Final = 1024
 
 
 @njit(inline="always")

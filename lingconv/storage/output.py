@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from isal import isal_zlib
 
@@ -78,6 +78,13 @@ class Checksums:
             crc = isal_zlib.crc32_combine(crc, zeros, count)
             position += count
         return crc
+
+
+class Output(Protocol):
+    """What a strip is written to."""
+
+    def write(self, data: memoryview, offset: int) -> int:
+        """Write bytes at `offset`; return how many they are."""
 
 
 class OutputBlob:

@@ -1,0 +1,56 @@
+"""Writing behind: a worker fills the next strip while the last one goes to the disk.
+
+Direct writes wait for the disk, and writers of one file for each other; whoever computes had
+better not. Each file has a thread that writes it; a worker takes turns with the buffers that wait.
+"""
+
+from concurrent.futures import Future
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Bytes to be written, which their buffer holds until that is done."""
+
+    data: memoryview
+    offset: int
+
+
+class Filled:
+    """Stands in for a file while a strip is filled, and remembers what is to be written."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+
+    def write(self, data: memoryview, offset: int) -> int:
+        """Remember bytes for later; return how many they are."""
+        self.parts.append(Part(data, offset))
+        return data.nbytes
+
+
+class Turns:
+    """Which of `count` turns comes next, and what is still to be written of the last time."""
+
+    def __init__(self, count: int) -> None:
+        self._pending: list[Future[None] | None] = [None] * count
+        self._next = 0
+
+    def free(self) -> int:
+        """Wait until what the next turn filled last time is written, and return its number.
+
+        Raises what writing it raised.
+        """
+        pending = self._pending[self._next]
+        if pending is not None:
+            pending.result()
+        return self._next
+
+    def hand_over(self, writing: Future[None]) -> None:
+        """Go on to the next turn: `writing` ends when this one's buffers are free again."""
+        self._pending[self._next] = writing
+        self._next = (self._next + 1) % len(self._pending)
+
+    def wait(self) -> None:
+        """Wait until everything is written; raise what that raised."""
+        for pending in self._pending:
+            if pending is not None:
+                pending.result()
