@@ -26,6 +26,7 @@ bench: $(VENV)/.installed  ## measure side by side with cp; needs about 45 GB of
 	$(BIN)/python -m benchmarks.proof
 	$(BIN)/python -m benchmarks.gguf
 	$(BIN)/python -m benchmarks.megatron
+	$(BIN)/python -m benchmarks.merge
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

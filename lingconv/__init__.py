@@ -7,7 +7,17 @@ The verbs of the command line, as functions:
     >>> result = lingconv.quantize("Ling-mini-2.0", "Ling-mini-2.0-FP8")      # doctest: +SKIP
 """
 
-from lingconv.api import convert, diff, forward, inspect, plan, quantize, synth, verify
+from lingconv.api import (
+    convert,
+    diff,
+    forward,
+    inspect,
+    merge_checkpoints,
+    plan,
+    quantize,
+    synth,
+    verify,
+)
 from lingconv.engine import Resources, Result
 from lingconv.errors import (
     CheckpointError,
@@ -30,6 +40,7 @@ from lingconv.options import (
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Watcher
 from lingconv.version import __version__
+from lingconv.weighting import Weighting, by_decay, by_hand, mean
 
 __all__ = [
     "CheckpointError",
@@ -51,11 +62,16 @@ __all__ = [
     "UsageError",
     "VerifyOptions",
     "Watcher",
+    "Weighting",
     "__version__",
+    "by_decay",
+    "by_hand",
     "convert",
     "diff",
     "forward",
     "inspect",
+    "mean",
+    "merge_checkpoints",
     "plan",
     "quantize",
     "synth",

@@ -11,6 +11,8 @@ from lingconv.containers import BLOCK_BYTES
 
 Array = np.ndarray[Any, Any]
 
+_NOT_WRITTEN = -1  # the turn of what does not wait to be written
+
 
 class Arena:
     """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O.
@@ -32,7 +34,7 @@ class Arena:
         """
         nbytes = prod(shape) * np.dtype(dtype).itemsize
         first = (like or 0) % BLOCK_BYTES
-        key = purpose, 0 if like is None else self.turn
+        key = purpose, _NOT_WRITTEN if like is None else self.turn
         held = self._buffers.get(key)
         if held is None or held.size < first + nbytes:
             held = self._buffers[key] = _aligned_buffer(BLOCK_BYTES + nbytes)

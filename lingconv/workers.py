@@ -180,12 +180,13 @@ class Crew:
                     while (begun := self._begin_file()) is not None:
                         self._finish(begun)
                 elif jobs == 1:
-                    self._work(behind=1)
+                    self._work()
                 else:
                     self._work_in_threads(jobs)
             finally:
-                for file in self._open:
+                for file in [*self._open]:  # what its thread is at may be its last
                     file.writer.shutdown(cancel_futures=True)
+                for file in self._open:
                     file.close()
         if self._error is not None:
             raise self._error
@@ -210,23 +211,27 @@ class Crew:
         if not all(transfer.copies for transfer in self._plan.transfers()):
             import_module("lingconv.transcode")
 
-    def _work(self, behind: int) -> None:
-        """Take strips until there are none, or somebody failed; write one while the next fills.
+    def _work(self, behind: int = 0) -> None:
+        """Take strips until there are none, or somebody failed.
 
-        `behind` is the number of strips that may be in buffers: with one, there is no next.
+        While the next one is filled, `behind` of them may wait to be written; with none, all is
+        done here.
         """
         from lingconv.filling import Filler  # with numpy, which nobody who only plans needs
 
         allow_nonfinite = self._plan.options.allow_nonfinite
         filler = Filler(self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite)
-        turns = Turns(behind)
+        turns = Turns(max(1, behind))
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
                 filled = Filled()
                 filler.fill(task.strip, filled, turns.free())
-                turns.hand_over(file.writer.submit(self._write, file, task.piece, filled))
+                if behind:
+                    turns.hand_over(file.writer.submit(self._write, file, task.piece, filled))
+                else:
+                    self._write(file, task.piece, filled)
             turns.wait()
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self._stop(exc)

@@ -1,0 +1,133 @@
+"""Experts stacked beside `cp -r`, and checkpoints averaged beside `cat` of all of them.
+
+Run by `make bench`, after the conveyor's. Page cache warm for both, turn by turn. `cat` moves bytes
+to /dev/null and looks at none of them; the average is computed, and on disk. Its reading is timed
+as it reports it, and its whole command, interpreter start included.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from benchmarks.conveyor import (
+    LINGCONV,
+    Line,
+    as_markdown,
+    compare,
+    machine,
+    options,
+    publish,
+    run,
+    side_by_side,
+    warm,
+)
+from lingconv.formats import presets
+
+CHECKPOINTS = 8
+
+
+def experts(work: Path, rounds: int) -> list[Line]:
+    """Measure both ways on a cut of Ling-mini-2.0, and FP8 one way."""
+    bf16, fp8, merged = work / "bf16", work / "fp8", work / "merged"
+    run([*LINGCONV, "synth", "ling-mini-2.0", bf16, "--layers", "4"])
+    run([*LINGCONV, "quantize", bf16, fp8])
+    run([*LINGCONV, "merge", "experts", bf16, merged])
+
+    def stack(source: Path, out: Path) -> list[str | Path]:
+        return [*LINGCONV, "merge", "experts", source, out]
+
+    lines = [
+        *compare("experts stacked, BF16", *side_by_side(
+            bf16, bf16, work, lambda out: stack(bf16, out), rounds)),
+        *compare("experts split, BF16", *side_by_side(
+            merged, merged, work, lambda out: [*stack(merged, out), "--split"], rounds)),
+        *compare("experts stacked, FP8", *side_by_side(
+            fp8, fp8, work, lambda out: stack(fp8, out), rounds)),
+    ]  # fmt: skip
+    for folder in (bf16, fp8, merged):
+        shutil.rmtree(folder)
+    return lines
+
+
+def large(work: Path) -> list[Line]:
+    """Measure memory on a MoE layer of Ling-1T: stacks of 8.6 GB, and of 17 GB where fused."""
+    config = _config(work / "1t.json", "ling-1t", vocab_size=1024)
+    hf, merged = work / "1t", work / "1t-merged"
+    run([*LINGCONV, "synth", config, hf, "--layers", "1", "--dense-layers", "0", "--mtp", "0"])
+    lines = []
+    for names in ("dfactory", "transformers", "automodel"):
+        timed = run([*LINGCONV, "merge", "experts", hf, merged, "--experts-as", names])
+        shutil.rmtree(merged)
+        peak = f"{timed.peak_rss_bytes / 2**20:.0f} MiB"
+        what = f"peak RSS, a MoE layer of Ling-1T as {names}"
+        lines.append(Line(what, peak, f"25.8 GB in {timed.seconds:.0f} s", bound="1.2 GiB"))
+    shutil.rmtree(hf)
+    return lines
+
+
+def average(work: Path, rounds: int) -> list[Line]:
+    """Average checkpoints of 1.5 GB: a MoE layer of Ling-mini-2.0 with fewer experts and words."""
+    config = _config(work / "cut.json", "ling-mini-2.0", vocab_size=32768, num_experts=192)
+    sources = [work / f"s{number}" for number in range(CHECKPOINTS)]
+    for seed, source in enumerate(sources):
+        shape = ["--layers", "1", "--dense-layers", "0", "--mtp", "0", "--seed", seed]
+        run([*LINGCONV, "synth", config, source, *map(str, shape)])
+    files = [path for source in sources for path in sorted(source.glob("*.safetensors"))]
+    nbytes = sum(path.stat().st_size for path in files)
+    out = work / "average"
+    command = [*LINGCONV, "merge", "checkpoints", *sources, out, "--mean", "--json"]
+    reading, whole, cats, peak = [], [], [], 0
+    for number in range(rounds + 1):
+        for source in sources:
+            warm(source)
+        cat = run(["sh", "-c", f"cat {' '.join(map(str, files))} > /dev/null"])
+        shutil.rmtree(out, ignore_errors=True)
+        timed = run(command)
+        shutil.rmtree(out)
+        warm(sources[0])
+        told = json.loads(
+            subprocess.check_output([str(word) for word in command], stderr=subprocess.DEVNULL)
+        )
+        if number:  # the first round compiles kernels
+            reading.append(told["seconds"])
+            whole.append(timed.seconds)
+            cats.append(cat.seconds)
+            peak = max(peak, timed.peak_rss_bytes)
+    mine, command_s, theirs = (sorted(each)[len(each) // 2] for each in (reading, whole, cats))
+    two = run([*LINGCONV, "merge", "checkpoints", *sources[:2], work / "two", "--mean"])
+    for source in (*sources, out, work / "two"):
+        shutil.rmtree(source)
+    what = f"average of {CHECKPOINTS}, {nbytes / 1e9:.1f} GB read"
+    beside = f"cat {nbytes / theirs / 1e9:.1f} GB/s"
+    return [
+        Line(what, f"{nbytes / mine / 1e9:.1f} GB/s", beside, f"{theirs / mine:.2f}", ">= 0.7"),
+        Line("... its whole command", f"{command_s:.2f} s", f"cat {theirs:.2f} s"),
+        Line("... its peak RSS", f"{peak >> 20} MiB", f"of two {two.peak_rss_bytes >> 20} MiB"),
+    ]
+
+
+def _config(path: Path, preset: str, **changes: int) -> Path:
+    """Write a preset's config with other numbers."""
+    path.write_text(json.dumps({**json.loads(presets()[preset].read_text()), **changes}))
+    return path
+
+
+def main() -> None:
+    """Measure, print, publish."""
+    wanted = options(__doc__)
+    shutil.rmtree(wanted.work, ignore_errors=True)
+    wanted.work.mkdir(parents=True)
+    try:
+        lines = average(wanted.work, wanted.rounds)
+        lines += experts(wanted.work, wanted.rounds) + large(wanted.work)
+    finally:
+        shutil.rmtree(wanted.work)
+    table = as_markdown(lines)
+    print(f"{machine()}\n\n{table}")
+    if not wanted.no_publish:
+        publish(table, "merge")
+
+
+if __name__ == "__main__":
+    main()
