@@ -90,12 +90,15 @@ def mean(count: int) -> Weighting:
     return Weighting.of_weights("mean", [1 / count] * count)
 
 
-def by_decay(decay: Decay, count: int, end: float | None = None) -> Weighting:
+def by_decay(name: str, count: int, end: float | None = None) -> Weighting:
     """Return the weights of `count` checkpoints by a decay that falls to `end` of the peak.
 
-    That is 0 unless told otherwise, for the exponential one 0.1. Raises UsageError for an `end`
-    that is no share.
+    That is 0 unless told otherwise, for the exponential one 0.1. Raises UsageError for a `name`
+    that is none of `Decay`, and for an `end` that is no share.
     """
+    if name not in list(Decay):
+        raise UsageError(f"no decay is called `{name}`", hint=f"one of {', '.join(Decay)}")
+    decay = Decay(name)
     if end is None:
         end = DEFAULT_EXPONENTIAL_END if decay == Decay.EXPONENTIAL else 0.0
     if not 0 <= end <= 1 or (decay == Decay.EXPONENTIAL and end == 0):

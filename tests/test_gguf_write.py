@@ -360,11 +360,11 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
     convert(golden, tmp_path / "a" / "x.gguf", to_gguf("q8_0"), resources=resources)
     fill, filled = lingconv.filling.Filler.fill, []
 
-    def stop_early(self, strip, output):
+    def stop_early(self, strip, output, turn):
         if len(filled) == 12:
             raise KeyboardInterrupt
         filled.append(strip)
-        return fill(self, strip, output)
+        return fill(self, strip, output, turn)
 
     monkeypatch.setattr(lingconv.filling.Filler, "fill", stop_early)
     target, stops, total = tmp_path / "b" / "x.gguf", 0, 0
