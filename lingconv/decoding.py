@@ -12,6 +12,7 @@ import numpy as np
 from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Ggml, Plain
+from lingconv.encodings.plain import PLAIN
 from lingconv.kernels import ggml_decode, numeric
 from lingconv.storage import Blob
 from lingconv.stored import Segment, Stored, side_by_side
@@ -63,6 +64,25 @@ class Decoder:
                     found = found or met
             top += beside[0].num_rows
         return found
+
+    def run_in_file(self, segments: Sequence[Segment]) -> tuple[int, int] | None:
+        """Return the file descriptor and the offset of numbers that lie in a row as they are.
+
+        None where they do not, or are no BF16 or F32 in a file that is open on this machine.
+        """
+        first, *others = segments
+        source = first.source
+        bare = source.encoding in _BARE and not source.pitch and first.is_whole_rows
+        if others or not bare:
+            return None
+        extent = source.extents[0]
+        row_bytes = source.encoding.row_bytes(source.cols)
+        descriptor = self._blobs[extent.file].descriptor
+        return (
+            None
+            if descriptor is None
+            else (descriptor, extent.offset + first.first_row * row_bytes)
+        )
 
     def _fill_window(self, segment: Segment, into: Array) -> Nonfinite | None:
         """Fill `into`, which may be a part of wider rows, with the numbers of a segment."""
@@ -154,6 +174,7 @@ _DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
     ("fp8", F32): Decoder._fp8,
     ("ggml", F32): Decoder._ggml,
 }
+_BARE = (PLAIN[DType.BF16], PLAIN[DType.F32])
 _SCALE_STORAGE = {DType.F32: np.float32, DType.BF16: np.uint16, DType.F8_E8M0: np.uint8}
 
 

@@ -83,6 +83,8 @@ def synthetic_checkpoint(config: Mapping[str, Any], family: Family, seed: int) -
 class SynthStorage:
     """One endless-looking file of weights, and a small tokenizer beside it."""
 
+    parallel_reads = 1
+
     def __init__(
         self, family: Family, symbols: Mapping[str, Any], config: Mapping[str, Any], seed: int
     ) -> None:
@@ -124,12 +126,17 @@ class SynthStorage:
 class SynthBlob:
     """Computes the bytes that are asked for."""
 
+    descriptor = None
+
     def __init__(self, tensors: list[StoredTensor], roles: Mapping[str, Role], seed: int) -> None:
         self._tensors = tensors
         self._roles = roles
         self._seed = seed
         self._offsets = [tensor.offset for tensor in tensors]
         self._table = normal_table()
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Do nothing: bytes are computed when they are asked for."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -103,12 +103,12 @@ def test_other_dtypes_are_rounded_once_too(run, dtype, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 12, 17])
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
-def test_kernels_at_every_number_of_checkpoints(count, dtype):
+@pytest.mark.parametrize(("least", "size"), [(-140, 5000), (-60, 5000), (-60, 4999)])
+def test_kernels_at_every_number_of_checkpoints(count, dtype, least, size):
     """Subnormals, huge values, ties and signed zeros among them; odd lengths."""
     rng = np.random.default_rng(count)
-    size = 5000
     wide = rng.standard_normal((count, size)).astype(np.float32)
-    wide *= np.float32(2.0) ** rng.integers(-140, 120, (count, size)).astype(np.float32)
+    wide *= np.float32(2.0) ** rng.integers(least, 120, (count, size)).astype(np.float32)
     wide[:, :100] = rng.integers(-3, 4, (count, 100))
     wide[:, 100:200] = -0.0
     bits = wide.view(np.uint32) & np.uint32(0xFFFF0000)
@@ -147,6 +147,44 @@ def test_a_tie_of_the_float32_is_none_of_the_float64():
     kernel.finish(terms, np.ones(2), np.zeros(0), True, target, False)
     assert target[0] == 0x3F81
     assert torch.tensor(1 + 2.0**-8 + 2.0**-40, dtype=torch.float64).bfloat16() == 1.0
+
+
+def test_ties_of_bf16_sums_go_to_even_unless_there_is_more():
+    ties = np.array([[1.0, 1.0 + 2.0**-7, 1.0, -1.0], [2.0**-8] * 3 + [-(2.0**-8)]], np.float32)
+    more = np.array([[0.0, 0.0, 2.0**-40, 0.0]], np.float32)
+    terms = (np.concatenate([ties, more, more * 0]).view(np.uint32) >> 16).astype(np.uint16)
+    target = np.empty(4, np.uint16)
+    assert not kernel.finish(terms, np.ones(4), np.zeros(0), True, target, False)
+    assert [hex(bits) for bits in target] == ["0x3f80", "0x3f82", "0x3f81", "0xbf80"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 13])
+@pytest.mark.parametrize("size", [10, kernel.READ_ELEMENTS, 2 * kernel.READ_ELEMENTS + 7])
+def test_files_are_averaged_in_one_call(tmp_path, count, size):
+    """Byte for byte what reading them one by one and adding gives; short files are noticed."""
+    rng = np.random.default_rng(size + count)
+    terms = (rng.standard_normal((count, size)).astype("f4").view("u4") >> 16).astype("u2")
+    files = []
+    for number, row in enumerate(terms):
+        path = tmp_path / f"{number}"
+        path.write_bytes(b"x" * (number + 1) + row.tobytes())
+        files.append(path.open("rb"))
+    weights = rng.random(count)
+    sums = np.zeros(size)
+    for weight, row in zip(weights, terms, strict=True):
+        sums += weight * (row.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    fds = np.array([file.fileno() for file in files], np.intc)
+    offsets = np.arange(1, count + 1)
+    room = np.empty(kernel.WIDTHS[0] * kernel.READ_ELEMENTS, np.uint16)
+    target = np.empty(size, np.uint16)
+    assert kernel.average_files(fds, offsets, weights, room, target, False) == 0
+    found = torch.from_numpy(target.view(np.int16)).view(torch.bfloat16)
+    assert same_bits(found, nearest(sums, torch.bfloat16))
+    offsets[-1] += 1
+    met = kernel.average_files(fds, offsets, weights, room, target, False)
+    assert met == kernel.UNREADABLE
+    for file in files:
+        file.close()
 
 
 def test_threads_memory_and_order_of_work_change_no_byte(run, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
-from numpy import float32, float64, uint16, uint32, uintp
+from numpy import float32, float64, uint16, uint32, uint64, uintp
 
 from lingconv.kernels.numeric import float_bits, load
 
@@ -20,6 +20,16 @@ WIDTHS: Final = (8, 4, 2, 1)
 _EXPONENT: Final = 0x7F800000
 # Sums that are rounded at once stay in the processor's first cache.
 _BLOCK: Final = 1024
+# So many elements of each of the checkpoints that are added at once stay in its second one.
+READ_ELEMENTS: Final = 64 << 10
+UNREADABLE: Final = -1
+_RARE: Final = 2  # a block that takes the long way: it has results that are subnormal
+_LEAST_NORMAL: Final = ((1023 - 126) << 53) - 1  # 2^-126, as `_magnitude_below_zero` has it
+
+# ssize_t pread(int fd, void *buf, size_t count, off_t offset), POSIX
+_pread: Any = types.ExternalFunction(
+    "pread", types.intp(types.intc, types.uintp, types.uintp, types.int64)
+)
 
 
 @njit(inline="always")
@@ -108,6 +118,78 @@ def _round_of(sums: Any, target: Any, to_odd: Any) -> Any:
     return to_bf16 if target.dtype == types.uint16 else to_f32
 
 
+@njit(inline="always")
+def _bf16_in_f32(value: Any) -> Any:
+    """Return the bits of the float32 that is `value` rounded to BF16; not for subnormal results."""
+    bits = float64(value).view(np.uint64)
+    odd = uint64(uint64(bits >> uint64(45)) & uint64(1))
+    rounded = uint64(uint64(bits + uint64(0x0FFFFFFFFFFF)) + odd)
+    exact = uint64(rounded & uint64(0xFFFFE00000000000)).view(np.float64)
+    return float_bits(float32(exact))
+
+
+@njit(inline="always")
+def _magnitude_below_zero(value: Any) -> Any:
+    """Return float64 bits that order like |value|, but for zeros, which come last."""
+    return uint64(uint64(float64(value).view(np.uint64) << uint64(1)) - uint64(1))
+
+
+@njit(inline="always")
+def _pairs(terms: Any, weights: Any, target: Any, width: Any) -> Any:
+    """Add and round elements, two of them in a word: neighbours need no shuffling that way.
+
+    Returns the largest magnitude of the results, as BF16 bits, and the least one of the sums.
+    """
+    worst, least = uint32(0), uint64(0xFFFFFFFFFFFFFFFF)
+    for i in range(target.size):
+        left, right = float64(0.0), float64(0.0)
+        for j in range(width):
+            word = terms[j, uintp(i)]
+            left += weights[j] * float64(uint32(word << uint32(16)).view(np.float32))
+            right += weights[j] * float64(uint32(word & uint32(0xFFFF0000)).view(np.float32))
+        low, high = _bf16_in_f32(left), _bf16_in_f32(right)
+        least = min(least, min(_magnitude_below_zero(left), _magnitude_below_zero(right)))
+        largest = max(uint32(low & uint32(0x7FFFFFFF)), uint32(high & uint32(0x7FFFFFFF)))
+        worst = max(worst, largest)
+        target[i] = uint32(uint32(high & uint32(0xFFFF0000)) | uint32(low >> uint32(16)))
+    return worst, least
+
+
+@njit(nogil=True, cache=True)
+def _finish_pairs(terms: Array, weights: Array, target: Array) -> int:
+    """Add and round BF16, two in a word; return as `finish` does, or _RARE."""
+    if len(weights) == 8:
+        worst, least = _pairs(terms, weights, target, 8)
+    elif len(weights) == 4:
+        worst, least = _pairs(terms, weights, target, 4)
+    elif len(weights) == 2:
+        worst, least = _pairs(terms, weights, target, 2)
+    else:
+        worst, least = _pairs(terms, weights, target, 1)
+    if least < uint64(_LEAST_NORMAL):
+        return _RARE
+    return int(worst >= uint32(_EXPONENT))
+
+
+def _at_once(terms: Any, weights: Any, target: Any) -> Any:
+    """Add and round everything at once where BF16 becomes BF16; else return _RARE."""
+
+
+@overload(_at_once)
+def _at_once_of(terms: Any, weights: Any, target: Any) -> Any:
+    def as_pairs(terms: Any, weights: Any, target: Any) -> Any:
+        if target.size % 2:
+            return _RARE
+        words = terms.reshape(-1).view(np.uint32).reshape(terms.shape[0], target.size // 2)
+        return _finish_pairs(words, weights, target.view(np.uint32))
+
+    def as_numbers(terms: Any, weights: Any, target: Any) -> Any:
+        return _RARE
+
+    bf16 = terms.dtype == types.uint16 and target.dtype == types.uint16
+    return as_pairs if bf16 else as_numbers
+
+
 @njit(nogil=True, cache=True)
 def finish(
     terms: Array, weights: Array, sums: Array, begin: bool, target: Array, to_odd: bool
@@ -117,6 +199,9 @@ def finish(
     Ties go to even; with `to_odd` a float32 is to be rounded again, to fewer bits. Returns 1 when
     any result is NaN or Inf. `sums` are only read, and not even that where they `begin`.
     """
+    met = _at_once(terms, weights, target) if begin else _RARE
+    if met != _RARE:
+        return met
     held = np.empty(_BLOCK, np.float64)
     nonfinite = 0
     for first in range(0, target.size, _BLOCK):
@@ -126,4 +211,51 @@ def finish(
             part[:] = sums[first : first + part.size]
         _add(terms, first, weights, part, begin)
         nonfinite |= _round(part, into, to_odd)
+    return nonfinite
+
+
+@njit(nogil=True, cache=True)
+def _read(fd: int, into: Array, offset: int) -> bool:
+    """Fill a contiguous array from byte `offset` of an open file; return whether that worked."""
+    nbytes = into.size * into.itemsize
+    done = 0
+    while done < nbytes:
+        count = _pread(fd, uintp(into.ctypes.data + done), uintp(nbytes - done), offset + done)
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@njit(nogil=True, cache=True)
+def average_files(
+    fds: Array, offsets: Array, weights: Array, terms: Array, target: Array, to_odd: bool
+) -> int:
+    """Read checkpoints from open files, add and round them, in one call that needs no GIL.
+
+    Checkpoint j has N elements of the dtype of `terms` (BF16 as uint16, or float32) from byte
+    `offsets[j]` of file `fds[j]` on. `terms` [WIDTHS[0] * READ_ELEMENTS] is room for what is read,
+    `target` [N] is rounded as `finish` does. Returns what `finish` returns, or UNREADABLE.
+    """
+    held = np.empty(READ_ELEMENTS, np.float64)  # touched only where there are several runs
+    nonfinite = 0
+    for first in range(0, target.size, READ_ELEMENTS):
+        count = min(READ_ELEMENTS, target.size - first)
+        sums = held[:count]
+        done = 0
+        while done < len(fds):
+            left = len(fds) - done
+            width = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            some = terms[: width * count].reshape(width, count)
+            for j in range(width):
+                place = offsets[done + j] + first * terms.itemsize
+                if not _read(fds[done + j], some[j], place):
+                    return UNREADABLE
+            run = weights[done : done + width]
+            if width < left:
+                _add(some, 0, run, sums, done == 0)
+            else:
+                into = target[first : first + count]
+                nonfinite |= finish(some, run, sums, done == 0, into, to_odd)
+            done += width
     return nonfinite

@@ -14,6 +14,13 @@ class FileStat(NamedTuple):
 class Blob(Protocol):
     """One open file that many threads read at once."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """The file descriptor of a file of this machine; None for all others."""
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Hear that bytes are going to be read soon: what is far away is fetched ahead."""
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; raise CheckpointError when the file ends before."""
 
@@ -22,9 +29,14 @@ class Blob(Protocol):
 
 
 class Storage(Protocol):
-    """A folder of files, wherever it is. `uri` is how the user named it."""
+    """A folder of files, wherever it is. `uri` is how the user named it.
+
+    One that is asked over a network answers slowly, and `parallel_reads` requests at a time; on a
+    disk of this machine that is 1.
+    """
 
     uri: str
+    parallel_reads: int
 
     def files(self) -> Mapping[str, FileStat]:
         """Return every file below the folder by its relative path, with `/` between the parts."""

@@ -35,14 +35,17 @@ class LocalBlob:
     def __init__(self, path: Path) -> None:
         self._path = path
         with _explained(str(path)):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Do nothing: the system reads ahead by itself."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
         done = 0
         while done < len(buffer):
             with _explained(str(self._path)):
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self._path} ends at byte {offset + done:,}, {len(buffer) - done:,} bytes"
@@ -53,11 +56,13 @@ class LocalBlob:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        os.close(self.descriptor)
 
 
 class LocalStorage:
     """A folder on this machine."""
+
+    parallel_reads = 1
 
     def __init__(self, root: Path, uri: str = "") -> None:
         self.root = root

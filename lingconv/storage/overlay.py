@@ -11,6 +11,7 @@ class Overlay:
 
     def __init__(self, storage: Storage, names: Collection[str], made: Mapping[str, bytes]) -> None:
         self.uri = storage.uri
+        self.parallel_reads = storage.parallel_reads
         self._storage = storage
         self._names = names
         self._made = made
