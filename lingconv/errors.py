@@ -4,6 +4,7 @@
     |-- UsageError            2  the request itself is wrong (option, pattern, recipe, family file)
     |-- CheckpointError       3  the source cannot be trusted; carries the list of faults
     |-- PermissionDenied      4  not allowed to read the source or write the target
+    |-- NetworkError          5  the Hub or the way to it failed, again and again; nothing is lost
     |-- ResourceError         6  not enough disk or memory
     |-- DestinationError      7  the target holds something else, or somebody else is writing it
     `-- Interrupted         130  stopped by a signal; the same command resumes
@@ -79,9 +80,15 @@ class CheckpointError(LingconvError):
 
 
 class PermissionDenied(LingconvError):
-    """The operating system refused access to a file."""
+    """The operating system, or the Hub, refused access."""
 
     exit_code = 4
+
+
+class NetworkError(LingconvError):
+    """The Hub or the way to it failed, and went on failing; the same command goes on."""
+
+    exit_code = 5
 
 
 class ResourceError(LingconvError):

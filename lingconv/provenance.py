@@ -7,6 +7,7 @@ from lingconv.errors import LingconvError
 from lingconv.storage import Storage
 
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+_ADDRESS = re.compile(r"hf://(?:models/)?([^/@]+)/([^/@]+)(?:@([0-9a-f]{40})(?:/|$))?")
 _ITERATION = re.compile(r"(?:^|/)iter_(\d+)/?$")
 _TRACKER = "latest_checkpointed_iteration.txt"
 # huggingface_hub notes there which commit a file was downloaded from: `hf download --local-dir`.
@@ -14,14 +15,15 @@ _DOWNLOADED = ".cache/huggingface/download/config.json.metadata"
 
 
 def repository_of(uri: str) -> str:
-    """Return the Hub repository whose cached snapshot `uri` is; empty when it is none."""
-    found = _SNAPSHOT.search(uri)
+    """Return the Hub repository that `uri` names or whose cached snapshot it is; empty if none."""
+    found = _ADDRESS.match(uri) or _SNAPSHOT.search(uri)
     return f"{found[1]}/{found[2]}" if found else ""
 
 
 def find_revision(storage: Storage) -> str:
     """Return the commit or the training iteration of a checkpoint; empty when nothing says so."""
-    if found := _SNAPSHOT.search(storage.uri):
+    found = _ADDRESS.match(storage.uri) or _SNAPSHOT.search(storage.uri)
+    if found and found[3]:
         return f"commit {found[3]}"
     if found := _ITERATION.search(storage.uri):
         return f"iteration {int(found[1])}"

@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Converts, quantizes and checks very large checkpoints, streamed in bounded memory.",
     epilog="Exit codes: 0 done, 1 the answer is no, 2 usage, 3 bad checkpoint, 4 permission,"
-    " 6 disk or memory, 7 destination conflict, 70 a bug. See docs/reference.md.",
+    " 5 network, 6 disk or memory, 7 destination conflict, 70 a bug. See docs/reference.md.",
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lingconv.checkpoint import Checkpoint
 from lingconv.containers import gguf
 from lingconv.errors import UsageError
+from lingconv.hub.address import SCHEME, is_hub
 from lingconv.provenance import find_revision
 from lingconv.readers.gguf import GgufReader, models_in
 from lingconv.readers.megatron import find_iteration, read_megatron
@@ -19,22 +20,37 @@ from lingconv.storage.local import LocalStorage
 
 
 def open_checkpoint(source: str | Path, *, main_params: bool = False) -> Checkpoint:
-    """Read the headers of the checkpoint at a local path.
+    """Read the headers of the checkpoint at a local path, or at an address on the Hub.
 
     `main_params` takes the optimizer's FP32 weights from Megatron's torch_dist. Raises UsageError
     when there is no such folder and CheckpointError when it holds no checkpoint.
     """
+    storage, file = open_storage(source)
+    if file:
+        checkpoint = GgufReader(storage, file).read()
+    else:
+        checkpoint = read_checkpoint(storage, main_params=main_params)
+    return replace(checkpoint, revision=find_revision(storage))
+
+
+def open_storage(source: str | Path) -> tuple[Storage, str]:
+    """Return the folder that `source` is or lies in, and its name there where it is a GGUF file.
+
+    Raises UsageError when there is none.
+    """
+    if is_hub(source):
+        from lingconv.storage import hub  # with huggingface_hub, which local work does not need
+
+        return hub.open_address(str(source), gguf.SUFFIX)
     root = Path(source)
     if root.is_file() and root.suffix == gguf.SUFFIX:
-        return GgufReader(LocalStorage(root.parent, str(source)), root.name).read()
+        return LocalStorage(root.parent, str(source)), root.name
     if not root.is_dir():
         hint = ""
         if not root.is_absolute() and str(source).count("/") == 1:
-            hint = "SRC is a folder on this machine; download a Hub repository first"
+            hint = f"for the Hub, write `{SCHEME}{source}`"
         raise UsageError(f"{source} is neither a folder nor a GGUF file", hint=hint)
-    storage = LocalStorage(root)
-    checkpoint = read_checkpoint(storage, main_params=main_params)
-    return replace(checkpoint, revision=find_revision(storage))
+    return LocalStorage(root), ""
 
 
 def read_checkpoint(storage: Storage, *, main_params: bool = False) -> Checkpoint:

@@ -1,7 +1,8 @@
 """Reads a Hugging Face folder: safetensors shards, their index, config.json."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, RECORD_NAME, Checkpoint
@@ -13,6 +14,7 @@ from lingconv.storage import FileStat, Storage
 MAX_JSON_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.js)
 # Weights in formats that the reader does not take here: never carried over as small files.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
+_Header = tuple[list[StoredTensor], list[Fault]] | HeaderError
 
 
 def _is_plain_name(name: str) -> bool:
@@ -38,7 +40,7 @@ class SafetensorsReader:
                 hint="lingconv reads Hugging Face checkpoints in safetensors format, and GGUF",
             )
         tensors: dict[str, StoredTensor] = {}
-        readable = {name for name in shards if self._read_shard(name, tensors)}
+        readable = self._read_shards(shards, tensors)
         if weight_map is not None:
             self._check_index(weight_map, index_metadata, tensors, readable)
         side_files, ignored = self._sort_other_files(shards)
@@ -98,19 +100,34 @@ class SafetensorsReader:
         ]
         return [name for name in named if name in self.files]
 
-    def _read_shard(self, file: str, tensors: dict[str, StoredTensor]) -> bool:
-        """Add a shard's tensors; return whether its header could be read at all."""
+    def _read_shards(self, shards: list[str], tensors: dict[str, StoredTensor]) -> set[str]:
+        """Add the tensors of all shards; return those whose header could be read at all."""
+        readable = set()
+        for file, header in zip(shards, self._headers(shards), strict=True):
+            if isinstance(header, HeaderError):
+                self.faults.append(Fault("header", str(header), file))
+                continue
+            entries, faults = header
+            self.faults += faults
+            add_tensors(tensors, entries, self.faults)
+            readable.add(file)
+        return readable
+
+    def _headers(self, shards: list[str]) -> Iterator[_Header]:
+        """Yield the headers of shards in their order; many at a time where answers are slow."""
+        if self.storage.parallel_reads == 1:
+            yield from map(self._read_header, shards)
+            return
+        with ThreadPoolExecutor(self.storage.parallel_reads) as threads:
+            yield from threads.map(self._read_header, shards)
+
+    def _read_header(self, file: str) -> _Header:
         size = self.files[file].size
         try:
             length = safetensors.header_length(self.storage.read(file, 0, 8), size)
-            header = self.storage.read(file, 8, length)
-            entries, faults = safetensors.parse_header(header, size, file)
+            return safetensors.parse_header(self.storage.read(file, 8, length), size, file)
         except HeaderError as exc:
-            self.faults.append(Fault("header", str(exc), file))
-            return False
-        self.faults += faults
-        add_tensors(tensors, entries, self.faults)
-        return True
+            return exc
 
     def _check_index(
         self,

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: how repositories are named, talked to, filled and described."""

@@ -1,0 +1,171 @@
+"""Talking to the Hub, through huggingface_hub: its login, its endpoint, its session.
+
+The network fails, servers are busy, and signed links run out. Whatever may be over in a moment is
+tried again, with growing pauses, or after as long as the server asks for; the rest becomes an error
+of lingconv's own tree. No message repeats a header, a token or a signed link.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from lingconv.errors import (
+    SAME_COMMAND,
+    CheckpointError,
+    LingconvError,
+    NetworkError,
+    PermissionDenied,
+    ResourceError,
+    UsageError,
+)
+from lingconv.version import __version__
+
+T = TypeVar("T")
+
+TRIES = 9
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+LONGEST_ASKED_S = 900.0
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_LOG_IN = "run `hf auth login`, or set `HF_TOKEN`"
+
+
+class Unfinished(Exception):
+    """An answer that was cut short, or is not the one that was asked for: worth another try."""
+
+
+class Backoff:
+    """How often something failed in a row, and how long to wait before the next try."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    def reset(self) -> None:
+        """Forget the failures: something went well."""
+        self._failures = 0
+
+    def pause(self, error: Exception) -> bool:
+        """Wait after `error`; return False at once when there is no use in another try."""
+        self._failures += 1
+        if not is_passing(error) or self._failures >= TRIES:
+            return False
+        growing = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._failures - 1))
+        asked = _asked_wait(error)
+        time.sleep(growing * random.uniform(0.5, 1.0) if asked is None else asked)
+        return True
+
+
+def patiently(uri: str, action: Callable[[], T]) -> T:
+    """Return what `action` returns, which is tried again while the network is to blame.
+
+    Raises an error of `lingconv.errors` that names `uri`.
+    """
+    backoff = Backoff()
+    while True:
+        try:
+            return action()
+        except LingconvError:
+            raise
+        except Exception as exc:
+            if not backoff.pause(exc):
+                raise translated(exc, uri) from exc
+
+
+def hub_api() -> HfApi:
+    """Return the client of the Hub, which says in its requests who is asking."""
+    return HfApi(library_name="lingconv", library_version=__version__)
+
+
+def status_of(error: BaseException | None) -> int:
+    """Return the HTTP status that an error or its cause is about; 0 when there is none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return 0
+
+
+def is_passing(error: Exception) -> bool:
+    """Return whether an error may be over in a moment."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    status = status_of(error)
+    if status:
+        return status in _BUSY
+    if isinstance(error, Unfinished | httpx.TransportError):
+        return True
+    # Uploads wrap what went wrong; another thread may have closed the session that all share.
+    cause = error.__cause__
+    closed = isinstance(error, RuntimeError) and "closed" in str(error)
+    return closed or (isinstance(cause, Exception) and is_passing(cause))
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Return the seconds that the server asks to wait for."""
+    response = getattr(error, "response", None)
+    text = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(text), LONGEST_ASKED_S) if text.isdigit() else None
+
+
+def translated(error: Exception, uri: str) -> LingconvError:
+    """Return an error of lingconv's tree in place of the client's."""
+    status = status_of(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError(
+            f"{uri} cannot be reached: HF_HUB_OFFLINE is set", hint="unset it, or name a folder"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return NetworkError(
+            f"{uri} is not in the local cache, and HF_HUB_OFFLINE is set",
+            hint="unset it, or download the repository first",
+        )
+    if isinstance(error, GatedRepoError):
+        return PermissionDenied(
+            f"{uri} is gated: its owner has to let you in",
+            hint=f"ask for access on its page, then {_LOG_IN}",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UsageError(f"{uri}: there is no such revision", hint="see the repository's branches")
+    if isinstance(error, RemoteEntryNotFoundError):
+        return CheckpointError(f"{uri} is not there any more", hint=SAME_COMMAND)
+    if isinstance(error, RepositoryNotFoundError):
+        return PermissionDenied(
+            f"{uri} is not there, or is private and not yours to see",
+            hint=f"check its name; for a private one, {_LOG_IN}",
+        )
+    if isinstance(error, DisabledRepoError) or status in (401, 403):
+        return PermissionDenied(f"{uri}: the Hub refuses it ({_said(error)})", hint=_LOG_IN)
+    if status == 413 or status == 507:
+        return ResourceError(f"{uri}: the Hub has no room for it ({_said(error)})")
+    if status and status not in _BUSY:
+        return NetworkError(f"{uri}: the Hub answers {status} ({_said(error)})", hint=SAME_COMMAND)
+    reason = f"the Hub answers {status}" if status else _plain(error)
+    return NetworkError(f"{uri}: no luck after {TRIES} tries: {reason}", hint=SAME_COMMAND)
+
+
+def _said(error: Exception) -> str:
+    """Return what the server said, without the links that the client adds."""
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        return error.server_message
+    return f"HTTP {status_of(error)}"
+
+
+def _plain(error: BaseException) -> str:
+    """Return the kind of an error and what it says, unless that may hold a link."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return type(error).__name__ if not text or "://" in text else f"{text}"
