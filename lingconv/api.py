@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingconv.containers.gguf import SUFFIX
-from lingconv.engine import Resources, Result, execute
+from lingconv.engine import Publish, Resources, Result, execute
 from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
+from lingconv.hub.address import HubAddress, is_hub, parse_address, staging_folder
 from lingconv.inspection import Report, inspect_model
+from lingconv.journal import RunFolder, pinned_commits
 from lingconv.machine import num_processors
 from lingconv.merging import open_average
 from lingconv.model import Model
@@ -19,6 +21,7 @@ from lingconv.options import (
     ForwardOptions,
     Fp8Options,
     Level,
+    PublishOptions,
     Target,
     TargetDType,
     VerifyOptions,
@@ -34,6 +37,7 @@ from lingconv.weighting import Weighting
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lingconv.hub.publisher import Publisher
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
     from lingconv.verification.diff import Diff
@@ -86,22 +90,20 @@ def convert(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    publish: PublishOptions | None = None,
 ) -> Result:
     """Convert `source` into the folder or GGUF file `destination`; the same call again resumes.
 
+    Both may be on the Hub. What `source` stands for there is looked up once: a run that goes on
+    reads the commit that it began with. `publish` says how a repository is written to.
+
     Raises the errors of `lingconv.errors`.
     """
-    _refuse_overlap(Path(source), Path(destination))
+    _refuse_overlap(source, destination)
     options = _named(options or ConvertOptions(), Path(destination))
-    model = open_model(source, formats=formats, given=given)
-    return execute(
-        build_plan(model, options),
-        [model.checkpoint.storage],
-        Path(destination),
-        resources=resources,
-        progress=progress,
-        fresh=fresh,
-    )
+    run = _Run(destination, resources or Resources(), publish, fresh=fresh)
+    model = open_model(run.pinned(source), formats=formats, given=given)
+    return run.execute(build_plan(model, options), [model], [source], progress)
 
 
 def plan_average(
@@ -138,30 +140,27 @@ def merge_checkpoints(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    publish: PublishOptions | None = None,
 ) -> Result:
     """Average checkpoints of one model, oldest first, and convert the average in the same pass.
 
     Sums are float64, rounded once. Layouts and encodings of the sources may differ; config and
-    small files are those of the last one. `report` is an HTML file to show the weights in. The
-    same call again resumes. Raises the errors of `lingconv.errors`.
+    small files are those of the last one. `report` is an HTML file to show the weights in. All of
+    them may be on the Hub, as for `convert`. The same call again resumes. Raises the errors of
+    `lingconv.errors`.
     """
     for source in sources:
-        _refuse_overlap(Path(source), Path(destination))
+        _refuse_overlap(source, destination)
+    run = _Run(destination, resources or Resources(), publish, fresh=fresh)
+    pinned = [run.pinned(source) for source in sources]
     built, average = plan_average(
-        sources, weighting, options, destination=destination, formats=formats, given=given
+        pinned, weighting, options, destination=destination, formats=formats, given=given
     )
     if report is not None:
         from lingconv import average_report
 
         average_report.write(built, str(destination), Path(report))
-    return execute(
-        built,
-        [model.checkpoint.storage for model in average.models],
-        Path(destination),
-        resources=resources,
-        progress=progress,
-        fresh=fresh,
-    )
+    return run.execute(built, average.models, sources, progress)
 
 
 def quantize(
@@ -173,6 +172,7 @@ def quantize(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    publish: PublishOptions | None = None,
 ) -> Result:
     """Quantize to FP8, layout kept: `convert` with `dtype="fp8"`."""
     options = ConvertOptions(dtype=TargetDType.FP8, fp8=fp8 or Fp8Options())
@@ -184,6 +184,7 @@ def quantize(
         resources=resources,
         progress=progress,
         fresh=fresh,
+        publish=publish,
     )
 
 
@@ -363,6 +364,87 @@ def next_tokens(source: str | Path, trace: "Trace", count: int = 5) -> list["Nex
     return prompts.next_tokens(open_checkpoint(source).storage, trace.tensors["logits"], count)
 
 
+class _Run:
+    """Where a run writes to, what it may do there, and which commits it reads."""
+
+    def __init__(
+        self,
+        destination: str | Path,
+        resources: Resources,
+        publish: PublishOptions | None,
+        *,
+        fresh: bool,
+    ) -> None:
+        self._resources = resources
+        self._fresh = fresh
+        self._options = publish or PublishOptions()
+        self._options.check()
+        self._address: HubAddress | None = None
+        if is_hub(destination):
+            self._address = parse_address(str(destination))
+            self._folder = staging_folder(self._address, resources.staging)
+        else:
+            self._folder = Path(destination)
+            if self._options != PublishOptions():
+                raise UsageError(
+                    "`--create`, `--public`, `--pr` and `--replace` are for repositories",
+                    hint="let DST be `hf://org/name`",
+                )
+        self._commits = {} if fresh else pinned_commits(self._folder)
+
+    def pinned(self, source: str | Path) -> str:
+        """Return a source; one on the Hub at the commit that an earlier run began with."""
+        commit = self._commits.get(str(source))
+        if commit is None or not is_hub(source):
+            return str(source)
+        return str(parse_address(str(source))._replace(revision=commit))
+
+    def execute(
+        self,
+        plan: Plan,
+        models: Sequence[Model],
+        sources: Sequence[str | Path],
+        progress: Progress | None,
+    ) -> Result:
+        """Carry out a plan; `sources` are the checkpoints as the user named them."""
+        return execute(
+            plan,
+            [model.checkpoint.storage for model in models],
+            self._folder,
+            resources=self._resources,
+            progress=progress,
+            fresh=self._fresh,
+            commits=_commits(sources, models),
+            publish=self._publish(plan),
+        )
+
+    def _publish(self, plan: Plan) -> Publish | None:
+        address, share = self._address, self._resources.disk_share(publishes=True)
+        if address is None:
+            return None
+
+        def begin(folder: RunFolder, progress: Progress) -> "Publisher":
+            from lingconv.hub.publisher import Publisher  # with huggingface_hub
+
+            return Publisher(address, self._options, plan, folder, progress, share)
+
+        return begin
+
+
+def _commits(sources: Sequence[str | Path], models: Sequence[Model]) -> dict[str, str]:
+    """Return the commits that were read, by the addresses that the user wrote."""
+    read = [
+        parse_address(m.checkpoint.storage.uri) for m in models if is_hub(m.checkpoint.storage.uri)
+    ]
+    found = {}
+    for source in filter(is_hub, map(str, sources)):
+        asked = parse_address(source)
+        for address in read:
+            if address.repository == asked.repository and asked.revision in ("", address.revision):
+                found[source] = address.revision
+    return found
+
+
 def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
     """Return the options with the name that DST gives to GGUF files."""
     if destination.suffix != SUFFIX:
@@ -375,9 +457,11 @@ def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
     return replace(options, gguf=replace(options.gguf, stem=destination.stem))
 
 
-def _refuse_overlap(source: Path, destination: Path) -> None:
+def _refuse_overlap(source: str | Path, destination: str | Path) -> None:
     """Refuse to write into the source."""
-    inner, outer = destination.resolve(), source.resolve()
+    if is_hub(source) or is_hub(destination):
+        return
+    inner, outer = Path(destination).resolve(), Path(source).resolve()
     if inner == outer or outer in inner.parents:
         raise DestinationError(
             f"{destination} is inside the source {source}", hint="choose a folder of its own"

@@ -8,17 +8,19 @@ Killed anywhere, the same call goes on where it was.
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lingconv.checkpoint import CARD_NAME, RECORD_NAME
+from lingconv.delivery import Kept
 from lingconv.errors import LingconvError, ResourceError
+from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import allow_open_files, free_bytes, num_processors
-from lingconv.plan import Plan
+from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress, Silent
 from lingconv.sidecars import last_files
 from lingconv.storage import Storage
@@ -27,16 +29,36 @@ from lingconv.strips import peak_memory
 from lingconv.version import __version__
 from lingconv.workers import Crew, check_unchanged
 
+if TYPE_CHECKING:
+    from lingconv.hub.publisher import Publisher
+    from lingconv.hub.repository import Commit
+
 DEFAULT_MEMORY_BYTES = 1 << 30
 _CHUNK_BYTES = 4 << 20
+_MOST_AHEAD_BYTES = 512 << 20
+_AT_ONCE = 2  # files that are fetched whole: one is read while the next one comes
+
+Publish = Callable[[RunFolder, Progress], "Publisher"]
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a run may use; none of it changes a byte of the output."""
+    """What a run may use; none of it changes a byte of the output.
+
+    `max_disk_bytes` bounds the weights that are on disk only for a while: files on their way to a
+    repository, and whole files of one where `download` asks for them. 0 is two of the largest of
+    each. `staging` is the folder where files are kept until a repository has them.
+    """
 
     jobs: int = 0
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES
+    max_disk_bytes: int = 0
+    download: bool = False
+    staging: Path | None = None
+
+    def disk_share(self, *, publishes: bool) -> int:
+        """Return what each of the two may take of the disk, files that come and files that go."""
+        return self.max_disk_bytes // (2 if self.download and publishes else 1)
 
     @property
     def resolved_jobs(self) -> int:
@@ -46,7 +68,10 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did; `destination` is a folder, or the first of the GGUF files."""
+    """What a run did; `destination` is a folder, the first of the GGUF files, or a repository.
+
+    `commit_url` is where to look at what was published.
+    """
 
     destination: str
     digest: str
@@ -55,6 +80,7 @@ class Result:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
+    commit_url: str = ""
 
 
 def execute(
@@ -66,44 +92,108 @@ def execute(
     progress: Progress | None = None,
     fresh: bool = False,
     headers_only: bool = False,
+    commits: Mapping[str, str] | None = None,
+    publish: Publish | None = None,
 ) -> Result:
     """Carry out `plan`, reading from the storages of its sources and writing to `destination`.
 
     That is a folder, or the name of a GGUF file, which may be split into several.
     With `headers_only` the weight files are sparse: headers and holes that read as zeros.
+    `commits` are what addresses on the Hub stood for. With `publish`, files are sent to a
+    repository, and `destination` holds only what it has not got yet.
     Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
     """
     resources = resources or Resources()
     progress = progress or Silent()
     started = time.monotonic()
-    jobs, _ = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
-    identity = run_identity(plan, __version__, headers_only=headers_only)
+    jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+    identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
+    published: Commit | None = None
     with (
         explained_writing(destination),
         RunFolder(place_of(destination), identity, fresh=fresh) as folder,
+        ExitStack() as stack,
     ):
-        todo = [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
+        publisher = stack.enter_context(publish(folder, progress)) if publish else None
+        todo = publisher.begin() if publisher else _unfinished(plan, folder)
         if not headers_only:
-            check_disk(folder.root, sum(folder.bytes_missing(f.name, f.nbytes) for f in todo))
+            missing = sum(folder.bytes_missing(file.name, file.nbytes) for file in todo)
+            check_disk(folder.root, min(missing, publisher.room) if publisher else missing)
         progress.begin(plan, len(plan.files) - len(todo), jobs)
         allow_open_files(len(plan.source_files))
         _carry_side_files(plan, storages, folder)
-        crew = Crew(plan, storages, folder, progress, sparse=headers_only)
+        crew = Crew(
+            plan,
+            _fetched(plan, todo, storages, folder, resources, stack, publishes=bool(publisher)),
+            folder,
+            progress,
+            publisher or Kept(),
+            sparse=headers_only,
+            ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
+        )
         crew.fill(todo, jobs)
         record, card = _source_record(storages[-1]), _base_card(plan, storages[-1])
-        for name, data in last_files(plan, record, card, __version__).items():
-            replace_file(folder.root / name, [data])
-        folder.complete()
+        last = last_files(plan, record, card if plan.weighting else "", __version__)
+        if publisher:
+            published = publisher.finish(record, card, last)
+        else:
+            for name, data in last.items():
+                replace_file(folder.root / name, [data])
+            folder.complete()
     named = place_of(destination).name
+    where = str(folder.root / plan.files[0].name if named else destination)
     return Result(
-        destination=str(folder.root / plan.files[0].name if named else destination),
+        destination=published.address if published else where,
         digest=plan.digest,
         files_written=len(todo),
         files_found_finished=len(plan.files) - len(todo),
         bytes_written=sum(file.nbytes for file in todo),
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
+        commit_url=published.url if published else "",
     )
+
+
+def _unfinished(plan: Plan, folder: RunFolder) -> list[OutputFile]:
+    """Return the weight files that do not stand complete under their names."""
+    return [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
+
+
+def _ahead_bytes(spare_bytes: int, jobs: int) -> int:
+    """Return how much each file may have read ahead, of the memory that buffers leave."""
+    return min(_MOST_AHEAD_BYTES, max(0, spare_bytes)) // max(1, jobs // 2)
+
+
+def _fetched(
+    plan: Plan,
+    todo: Sequence[OutputFile],
+    storages: Sequence[Storage],
+    folder: RunFolder,
+    resources: Resources,
+    stack: ExitStack,
+    *,
+    publishes: bool,
+) -> list[Storage]:
+    """Return the storages, with those that are far away fetched file by file if that is asked."""
+    if not resources.download:
+        return list(storages)
+    from lingconv.storage.hub import HubStorage  # with huggingface_hub, for those who need it
+    from lingconv.storage.spool import Spool
+
+    order = list(dict.fromkeys(key for file in todo for key in sorted(sources_of(file))))
+    far = {number for number, storage in enumerate(storages) if isinstance(storage, HubStorage)}
+    found: list[Storage] = []
+    for number, storage in enumerate(storages):
+        if not isinstance(storage, HubStorage):
+            found.append(storage)
+            continue
+        names = [name for source, name in order if source == number]
+        largest = max((storage.stat(name).size for name in names), default=0)
+        room = resources.disk_share(publishes=publishes) // len(far) or _AT_ONCE * largest
+        spool = Spool(storage, folder.state / f"fetched-{number}", names, room)
+        stack.callback(spool.close)
+        found.append(spool)
+    return found
 
 
 def check_disk(destination: Path, need_bytes: int) -> None:
@@ -127,8 +217,8 @@ def _carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder
 
 
 def _base_card(plan: Plan, storage: Storage) -> str:
-    """Return the card of the source, where a new one is made of it."""
-    if CARD_NAME in plan.sources[-1].files and plan.weighting:
+    """Return the card of the source, if it has one."""
+    if CARD_NAME in plan.sources[-1].files:
         return storage.read(CARD_NAME).decode("utf-8", "replace")
     return ""
 

@@ -2,7 +2,8 @@
 
     DST/.lingconv/lock           held while a run writes (released by the system, whatever happens)
     DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
-    DST/.lingconv/journal.jsonl  a line for each finished weight file, and for each finished piece
+    DST/.lingconv/journal.jsonl  a line for each finished weight file, for each finished piece, and
+                                 for each file that a repository has and that is not here any more
 
 A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingconv/OUT.gguf there.
 
@@ -22,22 +23,31 @@ from typing import Any, NamedTuple, Self
 
 from lingconv.containers.gguf import SUFFIX as GGUF_SUFFIX
 from lingconv.errors import DestinationError
+from lingconv.hub.address import HubFile
 from lingconv.plan import Plan
 from lingconv.sidecars import last_names
 from lingconv.version import __version__
 
 STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
+_IDENTITY_NAME = "run.json"
+_COMMITS = "commits"
 
 
-def run_identity(plan: Plan, version: str, *, headers_only: bool) -> dict[str, Any]:
-    """Return what must be equal for a run to go on: source, options, plan and tool."""
+def run_identity(
+    plan: Plan, version: str, commits: Mapping[str, str], *, headers_only: bool
+) -> dict[str, Any]:
+    """Return what must be equal for a run to go on: source, options, plan and tool.
+
+    `commits` are what addresses on the Hub stood for; a run that goes on reads the same.
+    """
     identity = {
         "lingconv": version.split(".")[0],
         "digest": plan.digest,
         "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
         "options": {**plan.options.to_json(), "headers_only": headers_only},
         "family": plan.family,
+        _COMMITS: dict(commits),
         "outputs": [*(file.name for file in plan.files), *plan.side_files, *last_names(plan)],
     }
     return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
@@ -63,10 +73,11 @@ class RunFolder:
     def __init__(self, place: Place, identity: Mapping[str, Any], *, fresh: bool) -> None:
         self.root = place.folder
         self._shared = bool(place.name)
-        self._state = place.folder / STATE_NAME / place.name
+        self.state = place.folder / STATE_NAME / place.name
         self._identity = identity
         self._fresh = fresh
         self._lock = -1
+        self.sent: dict[str, HubFile] = {}
         self._finished: dict[str, list[int]] = {}
         self._pieces: dict[str, set[int]] = {}
         self._checksums: dict[str, dict[int, tuple[int, int]]] = {}
@@ -77,8 +88,8 @@ class RunFolder:
         Raises DestinationError when somebody else is writing it or it holds something else.
         """
         self._refuse_foreign()
-        self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.state.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._claim()
@@ -104,7 +115,7 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise DestinationError(f"{self.root} is not a folder")
-        if self._state.is_dir():
+        if self.state.is_dir():
             return
         if self._shared:
             for name in self._identity["outputs"]:
@@ -120,14 +131,16 @@ class RunFolder:
             )
 
     def _claim(self) -> None:
-        held = _read_json(self._state / "run.json")
+        held = _read_json(self.state / _IDENTITY_NAME)
         if self._fresh:
             self._clear((held or self._identity).get("outputs", []))
             held = None
         if held is None:
             self._refuse_unclaimed()
-            replace_file(self._state / "run.json", [json.dumps(self._identity, indent=1).encode()])
-        elif held != self._identity:
+            replace_file(
+                self.state / _IDENTITY_NAME, [json.dumps(self._identity, indent=1).encode()]
+            )
+        elif _lasting(held) != _lasting(self._identity):
             raise DestinationError(
                 f"{self.root} holds another conversion",
                 details=list(_differences(held, self._identity)),
@@ -140,7 +153,7 @@ class RunFolder:
         for name in self._identity["outputs"]:
             if (self.root / name).exists():
                 raise DestinationError(
-                    f"{self.root} has lost its record ({STATE_NAME}/run.json), and holds {name}",
+                    f"{self.root} has lost its record (in {STATE_NAME}), and holds {name}",
                     hint="choose another folder, or start over with `--fresh`",
                 )
 
@@ -151,11 +164,11 @@ class RunFolder:
             if inside:  # the record may have come with a folder from a stranger
                 (self.root / name).unlink(missing_ok=True)
                 (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        for name in ("run.json", "journal.jsonl"):
-            (self._state / name).unlink(missing_ok=True)
+        for name in (_IDENTITY_NAME, "journal.jsonl"):
+            (self.state / name).unlink(missing_ok=True)
 
     def _read_journal(self) -> None:
-        path = self._state / "journal.jsonl"
+        path = self.state / "journal.jsonl"
         for line in path.read_text("utf-8").splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
@@ -163,6 +176,8 @@ class RunFolder:
                 continue  # the line that a kill cut short; its file is found under its final name
             if "stat" in entry:
                 self._finished[entry["file"]] = entry["stat"]
+            elif "sent" in entry:
+                self.sent[entry["file"]] = HubFile(*entry["sent"])
             elif entry["lingconv"] == __version__:  # another one may cut files differently
                 self._pieces.setdefault(entry["file"], set()).add(entry["piece"])
                 sums = self._checksums.setdefault(entry["file"], {})
@@ -215,10 +230,16 @@ class RunFolder:
         sync_folder((self.root / name).parent)
         self._note({"file": name, "stat": _stat(self.root / name)})
 
+    def finish_sending(self, name: str, sent: HubFile) -> None:
+        """Note that a repository has a finished file, and remove it here."""
+        self._note({"file": name, "sent": list(sent)})
+        self.sent[name] = sent
+        (self.root / name).unlink(missing_ok=True)
+
     def _note(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry) + "\n"
         journal = os.open(
-            self._state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+            self.state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
         )
         try:
             os.write(journal, line.encode())
@@ -227,7 +248,20 @@ class RunFolder:
 
     def complete(self) -> None:
         """Note that everything is there: the journal has served its purpose."""
-        (self._state / "journal.jsonl").unlink(missing_ok=True)
+        (self.state / "journal.jsonl").unlink(missing_ok=True)
+
+
+def pinned_commits(destination: Path) -> dict[str, str]:
+    """Return the commits that an earlier run read, by the addresses that the user wrote."""
+    place = place_of(destination)
+    held = _read_json(place.folder / STATE_NAME / place.name / _IDENTITY_NAME) or {}
+    commits = held.get(_COMMITS, {})
+    return dict(commits) if isinstance(commits, dict) else {}
+
+
+def _lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without the commits: the files that they name are in it themselves."""
+    return {name: value for name, value in identity.items() if name != _COMMITS}
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:

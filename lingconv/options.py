@@ -392,6 +392,23 @@ class VerifyOptions:
         self.forward.check()
 
 
+@dataclass(frozen=True, slots=True)
+class PublishOptions:
+    """How a repository is written to: what may be created, who may see it, what has to go."""
+
+    create: bool = False
+    public: bool = False
+    pull_request: bool = False
+    replace: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for what contradicts itself."""
+        if self.public and not self.create:
+            raise UsageError("`--public` is for a repository that is created: add `--create`")
+        if self.pull_request and self.replace:
+            raise UsageError("`--replace` is for a branch, `--pr` asks for somebody's review")
+
+
 def _check_word(option: str, word: str, known: Iterable[str]) -> None:
     words = [str(each) for each in known]
     if word not in words:

@@ -20,6 +20,9 @@ class Progress(Protocol):
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """A file is complete under its final name."""
 
+    def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
+        """A repository has a file."""
+
 
 class Watcher(Protocol):
     """Hears how a proof goes on."""
@@ -54,4 +57,7 @@ class Silent:
         """Ignore."""
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Ignore."""
+
+    def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
         """Ignore."""

@@ -39,8 +39,8 @@ def last_files(
     """
     makers: dict[str, Callable[[], bytes]] = {
         INDEX_NAME: lambda: index_json(plan),
-        RECORD_NAME: lambda: _json(_record(plan, source_record, version)),
-        CARD_NAME: lambda: _card(plan, base_card, version),
+        RECORD_NAME: lambda: _json(record_of(plan, source_record, version)),
+        CARD_NAME: lambda: _card(plan, source_record, base_card, version),
         CONFIG_NAME: lambda: _json(plan.config),
         ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
         ITERATION_FOLDER + FORMAT_NAME: lambda: json.dumps(FORMAT).encode(),
@@ -133,7 +133,7 @@ def index_json(plan: Plan) -> bytes:
     ).encode()
 
 
-def _record(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -> dict[str, Any]:
+def record_of(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -> dict[str, Any]:
     """Return lingconv.json: where these weights come from and what was done to them."""
     reasons: dict[str, dict[str, int]] = {}
     for item in plan.dropped:
@@ -144,6 +144,7 @@ def _record(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -
         "schema": "lingconv.record/1",
         "lingconv": version,
         "source": plan.source,
+        "revision": plan.sources[-1].revision,
         "family": plan.family,
         "plan_digest": plan.digest,
         "options": plan.options.to_json(),
@@ -151,6 +152,7 @@ def _record(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -
         "dropped": reasons,
     }
     if plan.weighting:
+        record["weighting"] = plan.weighting
         record["sources"] = [
             {"uri": source.uri, "revision": source.revision, "weight": source.weight}
             for source in plan.sources
@@ -160,10 +162,13 @@ def _record(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -
     return record
 
 
-def _card(plan: Plan, base_card: str, version: str) -> bytes:
-    from lingconv.card import average_card  # with huggingface_hub, which nothing else here needs
+def _card(
+    plan: Plan, source_record: Mapping[str, Any] | None, base_card: str, version: str
+) -> bytes:
+    from lingconv.hub import card  # with huggingface_hub, which nothing else here needs
 
-    return average_card(plan, base_card, version).encode()
+    described = card.Described(record_of(plan, source_record, version), plan.config, base_card)
+    return card.model_card(described).encode()
 
 
 def _json(value: Any) -> bytes:

@@ -121,12 +121,12 @@ def _moves(transfer: Transfer) -> Iterator[_Move]:
     for part, target in enumerate(transfer.target.extents):
         offset = target.offset
         for segment in transfer.segments:
-            extent = _rows_of(segment, part)
+            extent = rows_of(segment, part)
             yield _Move(extent, offset)
             offset += extent.nbytes
 
 
-def _rows_of(segment: Segment, part: int) -> Extent:
+def rows_of(segment: Segment, part: int) -> Extent:
     """Return the bytes of a segment in tensor `part` of its source (0 elements, 1 scales)."""
     source = segment.source
     extent = source.extents[part]

@@ -122,6 +122,9 @@ class SynthStorage:
         """Open the virtual weights."""
         return SynthBlob(list(self.tensors.values()), self._roles, self._seed)
 
+    def release(self, name: str) -> None:
+        """Do nothing: nothing is held."""
+
 
 class SynthBlob:
     """Computes the bytes that are asked for."""

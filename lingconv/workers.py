@@ -7,7 +7,7 @@ piece, so that even one of a terabyte goes on where a kill left it.
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lingconv.behind import Filled, Turns
+from lingconv.delivery import Delivery
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
+from lingconv.feed import Feed, sources_of
 from lingconv.framing import frames, seals
 from lingconv.journal import RunFolder
 from lingconv.plan import Container, OutputFile, Plan
@@ -55,6 +57,14 @@ class _Task(NamedTuple):
     piece: int
 
 
+def _tasks(file: OutputFile) -> Iterator[_Task]:
+    """Yield the strips of a file, each with its piece."""
+    position = 0
+    for strip in lower(file):
+        yield _Task(strip, position // PIECE_BYTES)
+        position += written_bytes(strip)
+
+
 class _OpenFile:
     """An output file being filled: its strips, and how many are taken but not yet written.
 
@@ -67,6 +77,7 @@ class _OpenFile:
         path: Path,
         done: Collection[int],
         checksums: Mapping[int, tuple[int, int]],
+        feed: Feed,
         *,
         sparse: bool,
     ) -> None:
@@ -75,7 +86,8 @@ class _OpenFile:
         self.writer = ThreadPoolExecutor(1, "write")
         self.held_bytes = 0
         self._in_flight: Counter[int] = Counter()
-        self._tasks = self._missing(done)
+        feed.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
+        self._tasks = feed.ahead(self._missing(done), lambda task: task.strip)
         self._next = next(self._tasks, None)
         # Only archives state checksums of their elements.
         summed = file.container in (Container.TORCH_DIST, Container.TORCH) and not sparse
@@ -91,14 +103,7 @@ class _OpenFile:
     @cached_property
     def sources(self) -> set[tuple[int, str]]:
         """Return the files that this one is made of, each with its source's number."""
-        return {
-            (number, extent.file)
-            for transfer in self.file.transfers
-            for term in transfer.terms
-            for number in term.sources
-            for segment in term.segments
-            for extent in segment.source.extents
-        }
+        return sources_of(self.file)
 
     @property
     def has_strips(self) -> bool:
@@ -107,15 +112,11 @@ class _OpenFile:
 
     def _missing(self, done: Collection[int]) -> Iterator[_Task]:
         """Yield the strips of all pieces but those in `done`."""
-        position = 0
-        for strip in lower(self.file):
-            piece = position // PIECE_BYTES
-            nbytes = written_bytes(strip)
-            position += nbytes
-            if piece in done:
-                self.held_bytes += nbytes
+        for task in _tasks(self.file):
+            if task.piece in done:
+                self.held_bytes += written_bytes(task.strip)
             else:
-                yield _Task(strip, piece)
+                yield task
 
     def take(self) -> _Task | None:
         """Return the next strip."""
@@ -152,8 +153,10 @@ class Crew:
         storages: Sequence[Storage],
         folder: RunFolder,
         progress: Progress,
+        delivery: Delivery,
         *,
         sparse: bool,
+        ahead_bytes: int = 0,
     ) -> None:
         self._sparse = sparse
         self._plan = plan
@@ -161,9 +164,11 @@ class Crew:
         self._folder = folder
         self._progress = progress
         self._lock = threading.Lock()
-        self._waiting: Iterator[OutputFile] = iter(())
+        self._delivery = delivery
+        self._waiting: deque[OutputFile] = deque()
         self._open: list[_OpenFile] = []
         self._opened = [OpenedFiles(storage) for storage in storages]
+        self._feed = Feed(storages, self._opened, ahead_bytes)
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
@@ -171,7 +176,8 @@ class Crew:
 
         Raises the first error that any of them met.
         """
-        self._waiting = iter(files)
+        self._waiting.extend(files)
+        self._feed.begin(files)
         with ExitStack() as stack:
             for opened in self._opened:
                 stack.enter_context(opened)
@@ -204,7 +210,7 @@ class Crew:
                 if not waiting[-1].is_alive():
                     waiting.pop()
             except KeyboardInterrupt as exc:
-                self._stop(exc)
+                self.stop(exc)
 
     def _load_transcoder(self) -> None:
         """Import numba while the first bytes are copied, if rows are to follow."""
@@ -229,46 +235,58 @@ class Crew:
                 filled = Filled()
                 filler.fill(task.strip, filled, turns.free())
                 if behind:
-                    turns.hand_over(file.writer.submit(self._write, file, task.piece, filled))
+                    turns.hand_over(file.writer.submit(self._write, file, task, filled))
                 else:
-                    self._write(file, task.piece, filled)
+                    self._write(file, task, filled)
             turns.wait()
         except BaseException as exc:  # handed to the thread that waits in `fill`
-            self._stop(exc)
+            self.stop(exc)
 
-    def _write(self, file: _OpenFile, piece: int, filled: Filled) -> None:
-        """Write what a worker filled of a piece."""
+    def _write(self, file: _OpenFile, task: _Task, filled: Filled) -> None:
+        """Write what a worker filled of a strip."""
         for data, offset in filled.parts:
             written = file.output.write(data, offset)
             self._progress.advance(file.file.name, written)
-        self._release(file, piece)
+        self._feed.done(file.file.name, task.strip)
+        self._release(file, task.piece)
 
-    def _stop(self, error: BaseException) -> None:
+    def stop(self, error: BaseException) -> None:
+        """Have everybody stop, for the first of the errors that were met."""
         if isinstance(error, KeyboardInterrupt):
             error = Interrupted("interrupted", hint=SAME_COMMAND)
         with self._lock:
             self._error = self._error or error
 
     def _take(self, mine: _OpenFile | None) -> tuple[_OpenFile, _Task] | None:
-        """Return a strip: of the worker's own file, of a new one, or of one that needs help."""
-        with self._lock:
-            if self._error is not None:
-                return None
-            if mine is None or not mine.has_strips:
-                mine = self._begin_file() or next((f for f in self._open if f.has_strips), None)
-            task = mine.take() if mine else None
-            return (mine, task) if mine and task else None
+        """Return a strip: of the worker's own file, of a new one, or of one that needs help.
+
+        Waits where the next file has no room before others are delivered.
+        """
+        while True:
+            with self._lock:
+                if self._error is not None:
+                    return None
+                if mine is None or not mine.has_strips:
+                    mine = self._begin_file() or next((f for f in self._open if f.has_strips), None)
+                task = mine.take() if mine else None
+                if mine and task:
+                    return mine, task
+                if not self._waiting:
+                    return None
+            self._delivery.wait()
 
     def _begin_file(self) -> _OpenFile | None:
-        file = next(self._waiting, None)
-        if file is None:
+        """Open the next file, if there is one and there is room for it."""
+        if not self._waiting or not self._delivery.has_room(self._waiting[0]):
             return None
+        file = self._waiting.popleft()
         done = self._folder.pieces(file.name, file.nbytes)
         opened = _OpenFile(
             file,
             self._folder.partial(file.name),
             done,
             self._folder.checksums(file.name),
+            self._feed,
             sparse=self._sparse,
         )
         self._open.append(opened)
@@ -303,3 +321,4 @@ class Crew:
             self._folder.finish(file.file.name)
         seconds = time.monotonic() - file.started
         self._progress.file_ends(file.file.name, file.file.nbytes, seconds)
+        self._delivery.deliver(file.file)

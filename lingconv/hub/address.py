@@ -3,6 +3,8 @@
 Whatever does not begin like one is a local path; nothing is guessed.
 """
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 from lingconv.errors import UsageError
@@ -25,6 +27,18 @@ class HubAddress(NamedTuple):
         return f"{SCHEME}{self.repository}{revision}{path}"
 
 
+class HubFile(NamedTuple):
+    """A file as the Hub lists it; `digest` is the SHA-256 of a large one, else its git blob id."""
+
+    size: int
+    digest: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it lies in large-file storage."""
+        return len(self.digest) == 64
+
+
 def is_hub(place: object) -> bool:
     """Return whether a place is meant to be on the Hub."""
     return str(place).startswith((SCHEME, "https://", "http://"))
@@ -42,3 +56,19 @@ def parse_address(text: str) -> HubAddress:
     if found.type != "model":
         raise UsageError(f"{text} is a {found.type}, not a model", hint=_FORM)
     return HubAddress(found.id, found.revision or "", found.path_in_repo.rstrip("/"))
+
+
+def staging_folder(address: HubAddress, staging: Path | None) -> Path:
+    """Return where files are kept until a repository has them: the same for the same address.
+
+    Below `staging`, or the user's cache. An address may end with the name of a GGUF file.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lingconv"
+    revision = address.revision.replace("/", "--")
+    name = address.repository.replace("/", "--") + (f"@{revision}" if revision else "")
+    if address.path and (not address.path.endswith(".gguf") or "/" in address.path):
+        raise UsageError(
+            f"{address}: only whole repositories are written",
+            hint="leave the path out, or name a GGUF file",
+        )
+    return (staging or base / "staging") / name / address.path

@@ -129,7 +129,7 @@ def translated(error: Exception, uri: str) -> LingconvError:
         return NetworkError(
             f"{uri} cannot be reached: HF_HUB_OFFLINE is set", hint="unset it, or name a folder"
         )
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         return NetworkError(
             f"{uri} is not in the local cache, and HF_HUB_OFFLINE is set",
             hint="unset it, or download the repository first",

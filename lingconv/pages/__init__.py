@@ -23,9 +23,18 @@ def check() -> None:
 
 def render(template: str, **values: Any) -> str:
     """Return a page of this folder's templates, all values escaped."""
+    return _render(template, values, escaped=True)
+
+
+def render_text(template: str, **values: Any) -> str:
+    """Return a text of this folder's templates, values as they are."""
+    return _render(template, values, escaped=False)
+
+
+def _render(template: str, values: dict[str, Any], *, escaped: bool) -> str:
     folder = files("lingconv.pages")
     environment = Environment(
-        autoescape=True,
+        autoescape=escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),

@@ -49,3 +49,6 @@ class Storage(Protocol):
 
     def open(self, name: str) -> Blob:
         """Open a file for strip-wise reading."""
+
+    def release(self, name: str) -> None:
+        """Hear that a file is not going to be read any more."""

@@ -30,7 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
-from lingconv.hub.address import HubAddress, parse_address
+from lingconv.hub.address import HubAddress, HubFile, parse_address
 from lingconv.hub.client import Backoff, Unfinished, hub_api, patiently, translated
 from lingconv.storage import Blob, FileStat, Storage
 from lingconv.storage.local import LocalBlob, LocalStorage
@@ -44,18 +44,6 @@ _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _REFUSED = (400, 401, 403, 404, 410)  # what stores answer to a link that ran out
 
 
-class HubFile(NamedTuple):
-    """A file as the Hub lists it; `digest` is the SHA-256 of a large one, else its git blob id."""
-
-    size: int
-    digest: str
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it lies in large-file storage."""
-        return len(self.digest) == 64
-
-
 def list_files(repository: str, commit: str) -> dict[str, HubFile]:
     """Return every file of a repository at a commit.
 
@@ -66,10 +54,7 @@ def list_files(repository: str, commit: str) -> dict[str, HubFile]:
     def listing() -> dict[str, HubFile]:
         tree = hub_api().list_repo_tree(repository, recursive=True, revision=commit)
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return {
-            file.path: HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-            for file in files
-        }
+        return {file.path: as_listed(file) for file in files}
 
     found = patiently(where, listing)
     for name in found:
@@ -77,6 +62,11 @@ def list_files(repository: str, commit: str) -> dict[str, HubFile]:
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
             raise CheckpointError(f"{where} lists a file that leads out of it: {name!r}")
     return found
+
+
+def as_listed(file: RepoFile) -> HubFile:
+    """Return what the Hub says of a file."""
+    return HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
 
 
 def find_commit(address: HubAddress) -> str:
@@ -144,12 +134,16 @@ class HubStorage:
 
     def open(self, name: str) -> Blob:
         """Open a file: its copy in the local cache, or the one on the Hub."""
-        cached = self._cached(name)
+        cached = self.cached(name)
         if cached is not None:
             return LocalBlob(cached)
-        return HubBlob(self._remote(name), self._blocks, self._threads)
+        return HubBlob(self.remote(name), self._blocks, self._threads)
 
-    def _cached(self, name: str) -> Path | None:
+    def release(self, name: str) -> None:
+        """Do nothing: what was read is not kept."""
+
+    def cached(self, name: str) -> Path | None:
+        """Return where a file is in the local cache, if it is."""
         path = try_to_load_from_cache(
             self.address.repository, self._full_name(name), revision=self.address.revision
         )
@@ -160,7 +154,8 @@ class HubStorage:
     def _full_name(self, name: str) -> str:
         return f"{self.address.path}/{name}" if self.address.path else name
 
-    def _remote(self, name: str) -> "RemoteFile":
+    def remote(self, name: str) -> "RemoteFile":
+        """Return the file on the Hub."""
         if name not in self._remotes:
             where = self.address._replace(path=self._full_name(name))
             self._remotes[name] = RemoteFile(where, HubFile(*self.stat(name)))

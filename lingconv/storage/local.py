@@ -94,6 +94,9 @@ class LocalStorage:
         """Open a file."""
         return LocalBlob(self.root / name)
 
+    def release(self, name: str) -> None:
+        """Do nothing: the files are the user's."""
+
 
 def _stat(path: Path) -> FileStat:
     with _explained(str(path)):

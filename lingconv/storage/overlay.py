@@ -39,3 +39,7 @@ class Overlay:
     def open(self, name: str) -> Blob:
         """Open a file of the storage."""
         return self._storage.open(name)
+
+    def release(self, name: str) -> None:
+        """Tell the storage."""
+        self._storage.release(name)

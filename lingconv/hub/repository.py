@@ -1,0 +1,251 @@
+"""A repository that is written to: what it holds, and commits that go on from what was seen.
+
+Every commit names the one that it follows. When somebody else's came in between, or the answer to
+one of ours was lost, the repository is looked at again: a commit that is there is not made twice,
+files of others are left alone, and ours are never put in their place unseen.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+
+from lingconv.checkpoint import CARD_NAME
+from lingconv.errors import CheckpointError, DestinationError, LingconvError, PermissionDenied
+from lingconv.hub.address import HubAddress, HubFile
+from lingconv.hub.card import MARK
+from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
+from lingconv.options import PublishOptions
+from lingconv.storage.hub import RemoteFile, as_listed, find_commit, list_files
+
+MAIN = "main"
+_MOVED = (409, 412)
+_CHUNK_BYTES = 4 << 20
+
+
+class Commit(NamedTuple):
+    """A commit of a repository: its address, and where to look at it."""
+
+    address: str
+    url: str
+
+
+class Repository:
+    """A branch or pull request of a model repository. One thread commits at a time."""
+
+    def __init__(self, address: HubAddress, options: PublishOptions) -> None:
+        disable_progress_bars()  # lingconv draws its own
+        self.address = address._replace(path="")
+        self.files: Mapping[str, HubFile] = {}
+        self.head = ""
+        self._options = options
+        self._api = hub_api()
+
+    def prepare(self, pull_request: int = 0) -> int:
+        """Create what is to be created, make sure that it may be written, and look at it.
+
+        `pull_request` is the number of the one that an earlier run opened. Returns the number of
+        the one that is written to, or 0.
+        """
+        name, uri = self.address.repository, str(self.address)
+        if self._options.create:
+            private = not self._options.public
+            patiently(uri, lambda: self._api.create_repo(name, private=private, exist_ok=True))
+        branch = self.address.revision
+        if branch and not branch.startswith("refs/"):
+            self._find()
+            patiently(uri, lambda: self._api.create_branch(name, branch=branch, exist_ok=True))
+        if self._options.pull_request:
+            number = pull_request or self._open_pull_request()
+            self.address = self.address._replace(revision=f"refs/pr/{number}")
+            pull_request = number
+        self.look()
+        self._check_access()
+        return pull_request
+
+    def _find(self) -> None:
+        """Raise PermissionDenied when there is no such repository, and say how to get one."""
+        try:
+            find_commit(self.address._replace(revision=""))
+        except PermissionDenied as exc:
+            raise PermissionDenied(exc.message, hint=f"{exc.hint}; or `--create` it") from exc
+
+    def _open_pull_request(self) -> int:
+        self._find()
+        name = self.address.repository
+
+        def create() -> int:
+            return self._api.create_pull_request(name, title="Upload with lingconv").num
+
+        return patiently(str(self.address), create)
+
+    def _check_access(self) -> None:
+        """Ask the Hub how it would take a file; that is refused where nothing may be written."""
+        probe = CommitOperationAdd("lingconv.txt", b"may this be written?")
+        patiently(
+            str(self.address),
+            lambda: self._api.preupload_lfs_files(
+                self.address.repository, [probe], revision=self.address.revision or None
+            ),
+        )
+
+    def look(self) -> None:
+        """Find out what the repository holds now."""
+        if not self.head:
+            self._find()
+        self.head = find_commit(self.address)
+        self.files = list_files(self.address.repository, self.head)
+
+    def _look_at(self, names: list[str]) -> None:
+        """Find out what the newest commit that was seen holds under some names."""
+        name = self.address.repository
+
+        def look() -> dict[str, HubFile]:
+            found = self._api.get_paths_info(name, names, revision=self.head)
+            return {file.path: as_listed(file) for file in found if isinstance(file, RepoFile)}
+
+        rest = {path: file for path, file in self.files.items() if path not in names}
+        self.files = {**rest, **patiently(str(self.address), look)}
+
+    def holds_content(self, name: str, path: Path) -> bool:
+        """Return whether the repository has the content of a local file under a name."""
+        held = self.files.get(name)
+        if held is None or held.size != path.stat().st_size:
+            return False
+        return held == described(path, is_large=held.is_large)
+
+    def may_replace_card(self) -> bool:
+        """Return whether there is no card, or one that lingconv wrote."""
+        held = self.files.get(CARD_NAME)
+        if held is None:
+            return True
+        where = self.address._replace(revision=self.head, path=CARD_NAME)
+        card = bytearray(held.size)
+        RemoteFile(where, held).fetch(0, memoryview(card))
+        return MARK.encode() in card
+
+    def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, HubFile]:
+        """Put files into the repository in one commit; return what it has now for each of them.
+
+        What is there already is not sent. Raises DestinationError when somebody else changed the
+        same files since they were seen.
+        """
+        new = {
+            name: content
+            for name, content in contents.items()
+            if not (isinstance(content, Path) and self.holds_content(name, content))
+        }
+        additions = [CommitOperationAdd(name, content) for name, content in new.items()]
+        if additions:
+            self._commit(additions, message)
+        return {name: self.files[name] for name in contents}
+
+    def delete(self, names: Sequence[str], message: str) -> None:
+        """Remove files, in one commit."""
+        if names:
+            self._commit([CommitOperationDelete(name, is_folder=False) for name in names], message)
+
+    def _commit(
+        self, operations: "Sequence[CommitOperationAdd | CommitOperationDelete]", message: str
+    ) -> None:
+        names = [operation.path_in_repo for operation in operations]
+        seen = {name: self.files.get(name) for name in names}
+        backoff = Backoff()
+        while True:
+            try:
+                info = self._api.create_commit(
+                    self.address.repository,
+                    list(operations),
+                    commit_message=message,
+                    revision=self.address.revision or None,
+                    parent_commit=self.head,
+                )
+            except LingconvError:
+                raise
+            except Exception as exc:
+                moved = status_of(exc) in _MOVED
+                if not moved and not backoff.pause(exc):
+                    raise translated(exc, str(self.address)) from exc
+                self.look()
+                if _is_done(operations, self.files):
+                    return
+                self._refuse_changed(seen)
+            else:
+                self.head = info.oid
+                self._look_at(names)
+                return
+
+    def _refuse_changed(self, seen: Mapping[str, HubFile | None]) -> None:
+        """Raise DestinationError where files are not what they were before a commit was tried."""
+        changed = [name for name, file in seen.items() if self.files.get(name) != file]
+        if changed:
+            raise DestinationError(
+                f"{self.address}: somebody else changed what was going to be written",
+                details=changed,
+                hint="look at its history, then run the same command again",
+            )
+
+    def check(self, expected: Mapping[str, HubFile]) -> None:
+        """Raise CheckpointError unless the repository lists these files, byte for byte."""
+        self.look()
+        wrong = [
+            f"{name}: {self.files.get(name, 'not there')}, expected {file}"
+            for name, file in expected.items()
+            if self.files.get(name) != file
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.address} does not hold what was sent", details=wrong,
+                hint="somebody else may be writing it; run the same command again",
+            )  # fmt: skip
+
+    @property
+    def commit_now(self) -> Commit:
+        """The newest commit that was seen."""
+        url = f"{self._api.endpoint}/{self.address.repository}/commit/{self.head}"
+        return Commit(str(self.address._replace(revision=self.head)), url)
+
+
+def _is_done(
+    operations: "Sequence[CommitOperationAdd | CommitOperationDelete]",
+    files: Mapping[str, HubFile],
+) -> bool:
+    """Return whether a repository is as operations were to make it."""
+    for operation in operations:
+        held = files.get(operation.path_in_repo)
+        if isinstance(operation, CommitOperationDelete):
+            if held is not None:
+                return False
+        elif held is None or held != _content(operation, is_large=held.is_large):
+            return False
+    return True
+
+
+def _content(operation: CommitOperationAdd, *, is_large: bool) -> HubFile:
+    """Return what the Hub lists of a file that was added."""
+    if is_large:
+        return HubFile(operation.upload_info.size, operation.upload_info.sha256.hex())
+    content = operation.path_or_fileobj
+    data = content if isinstance(content, bytes) else Path(str(content)).read_bytes()
+    return HubFile(len(data), git_hash(data))
+
+
+def described(path: Path, *, is_large: bool) -> HubFile:
+    """Return what the Hub would list of a local file: its size, and the hash of its content."""
+    if not is_large:
+        data = path.read_bytes()
+        return HubFile(len(data), git_hash(data))
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return HubFile(path.stat().st_size, digest.hexdigest())
+
+
+def git_hash(data: bytes) -> str:
+    """Return the name that git has for a file of that content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

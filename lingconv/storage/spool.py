@@ -1,0 +1,181 @@
+"""Whole files of a repository, fetched just ahead of the work and deleted right after it.
+
+The order in which files are going to be needed is known. As many are fetched ahead as there is room
+for; what has no room when it is needed is read by byte ranges instead, so that nothing ever waits
+for disk that it holds itself. A file that was fetched whole is checked against its SHA-256.
+"""
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from lingconv.hub.address import HubFile
+from lingconv.hub.client import Unfinished, patiently, status_of
+from lingconv.storage import Blob, FileStat
+from lingconv.storage.hub import HubStorage
+from lingconv.storage.local import LocalBlob
+
+_AT_ONCE = 2
+_CHUNK_BYTES = 4 << 20
+
+
+class Spool:
+    """A HubStorage whose files `order` are fetched into `folder`, at most `max_bytes` at a time."""
+
+    parallel_reads = HubStorage.parallel_reads
+
+    def __init__(
+        self, storage: HubStorage, folder: Path, order: Sequence[str], max_bytes: int
+    ) -> None:
+        self.uri = storage.uri
+        self._storage = storage
+        self._folder = folder
+        self._room = max_bytes
+        self._coming: dict[str, Future[Path]] = {}
+        self._ahead = [name for name in order if storage.cached(name) is None]
+        self._given_up: set[str] = set()
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "download")
+        with self._lock:
+            self._fetch_ahead()
+
+    def files(self) -> Mapping[str, FileStat]:
+        """Return every file."""
+        return self._storage.files()
+
+    def stat(self, name: str) -> FileStat:
+        """Return what the storage says of a file."""
+        return self._storage.stat(name)
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return bytes of a file."""
+        return self._storage.read(name, offset, size)
+
+    def open(self, name: str) -> Blob:
+        """Open a file; nothing is waited for before it is read."""
+        if self._storage.cached(name) is not None:
+            return self._storage.open(name)
+        return SpooledBlob(self, name)
+
+    def open_ranges(self, name: str) -> Blob:
+        """Open a file that there is no room for."""
+        return self._storage.open(name)
+
+    def want(self, name: str) -> "Future[Path] | None":
+        """Return where a file is or is going to be; None when there is no room for it."""
+        with self._lock:
+            if name not in self._coming and name not in self._given_up:
+                if self._fits(name):
+                    self._fetch(name)
+                else:
+                    self._given_up.add(name)
+            return self._coming.get(name)
+
+    def release(self, name: str) -> None:
+        """Delete a file, and fetch what there is room for now."""
+        with self._lock:
+            self._given_up.add(name)
+            coming = self._coming.pop(name, None)
+        if coming is not None:
+            coming.cancel()
+            coming.add_done_callback(lambda done: self._delete(name, done))
+
+    def _delete(self, name: str, done: "Future[Path]") -> None:
+        if not done.cancelled() and done.exception() is None:
+            done.result().unlink(missing_ok=True)
+        with self._lock:
+            self._room += self.stat(name).size
+            self._fetch_ahead()
+
+    def _fits(self, name: str) -> bool:
+        return self.stat(name).size <= self._room
+
+    def _fetch_ahead(self) -> None:
+        while self._ahead:
+            name = self._ahead[0]
+            if name not in self._coming and name not in self._given_up:
+                if not self._fits(name):
+                    return
+                self._fetch(name)
+            self._ahead.pop(0)
+
+    def _fetch(self, name: str) -> None:
+        self._room -= self.stat(name).size
+        self._coming[name] = self._threads.submit(self._download, name)
+
+    def _download(self, name: str) -> Path:
+        where = self._storage.remote(name).address
+
+        def once() -> Path:
+            try:
+                found = hf_hub_download(
+                    where.repository, where.path, revision=where.revision, local_dir=self._folder
+                )
+            except OSError as exc:
+                if status_of(exc) or exc.errno is not None:
+                    raise
+                raise Unfinished("what arrived has another size") from exc
+            path = Path(found)
+            if not _is_whole(path, HubFile(*self.stat(name))):
+                path.unlink()
+                raise Unfinished("what arrived is not what the listing says")
+            return path
+
+        return patiently(str(where), once)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class SpooledBlob:
+    """An open file of a spool."""
+
+    descriptor = None
+
+    def __init__(self, spool: Spool, name: str) -> None:
+        self._spool = spool
+        self._name = name
+        self._blob: Blob | None = None
+        self._lock = threading.Lock()
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Have the file fetched; or those bytes, when there is no room for all of it."""
+        if self._spool.want(self._name) is None:
+            self._opened().expect(offset, nbytes)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        self._opened().read_into(offset, buffer)
+
+    def _opened(self) -> Blob:
+        with self._lock:
+            if self._blob is None:
+                coming = self._spool.want(self._name)
+                if coming is None:
+                    self._blob = self._spool.open_ranges(self._name)
+                else:
+                    self._blob = LocalBlob(coming.result())
+            return self._blob
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._blob is not None:
+            self._blob.close()
+
+
+def _is_whole(path: Path, file: HubFile) -> bool:
+    """Return whether a file has the size and, if it is a large one, the SHA-256 of the listing."""
+    if path.stat().st_size != file.size:
+        return False
+    if not file.is_large:
+        return True
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == file.digest
