@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lingconv import engine
 from lingconv.containers.gguf import SUFFIX
 from lingconv.engine import Publish, Resources, Result, execute
 from lingconv.errors import DestinationError, UsageError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lingconv.hub.publisher import Publisher
+    from lingconv.hub.push import Pushed
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
     from lingconv.verification.diff import Diff
@@ -78,6 +80,17 @@ def plan(
     """
     options = _named(options or ConvertOptions(), Path(destination))
     return build_plan(open_model(source, formats=formats, given=given), options)
+
+
+def disk_needed(
+    plan: Plan, destination: str | Path, resources: Resources | None = None
+) -> tuple[Path, int]:
+    """Return the folder where a run keeps what it writes, and the most bytes that are there."""
+    resources = resources or Resources()
+    if not is_hub(destination):
+        return Path(destination), engine.disk_needed(plan, resources, publishes=False)
+    folder = staging_folder(parse_address(str(destination)), resources.staging)
+    return folder, engine.disk_needed(plan, resources, publishes=True)
 
 
 def convert(
@@ -204,6 +217,8 @@ def synth(
     fresh: bool = False,
 ) -> Result:
     """Write a checkpoint of random weights: `config` is a preset or a config.json."""
+    if is_hub(destination):
+        raise UsageError("random weights are written to a folder", hint="then `lingconv push` it")
     model = synthetic_model(
         config, layers=layers, dense_layers=dense_layers, mtp=mtp, seed=seed, formats=formats
     )
@@ -323,6 +338,34 @@ def diff(
         values=values,
         jobs=jobs or num_processors() + 1,
         watcher=watcher or Unwatched(),
+    )
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    publish: PublishOptions | None = None,
+    *,
+    verdict: str | Path | None = None,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+) -> "Pushed":
+    """Put a finished folder into a repository: weights first, index, config and card last.
+
+    `verdict` is what `verify --json` printed, for the card's table; `report` goes along. Nothing is
+    sent that the Hub has already: the same call again goes on.
+    """
+    from lingconv.hub import push as pushing  # with huggingface_hub
+
+    address = parse_address(repository)
+    if address.path:
+        raise UsageError(f"{repository}: a folder becomes a whole repository, leave the path out")
+    return pushing.push(
+        Path(folder),
+        address,
+        publish or PublishOptions(),
+        pushing.read_proof(verdict, report),
+        progress,
     )
 
 

@@ -20,9 +20,10 @@ from lingconv.errors import LingconvError, ResourceError
 from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import allow_open_files, free_bytes, num_processors
+from lingconv.options import Target
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress, Silent
-from lingconv.sidecars import last_files
+from lingconv.sidecars import last_files, record_json
 from lingconv.storage import Storage
 from lingconv.storage.output import explained_writing
 from lingconv.strips import peak_memory
@@ -139,6 +140,8 @@ def execute(
         else:
             for name, data in last.items():
                 replace_file(folder.root / name, [data])
+            if plan.options.layout == Target.GGUF:  # nothing beside the file tells what it is
+                replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
             folder.complete()
     named = place_of(destination).name
     where = str(folder.root / plan.files[0].name if named else destination)
@@ -194,6 +197,19 @@ def _fetched(
         stack.callback(spool.close)
         found.append(spool)
     return found
+
+
+def disk_needed(plan: Plan, resources: Resources, *, publishes: bool) -> int:
+    """Return the most bytes that a run has on disk, of what it writes and of what it fetches."""
+    share = resources.disk_share(publishes=publishes)
+    largest = max(file.nbytes for file in plan.files)
+    written = share or _AT_ONCE * largest
+    fetched = 0
+    if resources.download:
+        read = {key for file in plan.files for key in sources_of(file)}
+        sizes = [plan.sources[number].files[name].size for number, name in read]
+        fetched = min(sum(sizes), share or _AT_ONCE * max(sizes))
+    return fetched + (min(plan.write_bytes, written) if publishes else plan.write_bytes)
 
 
 def check_disk(destination: Path, need_bytes: int) -> None:

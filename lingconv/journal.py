@@ -30,6 +30,7 @@ from lingconv.version import __version__
 
 STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
+JOURNAL_NAME = "journal.jsonl"
 _IDENTITY_NAME = "run.json"
 _COMMITS = "commits"
 
@@ -164,11 +165,11 @@ class RunFolder:
             if inside:  # the record may have come with a folder from a stranger
                 (self.root / name).unlink(missing_ok=True)
                 (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        for name in (_IDENTITY_NAME, "journal.jsonl"):
+        for name in (_IDENTITY_NAME, JOURNAL_NAME):
             (self.state / name).unlink(missing_ok=True)
 
     def _read_journal(self) -> None:
-        path = self.state / "journal.jsonl"
+        path = self.state / JOURNAL_NAME
         for line in path.read_text("utf-8").splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
@@ -238,9 +239,7 @@ class RunFolder:
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry) + "\n"
-        journal = os.open(
-            self.state / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-        )
+        journal = os.open(self.state / JOURNAL_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(journal, line.encode())
         finally:
@@ -248,7 +247,7 @@ class RunFolder:
 
     def complete(self) -> None:
         """Note that everything is there: the journal has served its purpose."""
-        (self.state / "journal.jsonl").unlink(missing_ok=True)
+        (self.state / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def pinned_commits(destination: Path) -> dict[str, str]:
@@ -293,7 +292,7 @@ def _stat(path: Path) -> list[int]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -20,6 +20,9 @@ class Progress(Protocol):
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """A file is complete under its final name."""
 
+    def sending(self, nbytes: int) -> None:
+        """Files of so many bytes are going to be sent to a repository."""
+
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
         """A repository has a file."""
 
@@ -57,6 +60,9 @@ class Silent:
         """Ignore."""
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Ignore."""
+
+    def sending(self, nbytes: int) -> None:
         """Ignore."""
 
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:

@@ -39,7 +39,7 @@ def last_files(
     """
     makers: dict[str, Callable[[], bytes]] = {
         INDEX_NAME: lambda: index_json(plan),
-        RECORD_NAME: lambda: _json(record_of(plan, source_record, version)),
+        RECORD_NAME: lambda: record_json(plan, source_record, version),
         CARD_NAME: lambda: _card(plan, source_record, base_card, version),
         CONFIG_NAME: lambda: _json(plan.config),
         ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
@@ -160,6 +160,11 @@ def record_of(plan: Plan, source_record: Mapping[str, Any] | None, version: str)
     if source_record is not None:
         record["source_record"] = source_record
     return record
+
+
+def record_json(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -> bytes:
+    """Return lingconv.json."""
+    return _json(record_of(plan, source_record, version))
 
 
 def _card(

@@ -1,7 +1,6 @@
 """`lingconv convert`: from any checkpoint to another layout, dtype or shard size."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from lingconv.cli.options import (
     Formats,
     Fresh,
     FromMainParams,
+    HubWords,
     Limits,
     Printed,
     Said,
@@ -26,7 +26,7 @@ from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.targets import Asked
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
-from lingconv.options import ConvertOptions, VerifyOptions
+from lingconv.options import ConvertOptions, PublishOptions, VerifyOptions
 from lingconv.recognise import Given
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def convert(
     verify: Verify = False,
     fresh: Fresh = False,
     limits: Limits,
+    hub: HubWords,
     formats: Formats = None,
     said: Said,
     from_main_params: FromMainParams = False,
@@ -55,18 +56,20 @@ def convert(
     """Convert a checkpoint. The same command resumes a run that was stopped.
 
     Examples: `lingconv convert Ling-1T-FP8 Ling-1T --dtype bf16`,
-    `lingconv convert Ling-1T-FP8 Ling-1T-Q4_K_M.gguf --outtype q4_k_m --split-max-size 50GB`
+    `lingconv convert Ling-1T-FP8 Ling-1T-Q4_K_M.gguf --outtype q4_k_m --split-max-size 50GB`,
+    `lingconv convert hf://inclusionAI/Ling-1T hf://me/Ling-1T-FP8 --dtype fp8 --create`
     """
     options, given = asked.options(destination), said.given(main_params=from_main_params)
     if dry_run:
         built = api.plan(source, options, destination=destination, formats=formats, given=given)
-        plan_command.show(built, destination, limits.resources, verbose=printed.verbose)
+        plan_command.show(built, destination, hub.resources(limits), verbose=printed.verbose)
         return
     run(
         source,
         destination,
         options,
-        limits.resources,
+        hub.resources(limits),
+        hub.publish.options,
         formats=formats,
         given=given,
         fresh=fresh,
@@ -75,10 +78,11 @@ def convert(
 
 
 def run(
-    source: Path,
-    destination: Path,
+    source: str,
+    destination: str,
     options: ConvertOptions,
     limits: Resources,
+    publish: PublishOptions,
     *,
     formats: str | None,
     given: Given | None = None,
@@ -96,6 +100,7 @@ def run(
             resources=limits,
             progress=progress,
             fresh=fresh,
+            publish=publish,
         )
     verdict = None
     if verify:
@@ -131,6 +136,7 @@ def show(
     value: dict[str, Any] = {
         "schema": SCHEMA,
         "destination": result.destination,
+        "commit_url": result.commit_url,
         "digest": result.digest,
         "files_written": result.files_written,
         "files_found_finished": found,
@@ -139,11 +145,11 @@ def show(
         "warnings": list(result.warnings),
         **(more or {}),
     }
-    proof = []
+    proof = [result.commit_url] if result.commit_url else []
     if verdict is not None:
         value["verdict"] = verdict.to_json()
-        proof = verify_command.lines(verdict, verbose=output.verbose)
-    output.result([line, *proof], value, result.destination)
+        proof += verify_command.lines(verdict, verbose=output.verbose)
+    output.result([line, *proof], value, result.commit_url or result.destination)
     for warning in result.warnings:
         output.warning(warning)
     if verdict is not None and not verdict.ok:

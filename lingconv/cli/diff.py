@@ -1,7 +1,6 @@
 """`lingconv diff`: what differs between two checkpoints, as they are stored."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,8 +18,8 @@ _MAX_SHOWN = 20
 
 @grouped
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a checkpoint.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     values: Annotated[
         bool, typer.Option("--values/--no-values", help="Read the tensors, not only headers.")
     ] = True,

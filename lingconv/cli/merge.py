@@ -16,6 +16,7 @@ from lingconv.cli.options import (
     Formats,
     Fresh,
     FromMainParams,
+    HubWords,
     Limits,
     Printed,
     Said,
@@ -49,6 +50,7 @@ def experts(
     verify: Verify = False,
     fresh: Fresh = False,
     limits: Limits,
+    hub: HubWords,
     formats: Formats = None,
     said: Said,
     printed: Printed,
@@ -67,7 +69,8 @@ def experts(
         source,
         destination,
         options,
-        limits.resources,
+        hub.resources(limits),
+        hub.publish.options,
         formats=formats,
         given=said.given(),
         fresh=fresh,
@@ -141,14 +144,15 @@ class WeightWords:
         typer.Option("--lower-is-better", help="Scores are losses.", rich_help_panel=WEIGHTS),
     ] = False
 
-    def chosen(self, sources: list[Path]) -> list[Path]:
+    def chosen(self, sources: list[str]) -> list[str]:
         """Return the checkpoints that take part, in their order."""
         if bool(self.top) != (self.scores is not None):
             raise UsageError("`--top` and `--scores` belong together")
         if self.scores is None:
             return sources
-        names = [str(source) for source in sources]
-        places = weighting.best(names, self.scores, self.top, lower_is_better=self.lower_is_better)
+        places = weighting.best(
+            sources, self.scores, self.top, lower_is_better=self.lower_is_better
+        )
         return [sources[place] for place in places]
 
     def weighting(self, count: int) -> Weighting:
@@ -175,7 +179,7 @@ class WeightWords:
 @grouped
 def checkpoints(
     sources: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="SRC...", help="Checkpoints of one training run, oldest first."),
     ],
     destination: Destination,
@@ -200,6 +204,7 @@ def checkpoints(
     ] = None,
     fresh: Fresh = False,
     limits: Limits,
+    hub: HubWords,
     formats: Formats = None,
     said: Said,
     from_main_params: FromMainParams = False,
@@ -224,7 +229,7 @@ def checkpoints(
         built, _ = api.plan_average(
             chosen, weights, options, destination=destination, formats=formats, given=given
         )
-        plan_command.show(built, destination, limits.resources, verbose=printed.verbose)
+        plan_command.show(built, destination, hub.resources(limits), verbose=printed.verbose)
         return
     with make_progress() as progress:
         result = api.merge_checkpoints(
@@ -235,31 +240,32 @@ def checkpoints(
             report=report,
             formats=formats,
             given=given,
-            resources=limits.resources,
+            resources=hub.resources(limits),
             progress=progress,
             fresh=fresh,
+            publish=hub.publish.options,
         )
     convert.show(result, more=_in_json(chosen, weights))
 
 
-def _weight_lines(sources: list[Path], weights: Weighting) -> list[str]:
+def _weight_lines(sources: list[str], weights: Weighting) -> list[str]:
     """Return a table and a plot of the weights."""
     block = "\u2588" if "utf" in (sys.stderr.encoding or "").lower() else "#"
-    width = max(len(str(source)) for source in sources)
+    width = max(len(source) for source in sources)
     rates = (1.0, *weights.decay)
     largest = max(weights.weights)
     lines = [f"{weights.name} of {len(sources)} checkpoints: learning rate, weight"]
     for source, weight, rate in zip(sources, weights.weights, rates, strict=True):
         bar = block * round(_BAR_WIDTH * weight / largest)
-        lines.append(f"  {source!s:<{width}}  {rate:6.4f}  {weight:8.6f}  {bar}")
+        lines.append(f"  {source:<{width}}  {rate:6.4f}  {weight:8.6f}  {bar}")
     return lines
 
 
-def _in_json(sources: list[Path], weights: Weighting) -> dict[str, Any]:
+def _in_json(sources: list[str], weights: Weighting) -> dict[str, Any]:
     return {
         "weighting": weights.name,
         "sources": [
-            {"uri": str(source), "weight": weight}
+            {"uri": source, "weight": weight}
             for source, weight in zip(sources, weights.weights, strict=True)
         ],
     }

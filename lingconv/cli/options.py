@@ -1,7 +1,7 @@
 """The options that most commands share: what is read, what a run may use, what is printed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +11,24 @@ from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
+from lingconv.options import PublishOptions
 from lingconv.recognise import Given
 
 RUN = "Run"
+HUB = "Hub"
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="Checkpoint to read: a folder, or a .gguf file.")
+    str,
+    typer.Argument(
+        metavar="SRC", help="Checkpoint to read: a folder, a .gguf file, or hf://org/name[@rev]."
+    ),
 ]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, or NAME.gguf.")]
+Destination = Annotated[
+    str,
+    typer.Argument(
+        metavar="DST", help="Folder to write, NAME.gguf, or hf://org/name[@branch][/NAME.gguf]."
+    ),
+]
 Formats = Annotated[
     str | None, typer.Option("--formats", metavar="PATH", help="Family file or folder of your own.")
 ]
@@ -93,6 +103,37 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishWords:
+    """How a repository is written to."""
+
+    create: Annotated[
+        bool,
+        typer.Option("--create", help="Create the repository, private.", rich_help_panel=HUB),
+    ] = False
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="With `--create`: for all to see.", rich_help_panel=HUB),
+    ] = False
+    pull_request: Annotated[
+        bool,
+        typer.Option("--pr", help="Write to a new pull request.", rich_help_panel=HUB),
+    ] = False
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Remove another checkpoint that the repository holds.",
+            rich_help_panel=HUB,
+        ),
+    ] = False
+
+    @property
+    def options(self) -> PublishOptions:
+        """The request."""
+        return PublishOptions(self.create, self.public, self.pull_request, self.replace)
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """What the user says of SRC's model."""
 
@@ -114,6 +155,49 @@ class Said:
         pairs = [pair("--set", text, "KEY=VALUE") for text in self.settings or ()]
         values = {key: _value(text) for key, text in pairs}
         return Given(_read_config(self.config) if self.config else None, values, main_params)
+
+
+@dataclass(frozen=True, slots=True)
+class HubWords:
+    """What is allowed while SRC or DST is on the Hub."""
+
+    publish: PublishWords
+    max_disk: Annotated[
+        str,
+        typer.Option(
+            "--max-disk",
+            metavar="SIZE",
+            help="Most disk for weights that are only passing through; two of the largest files.",
+            rich_help_panel=HUB,
+        ),
+    ] = ""
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Fetch whole files just ahead of the work, instead of byte ranges.",
+            rich_help_panel=HUB,
+        ),
+    ] = False
+    staging: Annotated[
+        Path | None,
+        typer.Option(
+            "--staging",
+            metavar="DIR",
+            envvar="LINGCONV_STAGING",
+            help="Where files are kept until the Hub has them; the user's cache by default.",
+            rich_help_panel=HUB,
+        ),
+    ] = None
+
+    def resources(self, limits: Limits) -> Resources:
+        """Return what a run may use."""
+        return replace(
+            limits.resources,
+            max_disk_bytes=parse_size(self.max_disk) if self.max_disk else 0,
+            download=self.download,
+            staging=self.staging,
+        )
 
 
 FromMainParams = Annotated[

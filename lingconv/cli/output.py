@@ -37,6 +37,11 @@ class Output:
         if not self.quiet:
             self._say(text)
 
+    def event(self, name: str, **values: Any) -> None:
+        """Tell a program what happens, on a line of its own."""
+        if not self.quiet:
+            self._say(json.dumps({"event": name, **values}))
+
     def warning(self, text: str) -> None:
         """Say what is odd, but not in the way."""
         self._say(f"{_paint('warning', '33')}: {text}")

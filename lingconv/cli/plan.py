@@ -12,6 +12,7 @@ from lingconv.cli.options import (
     Destination,
     Formats,
     FromMainParams,
+    HubWords,
     Limits,
     Printed,
     Said,
@@ -40,6 +41,7 @@ def plan(
     ] = None,
     *,
     limits: Limits,
+    hub: HubWords,
     formats: Formats = None,
     said: Said,
     from_main_params: FromMainParams = False,
@@ -58,7 +60,7 @@ def plan(
     )
     if plan_file is not None:
         save(built, plan_file)
-    show(built, destination, limits.resources, verbose=printed.verbose)
+    show(built, destination, hub.resources(limits), verbose=printed.verbose)
 
 
 def save(plan: Plan, path: Path) -> None:
@@ -69,17 +71,19 @@ def save(plan: Plan, path: Path) -> None:
         raise UsageError(f"{path} cannot be written: {exc.strerror}") from exc
 
 
-def show(plan: Plan, destination: Path, limits: Resources, *, verbose: bool) -> None:
+def show(plan: Plan, destination: str, limits: Resources, *, verbose: bool) -> None:
     """Print a plan for people or as JSON."""
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
+    folder, needed_bytes = api.disk_needed(plan, destination, limits)
     summary = {
         "schema": SCHEMA,
         "source": plan.source,
-        "destination": str(destination),
+        "destination": destination,
         "digest": plan.digest,
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
-        "free_bytes": free_bytes(destination),
+        "disk_bytes": needed_bytes,
+        "free_bytes": free_bytes(folder),
         "jobs": jobs,
         "buffer_bytes": buffers,
         "total_parameters": plan.total_parameters,
@@ -95,7 +99,7 @@ def show(plan: Plan, destination: Path, limits: Resources, *, verbose: bool) -> 
 
 
 def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
-    enough = summary["free_bytes"] >= plan.write_bytes
+    enough = summary["free_bytes"] >= summary["disk_bytes"]
     shown = plan.files if verbose else plan.files[:_MAX_FILES]
     lines = [
         f"{plan.source} -> {summary['destination']}",
@@ -109,7 +113,8 @@ def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
                 ("write", f"{file_size(plan.write_bytes)} in {len(plan.files)} weight files"),
                 (
                     "disk",
-                    f"{file_size(plan.write_bytes)} needed, {file_size(summary['free_bytes'])} free"
+                    f"{file_size(summary['disk_bytes'])} needed,"
+                    f" {file_size(summary['free_bytes'])} free"
                     + ("" if enough else ": NOT ENOUGH"),
                 ),
                 (

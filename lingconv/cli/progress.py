@@ -1,7 +1,8 @@
 """Progress on stderr: bars on a terminal, lines in a log.
 
 A row for the whole run, counted in bytes of output, and one for each file that is being written.
-Finished files become lines. `LINGCONV_PROGRESS=auto|bar|log|none` decides; auto looks at stderr.
+Finished files become lines. With `--json` everything that happens is a JSON object on a line.
+`LINGCONV_PROGRESS=auto|bar|log|none` decides; auto looks at stderr.
 """
 
 import os
@@ -34,6 +35,7 @@ from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent, Unwatched, Watcher
 
 _LOG_EVERY_S = 30.0
+_EVENT_EVERY_S = 1.0
 _SAMPLE_EVERY_S = 0.25
 _SAMPLES = 20
 
@@ -153,6 +155,15 @@ class Bars(Silent):
         self._bars.remove_task(self._rows.pop(name))
         self._bars.console.print(_finished(name, nbytes, seconds), highlight=False)
 
+    def sending(self, nbytes: int) -> None:
+        """Show a row for what the Hub gets."""
+        self._sent = self._bars.add_task("sent", total=nbytes)
+
+    def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
+        """Move that row, and say so."""
+        self._bars.advance(self._sent, nbytes)
+        self._bars.console.print(_sent(name, nbytes, seconds), highlight=False)
+
 
 class Lines(Silent):
     """A line for each finished file, and a summary every 30 seconds."""
@@ -206,6 +217,56 @@ class Lines(Silent):
         """Say that a file is complete."""
         output.note(_finished(name, nbytes, seconds))
 
+    def sending(self, nbytes: int) -> None:
+        """Note how much the Hub is to get."""
+        self._unsent = nbytes
+
+    def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
+        """Say that the Hub has a file, and how much it still lacks."""
+        self._unsent -= nbytes
+        output.note(f"{_sent(name, nbytes, seconds)}, {file_size(self._unsent)} to go")
+
+
+class Events(Silent):
+    """A JSON object for each thing that happens, a line of stderr each, for programs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spoken = time.monotonic()
+        self._written = 0
+
+    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+        """Say what is going to be done."""
+        total = sum(file.nbytes for file in plan.files)
+        output.event("begin", source=plan.source, files=len(plan.files), bytes=total, done=done)
+
+    def file_begins(self, name: str, nbytes: int, held: int) -> None:
+        """Say that a file is opened."""
+        output.event("file_begins", file=name, bytes=nbytes, held_bytes=held)
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Say once a second how much is written."""
+        with self._lock:
+            self._written += nbytes
+            now = time.monotonic()
+            if now - self._spoken < _EVENT_EVERY_S:
+                return
+            self._spoken = now
+            written = self._written
+        output.event("written", bytes=written, peak_rss_bytes=peak_resident_bytes())
+
+    def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
+        """Say that a file is complete."""
+        output.event("file_ends", file=name, bytes=nbytes, seconds=round(seconds, 3))
+
+    def sending(self, nbytes: int) -> None:
+        """Say how much the Hub is going to get."""
+        output.event("sending", bytes=nbytes)
+
+    def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
+        """Say that the Hub has a file."""
+        output.event("file_sent", file=name, bytes=nbytes, seconds=round(seconds, 3))
+
 
 def _headline(plan: Plan) -> str:
     return f"{plan.source} -> {plan.options.layout}: {', '.join(plan.encodings())}"
@@ -214,6 +275,10 @@ def _headline(plan: Plan) -> str:
 def _finished(name: str, nbytes: int, seconds: float) -> str:
     rate = nbytes / seconds if seconds else 0.0
     return f"{name}  {file_size(nbytes)}  {file_size(rate)}/s"
+
+
+def _sent(name: str, nbytes: int, seconds: float) -> str:
+    return f"sent {_finished(name, nbytes, seconds)}"
 
 
 def _resuming(plan: Plan, done: int) -> str:
@@ -278,4 +343,6 @@ def make_progress() -> AbstractContextManager[Progress]:
     wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
     if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
         return Bars()
-    return nullcontext(Silent()) if wanted == "none" else Lines()
+    if wanted == "none":
+        return nullcontext(Silent())
+    return nullcontext(Events()) if output.json else Lines()

@@ -7,7 +7,16 @@ import typer
 
 from lingconv.cli import convert
 from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Destination, Formats, Fresh, Limits, Printed, Source, Verify
+from lingconv.cli.options import (
+    Destination,
+    Formats,
+    Fresh,
+    HubWords,
+    Limits,
+    Printed,
+    Source,
+    Verify,
+)
 from lingconv.cli.targets import Fp8Words, OutputWords
 from lingconv.options import TargetDType
 
@@ -25,6 +34,7 @@ def quantize(
     verify: Verify = False,
     fresh: Fresh = False,
     limits: Limits,
+    hub: HubWords,
     formats: Formats = None,
     printed: Printed,
 ) -> None:
@@ -38,7 +48,8 @@ def quantize(
         source,
         destination,
         options,
-        limits.resources,
+        hub.resources(limits),
+        hub.publish.options,
         formats=formats,
         fresh=fresh,
         verify=verify,

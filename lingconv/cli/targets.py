@@ -372,7 +372,7 @@ class Asked:
     gguf: GgufWords
     megatron: MegatronWords
 
-    def options(self, destination: Path) -> ConvertOptions:
+    def options(self, destination: str) -> ConvertOptions:
         """Return the request; the name of DST may say the layout."""
         return replace(
             self.output.options(),
@@ -390,9 +390,9 @@ def shard_bytes(text: str) -> int | None:
     return parse_size(text) if text else None
 
 
-def layout_of(to: Target | None, destination: Path) -> str:
+def layout_of(to: Target | None, destination: str) -> str:
     """Return the layout that is asked for, in words or by the name of DST."""
-    return to or (Target.GGUF if destination.suffix == SUFFIX else Target.HF)
+    return to or (Target.GGUF if destination.endswith(SUFFIX) else Target.HF)
 
 
 def _words(path: Path) -> list[str]:

@@ -31,7 +31,7 @@ Report = Annotated[
 def verify(
     source: Source,
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder of the checkpoint that SRC became.")
+        str, typer.Argument(metavar="DST", help="The checkpoint that SRC became, named likewise.")
     ],
     level: Annotated[
         Level | None,

@@ -18,6 +18,7 @@ from lingconv.pages import render_text
 from lingconv.provenance import repository_of
 
 MARK = "<!-- made by lingconv -->"
+END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
 _FLOAT_OUTTYPES = ("auto", "f32", "f16", "bf16")
 _FORWARD_NAMES = {
@@ -51,7 +52,10 @@ def model_card(described: Described) -> str:
     """Return README.md."""
     data, text = _parse(described.base_card)
     front = ModelCardData(ignore_metadata_errors=True, **_front_matter(described, data)).to_yaml()
-    return f"---\n{front}\n---\n{_section(described)}\n{text.strip()}".strip() + "\n"
+    if MARK in text:  # a card of lingconv's own: the part that it made is made anew
+        text = text.partition(END_MARK)[2]
+    section = _section(described).strip()
+    return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
 
 
 def _parse(card: str) -> tuple[dict[str, Any], str]:

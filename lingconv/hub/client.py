@@ -5,6 +5,7 @@ tried again, with growing pauses, or after as long as the server asks for; the r
 of lingconv's own tree. No message repeats a header, a token or a signed link.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, logging
 
 from lingconv.errors import (
     SAME_COMMAND,
@@ -86,7 +87,12 @@ def patiently(uri: str, action: Callable[[], T]) -> T:
 
 
 def hub_api() -> HfApi:
-    """Return the client of the Hub, which says in its requests who is asking."""
+    """Return the client of the Hub, which says in its requests who is asking.
+
+    What it would tell of its tries holds signed links; lingconv says itself what is worth saying.
+    """
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity(logging.ERROR)
     return HfApi(library_name="lingconv", library_version=__version__)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lingconv.checkpoint import CARD_NAME
-from lingconv.errors import DestinationError, ResourceError
+from lingconv.errors import ResourceError
 from lingconv.hub.address import HubAddress
 from lingconv.hub.card import Described, model_card
 from lingconv.hub.repository import Commit, Repository
@@ -86,6 +86,7 @@ class Publisher:
                 self._waiting.append(file)
             else:
                 todo.append(file)
+        self._progress.sending(sum(file.nbytes for file in [*self._waiting, *todo]))
         self._thread.start()
         return todo
 
@@ -100,14 +101,7 @@ class Publisher:
         if not self._folder.sent:  # what says that a checkpoint is complete is not from this run
             foreign += [n for n in last_names(self._plan) if n in self._repository.files]
         foreign = [name for name in foreign if name != CARD_NAME]
-        if self._options.replace:
-            self._repository.delete(foreign, "Make room for another checkpoint")
-        elif foreign:
-            raise DestinationError(
-                f"{self._repository.address} holds another checkpoint",
-                details=foreign,
-                hint="choose another repository or branch, or remove what it holds: `--replace`",
-            )
+        self._repository.make_room(foreign, replace=self._options.replace)
 
     def has_room(self, file: OutputFile) -> bool:
         """Take the disk that a file needs, if there is so much of it."""

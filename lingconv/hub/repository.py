@@ -24,7 +24,6 @@ from lingconv.storage.hub import RemoteFile, as_listed, find_commit, list_files
 
 MAIN = "main"
 _MOVED = (409, 412)
-_CHUNK_BYTES = 4 << 20
 
 
 class Commit(NamedTuple):
@@ -111,12 +110,13 @@ class Repository:
         rest = {path: file for path, file in self.files.items() if path not in names}
         self.files = {**rest, **patiently(str(self.address), look)}
 
-    def holds_content(self, name: str, path: Path) -> bool:
-        """Return whether the repository has the content of a local file under a name."""
+    def holds(self, name: str, content: Path | bytes) -> bool:
+        """Return whether the repository has a content, that of a file or bytes, under a name."""
         held = self.files.get(name)
-        if held is None or held.size != path.stat().st_size:
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if held is None or held.size != size:
             return False
-        return held == described(path, is_large=held.is_large)
+        return held == described(content, is_large=held.is_large)
 
     def may_replace_card(self) -> bool:
         """Return whether there is no card, or one that lingconv wrote."""
@@ -134,15 +134,21 @@ class Repository:
         What is there already is not sent. Raises DestinationError when somebody else changed the
         same files since they were seen.
         """
-        new = {
-            name: content
-            for name, content in contents.items()
-            if not (isinstance(content, Path) and self.holds_content(name, content))
-        }
+        new = {name: content for name, content in contents.items() if not self.holds(name, content)}
         additions = [CommitOperationAdd(name, content) for name, content in new.items()]
         if additions:
             self._commit(additions, message)
         return {name: self.files[name] for name in contents}
+
+    def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
+        """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
+        if foreign and not replace:
+            raise DestinationError(
+                f"{self.address} holds another checkpoint",
+                details=foreign,
+                hint="choose another repository or branch, or remove what it holds: `--replace`",
+            )
+        self.delete(foreign, "Make room for another checkpoint")
 
     def delete(self, names: Sequence[str], message: str) -> None:
         """Remove files, in one commit."""
@@ -230,20 +236,18 @@ def _content(operation: CommitOperationAdd, *, is_large: bool) -> HubFile:
     if is_large:
         return HubFile(operation.upload_info.size, operation.upload_info.sha256.hex())
     content = operation.path_or_fileobj
-    data = content if isinstance(content, bytes) else Path(str(content)).read_bytes()
-    return HubFile(len(data), git_hash(data))
+    return described(content if isinstance(content, bytes) else Path(str(content)), is_large=False)
 
 
-def described(path: Path, *, is_large: bool) -> HubFile:
-    """Return what the Hub would list of a local file: its size, and the hash of its content."""
+def described(content: Path | bytes, *, is_large: bool) -> HubFile:
+    """Return what the Hub would list of a content: its size, and its hash."""
     if not is_large:
-        data = path.read_bytes()
+        data = content if isinstance(content, bytes) else content.read_bytes()
         return HubFile(len(data), git_hash(data))
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return HubFile(path.stat().st_size, digest.hexdigest())
+    if isinstance(content, bytes):
+        return HubFile(len(content), hashlib.sha256(content).hexdigest())
+    with content.open("rb") as file:
+        return HubFile(content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def git_hash(data: bytes) -> str:

@@ -13,7 +13,7 @@ from lingconv.storage import FileStat, Storage
 
 MAX_JSON_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.js)
 # Weights in formats that the reader does not take here: never carried over as small files.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
 _Header = tuple[list[StoredTensor], list[Fault]] | HeaderError
 
 
@@ -192,7 +192,7 @@ def sort_other_files(
             continue
         if name.endswith(".safetensors"):
             ignored[name] = stat, "weights that the index does not name"
-        elif name.endswith((*_OTHER_WEIGHTS, ".safetensors.index.json")):
+        elif name.endswith((*OTHER_WEIGHTS, ".safetensors.index.json")):
             ignored[name] = stat, "weights in another format"
         elif name.endswith(".partial"):
             ignored[name] = stat, "an unfinished file"

@@ -6,6 +6,7 @@ for disk that it holds itself. A file that was fetched whole is checked against 
 """
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,6 @@ from lingconv.storage.hub import HubStorage
 from lingconv.storage.local import LocalBlob
 
 _AT_ONCE = 2
-_CHUNK_BYTES = 4 << 20
 
 
 class Spool:
@@ -128,8 +128,10 @@ class Spool:
         return patiently(str(where), once)
 
     def close(self) -> None:
-        """Stop fetching."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Stop fetching; what was begun stays, to be gone on with."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if not self._coming:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class SpooledBlob:
@@ -174,8 +176,5 @@ def _is_whole(path: Path, file: HubFile) -> bool:
         return False
     if not file.is_large:
         return True
-    digest = hashlib.sha256()
     with path.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest() == file.digest
+        return hashlib.file_digest(opened, "sha256").hexdigest() == file.digest

@@ -1,0 +1,217 @@
+"""A finished folder into a repository: weights first, what makes them a checkpoint last.
+
+Nothing is sent that the Hub has already, so that the same command goes on after a kill; at its end
+sizes and hashes of all files are compared with what the Hub lists.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingconv.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME
+from lingconv.containers import gguf, safetensors
+from lingconv.errors import CheckpointError, DestinationError, UsageError
+from lingconv.hub.address import HubAddress, HubFile
+from lingconv.hub.card import Described, model_card
+from lingconv.hub.repository import Commit, Repository
+from lingconv.journal import JOURNAL_NAME, PARTIAL_SUFFIX, STATE_NAME
+from lingconv.options import PublishOptions
+from lingconv.progress import Progress, Silent
+from lingconv.readers import read_checkpoint
+from lingconv.readers.gguf import GgufReader, models_in
+from lingconv.readers.safetensors import OTHER_WEIGHTS
+from lingconv.storage.local import LocalStorage
+from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
+from lingconv.version import __version__
+
+_WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
+_BATCH_BYTES = 50_000_000_000
+_BATCH_FILES = 50
+REPORT_NAME = "lingconv-verify.html"
+
+
+class Pushed(NamedTuple):
+    """What a push did; files that the Hub had already count as found."""
+
+    commit: Commit
+    files_sent: int
+    bytes_sent: int
+    files_found: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What `verify` said: its JSON document, and its report."""
+
+    verdict: Mapping[str, Any] | None = None
+    report: Path | None = None
+
+
+def read_proof(verdict: str | Path | None, report: str | Path | None) -> Proof:
+    """Return what `verify` left in files; raise UsageError when that is something else."""
+    value = _read_json(Path(verdict)) if verdict else None
+    if value is not None and value.get("schema") != VERDICT_SCHEMA:
+        raise UsageError(f"{verdict} is not what `lingconv verify --json` prints")
+    if report and not Path(report).is_file():
+        raise UsageError(f"{report} is not there")
+    return Proof(value, Path(report) if report else None)
+
+
+def push(
+    folder: Path,
+    address: HubAddress,
+    options: PublishOptions,
+    proof: Proof,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Put a finished checkpoint into a repository; the same call again goes on.
+
+    Raises the errors of `lingconv.errors`: a folder that is not finished or not sound, a repository
+    that holds another checkpoint, or what stands in the way.
+    """
+    started = time.monotonic()
+    options.check()
+    files = _finished_files(folder)
+    weights = {name: folder / name for name in files if name.endswith(_WEIGHTS)}
+    repository = Repository(address, options)
+    repository.prepare()
+    described = _describe(folder, address.repository, sorted(weights), proof)
+    small: dict[str, Path | bytes] = {n: folder / n for n in files if n not in weights}
+    if proof.report is not None:
+        small[REPORT_NAME] = proof.report
+    if described is not None and repository.may_replace_card():
+        small[CARD_NAME] = model_card(described).encode()
+    there = {name for name, path in weights.items() if repository.holds(name, path)}
+    _make_room(repository, weights, there, options)
+    return _Push(repository, progress or Silent(), started).run(weights, there, small)
+
+
+class _Push:
+    def __init__(self, repository: Repository, progress: Progress, started: float) -> None:
+        self._repository = repository
+        self._progress = progress
+        self._started = started
+
+    def run(
+        self, weights: Mapping[str, Path], there: set[str], small: Mapping[str, Path | bytes]
+    ) -> Pushed:
+        missing = {name: path for name, path in weights.items() if name not in there}
+        nbytes = sum(path.stat().st_size for path in missing.values())
+        self._progress.sending(nbytes)
+        sent: dict[str, HubFile] = {name: self._repository.files[name] for name in there}
+        for batch in _batches(missing):
+            began = time.monotonic()
+            message = f"Add {_words(batch)} ({len(sent) + len(batch)} of {len(weights)})"
+            added = self._repository.commit(batch, message)
+            seconds = (time.monotonic() - began) / len(batch)
+            for name, file in added.items():
+                self._progress.file_sent(name, file.size, seconds)
+            sent |= added
+        last = self._repository.commit(small, f"Complete the checkpoint (lingconv {__version__})")
+        self._repository.check({**sent, **last})
+        return Pushed(
+            self._repository.commit_now,
+            len(missing),
+            nbytes,
+            len(there),
+            time.monotonic() - self._started,
+        )
+
+
+def _batches(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Yield a few files at a time, each of them a commit."""
+    batch: dict[str, Path] = {}
+    nbytes = 0
+    for name, path in files.items():
+        size = path.stat().st_size
+        if batch and (nbytes + size > _BATCH_BYTES or len(batch) == _BATCH_FILES):
+            yield batch
+            batch, nbytes = {}, 0
+        batch[name] = path
+        nbytes += size
+    if batch:
+        yield batch
+
+
+def _words(batch: Mapping[str, Path]) -> str:
+    return next(iter(batch)) if len(batch) == 1 else f"{len(batch)} weight files"
+
+
+def _finished_files(folder: Path) -> list[str]:
+    """Return the files of a checkpoint, or raise an error that says what it lacks."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    storage = LocalStorage(folder)
+    files = sorted(storage.files())
+    unfinished = [name for name in files if name.endswith(PARTIAL_SUFFIX)]
+    unfinished += [str(path) for path in (folder / STATE_NAME).rglob(JOURNAL_NAME)]
+    if unfinished:
+        raise DestinationError(
+            f"{folder} is not finished",
+            details=unfinished,
+            hint="run the command that writes it again, then push",
+        )
+    models = models_in(files)
+    if len(models) > 1 and not any(name.endswith(".safetensors") for name in files):
+        faults = [fault for name in models for fault in GgufReader(storage, name).read().faults]
+    else:
+        faults = list(read_checkpoint(storage).faults)
+    fatal = [fault for fault in faults if fault.fatal]
+    if fatal:
+        raise CheckpointError(f"{folder} has {len(fatal)} faults", faults=fatal)
+    return files
+
+
+def _describe(
+    folder: Path, repository: str, weights: Sequence[str], proof: Proof
+) -> Described | None:
+    """Return what the card is made of; None where lingconv has no record of the folder."""
+    record = _read_json(folder / RECORD_NAME)
+    if not record:
+        records = sorted((folder / STATE_NAME).glob(f"*{gguf.SUFFIX}/{RECORD_NAME}"))
+        record = _read_json(records[0]) if records else {}
+    if not record:
+        return None
+    card = folder / CARD_NAME
+    return Described(
+        record,
+        _read_json(folder / CONFIG_NAME),
+        card.read_text("utf-8", "replace") if card.exists() else "",
+        repository,
+        weights[0] if weights else "",
+        proof.verdict,
+        REPORT_NAME if proof.report else "",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _make_room(
+    repository: Repository,
+    weights: Mapping[str, Path],
+    there: set[str],
+    options: PublishOptions,
+) -> None:
+    """Remove what would make a mixture of two checkpoints, or refuse to make one."""
+    shards = [name for name in weights if not name.endswith(gguf.SUFFIX)]
+    if not shards:
+        return  # GGUF files stand side by side
+    foreign = [
+        name
+        for name in repository.files
+        if name.endswith(_WEIGHTS) and not name.endswith(gguf.SUFFIX) and name not in weights
+    ]
+    if set(shards) - there:
+        complete = (safetensors.INDEX_NAME, CONFIG_NAME, RECORD_NAME)
+        foreign += [name for name in complete if name in repository.files]
+    repository.make_room(foreign, replace=options.replace)
