@@ -235,6 +235,10 @@ class RunFolder:
         """Note that a repository has a finished file, and remove it here."""
         self._note({"file": name, "sent": list(sent)})
         self.sent[name] = sent
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a finished file."""
         (self.root / name).unlink(missing_ok=True)
 
     def _note(self, entry: Mapping[str, Any]) -> None:

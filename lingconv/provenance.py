@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 from lingconv.errors import LingconvError
 from lingconv.storage import Storage
@@ -18,6 +19,11 @@ def repository_of(uri: str) -> str:
     """Return the Hub repository that `uri` names or whose cached snapshot it is; empty if none."""
     found = _ADDRESS.match(uri) or _SNAPSHOT.search(uri)
     return f"{found[1]}/{found[2]}" if found else ""
+
+
+def name_of(uri: str) -> str:
+    """Return what a checkpoint is called: its repository's name, or its folder's."""
+    return repository_of(uri).rpartition("/")[2] or Path(uri).absolute().name
 
 
 def find_revision(storage: Storage) -> str:

@@ -1,8 +1,8 @@
-"""A small Hub on this machine, for the real client: repositories, commits, large files, and trouble.
+"""A small Hub on this machine, for the real client: repositories, commits, files, and trouble.
 
 It speaks the part of the API that huggingface_hub uses here: repositories, branches, pull requests,
-preupload, LFS batches (one request, or parts), commits, trees, and files by HEAD, by byte ranges and
-through signed links to another host. `Fire` says which request goes wrong, and how.
+preupload, LFS batches (one request, or parts), commits, trees, and files by HEAD, by byte ranges
+and through signed links to another host. `Fire` says which request goes wrong, and how.
 """
 
 import asyncio
@@ -87,6 +87,8 @@ class Hub:
         self.link_uses = None
         self.links = {}
         self.slow_s = 0.0
+        self.bytes_out = Counter()  # by digest
+        self.open_requests = self.most_open_requests = 0
         self.lies = {}  # path -> how many bytes more than there are the listing says
         self.bad_names = []
         self.on_commit = None
@@ -208,7 +210,8 @@ class Hub:
             return _refusal(401, "", "Invalid username or password.")
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         if name in self.repositories:
-            return _refusal(409, "", "You already created this model repo")
+            there = {"error": "You already created this repo", "url": f"{self.endpoint}/{name}"}
+            return JSONResponse(there, 409)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.repositories[name] = Repository(private=private)
         return JSONResponse({"url": f"{self.endpoint}/{name}"})
@@ -373,8 +376,16 @@ class Hub:
             return Response("Request has expired", 403)
         if self.fire.strikes("store 503"):
             return Response("busy", 503)
+        self.open_requests += 1
+        self.most_open_requests = max(self.most_open_requests, self.open_requests)
         await asyncio.sleep(self.slow_s)
-        return self._ranged(request, self.blobs[digest], {"ETag": f'"{digest}"'})
+        self.open_requests -= 1
+        data = self.blobs[digest]
+        if self.fire.strikes("corrupt"):
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        answer = self._ranged(request, data, {"ETag": f'"{digest}"'})
+        self.bytes_out[digest] += int(answer.headers.get("Content-Length", 0))
+        return answer
 
     def _ranged(self, request, data, headers):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
@@ -384,7 +395,7 @@ class Hub:
             if first >= total:
                 return Response("", 416, {"Content-Range": f"bytes */{total}"})
             data, status = data[first : last + 1], 206
-        if self.fire.strikes("short"):
+        if request.method == "GET" and self.fire.strikes("short"):
             data = data[: len(data) // 2 + 1]
         if asked:
             headers = {
@@ -398,7 +409,7 @@ class Hub:
         return Response(data, status, headers)
 
     MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
-    ROUTES = [
+    ROUTES = (
         (("GET",), MODEL, info),
         (("GET",), MODEL + r"/revision/(?P<rev>[^/]+)", info),
         (("GET",), MODEL + r"/tree/(?P<rev>[^/]+)", list_tree),
@@ -421,7 +432,7 @@ class Hub:
             r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)",
             resolve,
         ),
-    ]
+    )
 
 
 def _refusal(status, code, message):

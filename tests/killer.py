@@ -21,6 +21,7 @@ import lingconv.workers
 from lingconv.api import merge_checkpoints
 from lingconv.journal import RunFolder
 from lingconv.weighting import mean
+from tests.noted import Noted
 from tests.support import tree_digest
 
 OPTIONS = {
@@ -42,24 +43,6 @@ def convert(source, target):
         merge_checkpoints(sources, target, mean(3), OPTIONS[KIND], resources=resources)
     else:
         lingconv.convert(source, target, OPTIONS[KIND], resources=resources)
-
-
-class Noted:
-    """Counts the journal's lines, and kills the process after the last one that it is to see."""
-
-    def __init__(self, last):
-        self.last = last
-        self.count = 0
-        self.note = RunFolder._note
-
-    def __call__(self, folder, entry):
-        self.note(folder, entry)
-        self.count += 1
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def __get__(self, folder, kind):
-        return lambda entry: self(folder, entry)
 
 
 def in_child(source, target, last_note=0):

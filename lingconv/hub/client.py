@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from json import JSONDecodeError
 from typing import TypeVar
 
 from huggingface_hub import HfApi
@@ -113,7 +114,8 @@ def is_passing(error: Exception) -> bool:
     status = status_of(error)
     if status:
         return status in _BUSY
-    if isinstance(error, Unfinished | httpx.TransportError):
+    # The client reads some answers as JSON before it looks at their status.
+    if isinstance(error, Unfinished | httpx.TransportError | JSONDecodeError):
         return True
     # Uploads wrap what went wrong; another thread may have closed the session that all share.
     cause = error.__cause__
@@ -161,7 +163,8 @@ def translated(error: Exception, uri: str) -> LingconvError:
     if status and status not in _BUSY:
         return NetworkError(f"{uri}: the Hub answers {status} ({_said(error)})", hint=SAME_COMMAND)
     reason = f"the Hub answers {status}" if status else _plain(error)
-    return NetworkError(f"{uri}: no luck after {TRIES} tries: {reason}", hint=SAME_COMMAND)
+    tried = f"no luck after {TRIES} tries: " if is_passing(error) else ""
+    return NetworkError(f"{uri}: {tried}{reason}", hint=SAME_COMMAND)
 
 
 def _said(error: Exception) -> str:
@@ -172,6 +175,8 @@ def _said(error: Exception) -> str:
 
 
 def _plain(error: BaseException) -> str:
-    """Return the kind of an error and what it says, unless that may hold a link."""
+    """Return the kind of an error's first cause and what it says, unless that may hold a link."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).splitlines()[0] if str(error) else ""
-    return type(error).__name__ if not text or "://" in text else f"{text}"
+    return type(error).__name__ if not text or "://" in text else text

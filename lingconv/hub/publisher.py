@@ -79,6 +79,7 @@ class Publisher:
         for file in self._plan.files:
             sent = self._folder.sent.get(file.name)
             if sent is not None and self._repository.files.get(file.name) == sent:
+                self._folder.remove(file.name)  # a kill may have come before that
                 continue
             self._folder.sent.pop(file.name, None)
             if self._folder.is_finished(file.name, file.nbytes):

@@ -15,6 +15,7 @@ from typing import Any, Self
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint
 from lingconv.containers.gguf import Value, ValueType
 from lingconv.errors import CheckpointError
+from lingconv.provenance import name_of
 
 TOKENIZER = "tokenizer.json"
 _CARD = "README.md"
@@ -38,7 +39,7 @@ class HfFiles:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._temporary = tempfile.TemporaryDirectory(prefix="lingconv-")
-        name = Path(checkpoint.storage.uri).absolute().name
+        name = name_of(checkpoint.storage.uri)
         self.folder = Path(self._temporary.name) / (name or "model")
 
     def __enter__(self) -> Self:

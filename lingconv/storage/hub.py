@@ -23,7 +23,6 @@ from huggingface_hub import (
     constants,
     get_hf_file_metadata,
     hf_hub_url,
-    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.hf_api import RepoFile
@@ -418,6 +417,10 @@ def _cached_snapshot(address: HubAddress) -> Path:
 
     def look() -> str:
         revision = address.revision or None
-        return snapshot_download(address.repository, revision=revision, local_files_only=True)
+        return str(
+            hub_api().snapshot_download(
+                address.repository, revision=revision, local_files_only=True
+            )
+        )
 
     return Path(patiently(str(address), look), address.path)

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from lingconv.hub.address import HubFile
-from lingconv.hub.client import Unfinished, patiently, status_of
+from lingconv.hub.client import Unfinished, hub_api, patiently, status_of
 from lingconv.storage import Blob, FileStat
 from lingconv.storage.hub import HubStorage
 from lingconv.storage.local import LocalBlob
@@ -112,7 +110,7 @@ class Spool:
 
         def once() -> Path:
             try:
-                found = hf_hub_download(
+                found = hub_api().hf_hub_download(
                     where.repository, where.path, revision=where.revision, local_dir=self._folder
                 )
             except OSError as exc:

@@ -1,0 +1,79 @@
+"""A Hub on this machine for a test or a program: the real client is pointed at it, and hurries."""
+
+import os
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from tests.hub_server import TOKEN
+
+# The client's pauses, a hundred times shorter.
+HURRIED = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 100))
+
+
+def point_client_at(monkeypatch, endpoint, home, token=TOKEN):
+    """Let huggingface_hub, imported already, talk to `endpoint` and keep its files in `home`."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    import lingconv.hub.client
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr(lingconv.hub.client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", HURRIED)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    huggingface_hub.close_session()
+
+
+def environment(endpoint, home, token=TOKEN):
+    """Return what a process needs in its environment to talk to `endpoint`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "LINGCONV_"))}
+    return {
+        **kept,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(home),
+        **({"HF_TOKEN": token} if token else {}),
+    }
+
+
+@contextmanager
+def sampled(measure, every_s=0.001):
+    """Measure something again and again meanwhile; yields the list of what was found."""
+    found, stop = [], threading.Event()
+
+    def run():
+        while not stop.is_set():
+            found.append(measure())
+            time.sleep(every_s)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def weight_bytes(folder):
+    """Return the bytes on disk of all weights below a folder, finished or not."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if ".safetensors" in name or ".gguf" in name or name.endswith(".incomplete"):
+                try:
+                    total += os.stat(os.path.join(root, name)).st_size  # noqa: PTH116, PTH118
+                except FileNotFoundError:
+                    continue
+    return total

@@ -1,0 +1,522 @@
+"""Writing to the Hub: straight from a conversion, and a folder that is finished."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load as load_safetensors
+
+import lingconv
+from lingconv import (
+    CheckpointError,
+    ConvertOptions,
+    DestinationError,
+    GgufOptions,
+    NetworkError,
+    PermissionDenied,
+    PublishOptions,
+    ResourceError,
+    Resources,
+    UsageError,
+    convert,
+)
+from lingconv.api import write_report
+from lingconv.hub.card import MARK
+from tests.hub_killer import MAX_DISK
+from tests.hub_server import TOKEN, Fire
+from tests.hub_support import environment, sampled, weight_bytes
+from tests.support import assert_same_model, edit_json, tree_digest
+from tests.test_engine import StopAfter
+from tests.test_hub_read import contents, hub
+
+__all__ = ["hub"]  # the fixture
+
+# huggingface_hub sends bodies in a way that its own HTTP library has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+ROOT = Path(__file__).parents[1]
+FP8 = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
+CREATE = PublishOptions(create=True)
+COMPLETE = {"model.safetensors.index.json", "config.json", "lingconv.json", "README.md"}
+
+
+def assert_published(hub, name, local, revision="main", ignore=()):
+    """Whether a repository holds the files of a local target; its card apart."""
+    own = {"lingconv.json", "README.md", *ignore}
+    found = {k: v for k, v in hub.tree(name, revision).items() if k not in own}
+    wanted = {
+        path.relative_to(local).as_posix(): path.read_bytes()
+        for path in Path(local).rglob("*")
+        if path.is_file() and ".lingconv" not in path.parts
+    }
+    assert found == {k: v for k, v in wanted.items() if k not in own}
+
+
+class Sent(StopAfter):
+    """Raises once the Hub has some files."""
+
+    def file_ends(self, name, nbytes, seconds):
+        pass
+
+    def file_sent(self, name, nbytes, seconds):
+        super().file_ends(name, nbytes, seconds)
+
+
+def test_a_conversion_goes_straight_to_a_repository(hub, golden, tmp_path):
+    result = convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+    repository = hub.repositories["org/out"]
+    assert repository.private
+    ref, head, _, last = repository.log[-1]
+    assert ref == "main"
+    assert set(last) >= COMPLETE
+    assert not any(set(added) & COMPLETE for *_, added in repository.log[:-1])
+    assert result.destination == f"hf://org/out@{head}"
+    assert result.commit_url == f"{hub.endpoint}/org/out/commit/{head}"
+    assert set(hub.stored.values()) == {1}
+    assert hub.leaks == []
+
+
+def test_the_same_command_has_nothing_to_do(hub):
+    first = convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    commits = len(hub.repositories["org/out"].log)
+    again = convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert (again.files_written, again.files_found_finished) == (0, first.files_written)
+    assert again.destination == first.destination
+    assert len(hub.repositories["org/out"].log) == commits
+
+
+def test_what_others_read_of_it(hub, golden, tmp_path):
+    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    folder = Path(HfApi().snapshot_download("org/out", local_dir=tmp_path / "down"))
+    convert(golden, tmp_path / "local", FP8)
+    assert_same_model(folder, tmp_path / "local")
+    for data in hub.tree("org/out").items():
+        if data[0].endswith(".safetensors"):
+            assert load_safetensors(data[1])
+    assert lingconv.verify(golden, "hf://org/out").ok
+
+
+@pytest.mark.parametrize("room", [0, 310_000, 650_000])
+def test_disk_stays_within_bounds(hub, tmp_path, room, golden):
+    staging = tmp_path / "staging"
+    resources = Resources(max_disk_bytes=room, staging=staging)
+    hub.slow_s = 0.02
+    with sampled(lambda: weight_bytes(staging)) as found:
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
+    assert 0 < max(found) <= (room or 2 * 303_976)
+    assert found[-1] == 0 or weight_bytes(staging) == 0
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+
+
+def test_both_ways_through_a_small_disk(hub, tmp_path, golden):
+    """Whole files come and go while others are written and sent: all within one bound."""
+    staging = tmp_path / "staging"
+    room = 3_700_000
+    resources = Resources(max_disk_bytes=room, staging=staging, download=True)
+    with sampled(lambda: weight_bytes(staging)) as found:
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
+    assert 1_700_000 < max(found) <= room
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_happens(hub):
+    resources = Resources(max_disk_bytes=200_000)
+    with pytest.raises(ResourceError, match="the largest file has 303,976 bytes") as caught:
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
+    assert "--max-shard-size" in caught.value.hint
+    assert "org/out" not in hub.repositories
+
+
+def test_sending_and_writing_overlap(hub, tmp_path):
+    """While a file is on its way the next ones are written."""
+    events = []
+
+    class Order(Sent):
+        def file_begins(self, name, nbytes, held):
+            events.append("begins")
+
+        def file_sent(self, name, nbytes, seconds):
+            events.append("sent")
+
+    hub.slow_s = 0.05
+    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, progress=Order(0))
+    first_sent = events.index("sent")
+    assert "begins" in events[first_sent:]
+    assert events[:first_sent].count("begins") >= 2
+
+
+def test_fifty_kills_under_fire(golden, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hub_killer", golden, tmp_path, "50"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["killed"] >= 40, seen
+    assert (seen["different"], seen["sent again"], seen["failed"]) == (0, 0, 0), seen
+    assert seen["disk"] <= MAX_DISK, seen
+    assert seen["rss"] <= seen["quiet rss"] + (32 << 20), seen
+    assert (seen["leaks"], seen["tokens"]) == (0, []), seen
+    kinds = ("429", "503", "cut", "short", "expired", "etag", "upload cut", "commit lost")
+    assert all(seen["met"][kind] for kind in kinds), seen
+
+
+def test_an_interrupted_run_goes_on_and_sends_nothing_twice(hub, golden, tmp_path):
+    arguments = ("hf://org/tiny-ling-v2", "hf://org/out", FP8)
+    for _ in range(2):
+        with pytest.raises(lingconv.Interrupted):
+            convert(*arguments, publish=CREATE, progress=Sent(3))
+    convert(*arguments, publish=CREATE)
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+    assert set(hub.stored.values()) == {1}
+
+
+def test_from_another_machine_nothing_that_is_there_is_sent_again(hub, golden, tmp_path):
+    arguments = ("hf://org/tiny-ling-v2", "hf://org/out", FP8)
+    with pytest.raises(lingconv.Interrupted):
+        convert(*arguments, publish=CREATE, progress=Sent(5))
+    convert(*arguments, publish=CREATE, resources=Resources(staging=tmp_path / "elsewhere"))
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+    assert set(hub.stored.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["upload cut", "upload 503", "commit fails", "commit lost"])
+def test_trouble_with_sending(hub, golden, tmp_path, kind):
+    hub.fire = Fire(seed=5, **{kind: 0.3})
+    hub.part_bytes = 100_000
+    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert hub.fire.met[kind]
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+    added = [name for *_, names in hub.repositories["org/out"].log for name in names]
+    assert len(added) == len(set(added)), "a commit was made twice"
+
+
+def test_a_hub_that_stays_broken(hub):
+    hub.fire = Fire(**{"commit fails": 1.0})
+    with pytest.raises(NetworkError, match="after 9 tries: the Hub answers 500") as caught:
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert "same command" in caught.value.hint
+    hub.fire = Fire()
+    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert set(hub.stored.values()) == {1}
+
+
+def test_somebody_else_commits_in_between(hub, golden, tmp_path):
+    def intrude(repository, ref):
+        hub.on_commit = None
+        files = {**repository.files(ref)[1], **hub.put({"NOTES.md": b"by hand"})}
+        repository.commit(ref, files, "notes", ["NOTES.md"])
+
+    hub.on_commit = intrude
+    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert hub.tree("org/out")["NOTES.md"] == b"by hand"
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local", ignore=["NOTES.md"])
+
+
+def test_somebody_else_writes_the_same_files(hub):
+    def intrude(repository, ref):
+        name = "model-00001-of-00014.safetensors"
+        files = {**repository.files(ref)[1], **hub.put({name: b"another"})}
+        repository.commit(ref, files, "mine", [name])
+
+    hub.on_commit = intrude
+    with pytest.raises(DestinationError, match="somebody else changed") as caught:
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert caught.value.exit_code == 7
+    assert caught.value.details == ("model-00001-of-00014.safetensors",)
+
+
+def test_branches_and_pull_requests(hub, golden, tmp_path):
+    hub.add("org/out", {"README.md": b"# mine"})
+    convert(golden, tmp_path / "local", FP8)
+    convert(golden, "hf://org/out@fp8", FP8)
+    assert_published(hub, "org/out", tmp_path / "local", "fp8")
+    assert hub.tree("org/out", "fp8")["README.md"] == b"# mine"  # somebody's own card stays
+    assert set(hub.tree("org/out")) == {"README.md"}
+    request = PublishOptions(pull_request=True)
+    with pytest.raises(lingconv.Interrupted):
+        convert(golden, "hf://org/out", FP8, publish=request, progress=Sent(2))
+    result = convert(golden, "hf://org/out", FP8, publish=request)
+    assert hub.repositories["org/out"].pulls == 1
+    assert_published(hub, "org/out", tmp_path / "local", "refs/pr/1")
+    assert set(hub.tree("org/out")) == {"README.md"}
+    assert result.destination.startswith("hf://org/out@")
+
+
+def test_another_checkpoint_is_not_mixed_with(hub, golden, tmp_path):
+    convert(golden, tmp_path / "bf16", ConvertOptions(max_shard_bytes=500_000))
+    hub.add("org/out", {**contents(golden), "model-00009-of-00009.safetensors": b"old"})
+    with pytest.raises(DestinationError, match="holds another checkpoint") as caught:
+        convert(golden, "hf://org/out", FP8)
+    assert "config.json" in caught.value.details
+    assert "--replace" in caught.value.hint
+    convert(golden, "hf://org/out", FP8, publish=PublishOptions(replace=True))
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+    with pytest.raises(DestinationError, match="holds another conversion"):
+        convert(golden, "hf://org/out", ConvertOptions(dtype="f32"))
+
+
+def test_who_may_not_write_is_told_so_at_once(hub, golden, monkeypatch):
+    with pytest.raises(PermissionDenied, match="org/new is not there") as caught:
+        convert(golden, "hf://org/new", FP8)
+    assert "--create" in caught.value.hint
+    hub.add("org/open", {"README.md": b"x"})
+    for token in ("", "hf_reader"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(PermissionDenied) as caught:
+            convert(golden, "hf://org/open", FP8)
+        assert caught.value.exit_code == 4
+        assert "hf auth login" in caught.value.hint
+    assert hub.stored == {}
+    for options, text in [
+        (PublishOptions(public=True), "--create"),
+        (PublishOptions(create=True, pull_request=True, replace=True), "--replace"),
+    ]:
+        with pytest.raises(UsageError, match=text):
+            convert(golden, "hf://org/open", FP8, publish=options)
+    with pytest.raises(UsageError, match="for repositories"):
+        convert(golden, "local", FP8, publish=CREATE)
+    with pytest.raises(UsageError, match="only whole repositories"):
+        convert(golden, "hf://org/open/folder", FP8)
+
+
+def test_gguf_files_stand_side_by_side(hub, golden, tmp_path):
+    for outtype in ("q8_0", "q4_k_m"):
+        options = ConvertOptions(layout="gguf", gguf=GgufOptions(outtype=outtype))
+        name = f"tiny-{outtype.upper()}.gguf"
+        convert("hf://org/tiny-ling-v2", f"hf://org/gguf/{name}", options, publish=CREATE)
+        convert("hf://org/tiny-ling-v2", tmp_path / name, options)
+        assert hub.tree("org/gguf")[name] == (tmp_path / name).read_bytes()
+    card = ModelCard(hub.tree("org/gguf")["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/tiny-ling-v2"
+    assert data["base_model_relation"] == "quantized"
+    assert "gguf" in data["tags"]
+    assert "library_name" not in data
+    assert "llama-server --hf-repo org/gguf --hf-file tiny-Q4_K_M.gguf" in card.text
+    assert "vllm" not in card.text
+
+
+# -- push
+
+
+@pytest.fixture
+def folder(golden, tmp_path, hub):
+    """A finished FP8 target, with a card of its source."""
+    source = dict(contents(golden))
+    source["README.md"] = b"---\nlicense: mit\ntags: [ling]\n---\n# Ling\n\nIts own words.\n"
+    hub.add("org/described", source)
+    convert("hf://org/described", tmp_path / "fp8", FP8)
+    return tmp_path / "fp8"
+
+
+def test_push(hub, folder):
+    pushed = lingconv.push(folder, "hf://org/out", CREATE)
+    assert_published(hub, "org/out", folder)
+    repository = hub.repositories["org/out"]
+    assert repository.private
+    assert set(repository.log[-1][3]) >= COMPLETE
+    assert not any(set(added) & COMPLETE for *_, added in repository.log[:-1])
+    assert (pushed.files_sent, pushed.files_found) == (14, 0)
+    again = lingconv.push(folder, "hf://org/out")
+    assert (again.files_sent, again.files_found) == (0, 14)
+    assert set(hub.stored.values()) == {1}
+    lingconv.push(folder, "hf://org/public", PublishOptions(create=True, public=True))
+    assert not hub.repositories["org/public"].private
+
+
+def test_push_goes_on_after_trouble(hub, folder, monkeypatch):
+    monkeypatch.setattr("lingconv.hub.push._BATCH_FILES", 3)
+    with pytest.raises(KeyboardInterrupt):
+        lingconv.push(folder, "hf://org/out", CREATE, progress=Sent(7))
+    hub.fire = Fire(seed=2, **{"upload cut": 0.2, "commit lost": 0.2, "503": 0.1})
+    lingconv.push(folder, "hf://org/out", CREATE)
+    assert_published(hub, "org/out", folder)
+    assert set(hub.stored.values()) == {1}
+
+
+def test_a_card_with_numbers(hub, folder, tmp_path):
+    verdict = lingconv.verify("hf://org/described", folder)
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict.to_json()))
+    write_report(verdict, tmp_path / "report.html")
+    lingconv.push(
+        folder, "hf://org/out", CREATE,
+        verdict=tmp_path / "verdict.json", report=tmp_path / "report.html",
+    )  # fmt: skip
+    files = hub.tree("org/out")
+    assert files["lingconv-verify.html"] == (tmp_path / "report.html").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "mit"
+    assert data["tags"] == ["ling", "fp8", "lingconv"]
+    assert data["base_model"] == "org/described"
+    assert data["base_model_relation"] == "quantized"
+    assert data["library_name"] == "transformers"
+    row = next(line for line in card.text.splitlines() if line.startswith("| bf16 -> fp8"))
+    worst = max(t.rel_error for t in verdict.tensors)
+    assert f"{worst:.3g}" in row
+    assert f"{verdict.forward.logits.mean_kld:.6g}" in card.text
+    assert hub.repositories["org/described"].refs["main"] in card.text
+    for line in ("vllm serve org/out", "--model-path org/out"):
+        assert line in card.text
+    assert "AutoModel" not in card.text  # nothing in the folder says how transformers would load it
+    assert card.text.count("Its own words.") == 1
+    assert card.text.index(MARK) < card.text.index("Its own words.")
+    (folder / "README.md").write_bytes(files["README.md"])
+    lingconv.push(folder, "hf://org/out")
+    again = hub.tree("org/out")["README.md"].decode()
+    assert again.count(MARK) == 1
+    assert again.count("Its own words.") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "lines", "absent"),
+    [
+        (ConvertOptions(dtype="bf16"), ["vllm serve"], ["quantized"]),
+        (ConvertOptions(layout="megatron"), ["--ckpt-format torch_dist"], ["vllm"]),
+        (ConvertOptions(layout="hf-merged"), [], ["vllm", "## How to load"]),
+    ],
+)
+def test_cards_claim_what_is_true_of_a_layout(hub, golden, tmp_path, options, lines, absent):
+    convert("hf://org/tiny-ling-v2", tmp_path / "x", options)
+    lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    card = hub.tree("org/out")["README.md"].decode()
+    assert all(line in card for line in lines), card
+    assert not any(line in card for line in absent), card
+
+
+def test_transformers_is_named_where_the_config_names_its_code(hub, golden, tmp_path):
+    convert(golden, tmp_path / "x", ConvertOptions(dtype="bf16"))
+    code = {"AutoModelForCausalLM": "modeling.BailingMoeV2ForCausalLM"}
+    edit_json(tmp_path / "x/config.json", lambda config: config.update(auto_map=code))
+    lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    assert 'AutoModelForCausalLM.from_pretrained(\n    "org/out"' in (
+        hub.tree("org/out")["README.md"].decode()
+    )
+
+
+def test_what_is_not_finished_or_not_sound_is_not_pushed(hub, golden, tmp_path):
+    with pytest.raises(lingconv.Interrupted):
+        convert(golden, tmp_path / "half", FP8, progress=StopAfter(3), resources=Resources(jobs=1))
+    with pytest.raises(DestinationError, match="is not finished"):
+        lingconv.push(tmp_path / "half", "hf://org/out", CREATE)
+    convert(golden, tmp_path / "x", FP8)
+    (tmp_path / "x/model-00003-of-00014.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 faults") as caught:
+        lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    assert "model-00003-of-00014" in caught.value.details[0]
+    with pytest.raises(UsageError, match="is not a folder"):
+        lingconv.push(tmp_path / "nothing", "hf://org/out", CREATE)
+    with pytest.raises(UsageError, match="leave the path out"):
+        lingconv.push(tmp_path / "x", "hf://org/out/sub", CREATE)
+    assert "org/out" not in hub.repositories
+
+
+def test_a_changed_model_replaces_another_only_when_asked(hub, golden, folder, tmp_path):
+    lingconv.push(folder, "hf://org/out", CREATE)
+    convert(golden, tmp_path / "bf16", ConvertOptions(max_shard_bytes=500_000))
+    with pytest.raises(DestinationError, match="another checkpoint"):
+        lingconv.push(tmp_path / "bf16", "hf://org/out")
+    lingconv.push(tmp_path / "bf16", "hf://org/out", PublishOptions(replace=True))
+    assert_published(hub, "org/out", tmp_path / "bf16")
+
+
+# -- the command line, and what must not be said
+
+
+def run_cli(hub, home, *words, token=TOKEN):
+    return subprocess.run(
+        [sys.executable, "-m", "lingconv", *map(str, words)],
+        env=environment(hub.endpoint, home, token), cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_line_and_its_events(hub, tmp_path):
+    home = tmp_path / "home"
+    source, target = "hf://org/tiny-ling-v2", "hf://org/out"
+    words = [source, target, "--dtype", "fp8", "--max-shard-size", "300KB", "--create"]
+    shown = run_cli(hub, home, "convert", *words, "-n")
+    assert shown.returncode == 0, shown.stderr
+    assert "disk       607.95 kB needed" in shown.stdout
+    done = run_cli(hub, home, "convert", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    head = hub.repositories["org/out"].refs["main"]
+    assert value["destination"] == f"hf://org/out@{head}"
+    assert value["commit_url"].endswith(head)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds.count("file_sent") == kinds.count("file_ends") == 14
+    assert kinds.index("sending") < kinds.index("file_sent")
+    looked = run_cli(hub, home, "inspect", target)
+    assert looked.returncode == 0
+    assert f"hf://org/out@{head}" in looked.stdout
+    folder = tmp_path / "folder"
+    assert run_cli(hub, home, "quantize", source, folder).returncode == 0
+    pushed = run_cli(hub, home, "push", folder, "hf://org/pushed", "--create")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.splitlines()[1].startswith(f"{hub.endpoint}/org/pushed/commit/")
+    assert "lingconv verify SRC hf://org/pushed@" in pushed.stderr
+    proof = run_cli(hub, home, "verify", source, "hf://org/pushed", "--level", "tensors")
+    assert proof.returncode == 0, proof.stderr
+
+
+def test_the_token_is_said_nowhere(hub, golden, tmp_path):
+    home, staging = tmp_path / "home", tmp_path / "staging"
+    source = "hf://org/tiny-ling-v2"
+    told = []
+    fire = {"upload 503": 0.2, "commit lost": 0.2, "503": 0.1, "cut": 0.1, "expired": 0.1}
+    for share, token in [(fire, TOKEN), ({"commit fails": 1.0}, TOKEN), ({"503": 1.0}, TOKEN)]:
+        hub.fire = Fire(seed=1, **{kind: min(1.0, part) for kind, part in share.items()})
+        name = f"org/out{len(told)}"
+        words = ["--dtype", "fp8", "--create", "--staging", staging, "-v"]
+        # The real pauses would take minutes: two tries have to do.
+        code = (
+            "import sys, lingconv.hub.client as c, huggingface_hub.utils._http as h;"
+            "from tests.hub_support import HURRIED;"
+            "c.FIRST_WAIT_S = 0.001; h.time = HURRIED;"
+            "from lingconv.cli import main; sys.argv[0] = 'lingconv'; main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, "convert", source, f"hf://{name}", *map(str, words)],
+            env=environment(hub.endpoint, home, token), cwd=ROOT,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        told.append(done)
+    assert [done.returncode for done in told] == [0, 5, 5], [done.stderr for done in told]
+    hub.fire = Fire()
+    said = "".join(done.stdout + done.stderr for done in told)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "journal.jsonl" for path in files)
+    assert TOKEN not in said
+    assert "Signature=" not in said
+    assert "sig=" not in said
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert [name for name, data in hub.tree("org/out0").items() if TOKEN.encode() in data] == []
+    assert hub.leaks == []
+
+
+def test_a_plan_and_a_local_target_name_the_commit(hub, tmp_path):
+    head = hub.repositories["org/tiny-ling-v2"].refs["main"]
+    done = run_cli(
+        hub, tmp_path / "home", "plan", "hf://org/tiny-ling-v2", tmp_path / "x", "--dtype", "fp8",
+        "-o", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"hf://org/tiny-ling-v2@{head}" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["sources"][0]["uri"].endswith(head)
+    assert not (tmp_path / "x").exists()
+    assert tree_digest(tmp_path / "home") == {} or TOKEN not in done.stderr
