@@ -21,12 +21,13 @@ check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
 	rm -f dist.log
 	$(BIN)/check-wheel-contents dist/*.whl
 
-bench: $(VENV)/.installed  ## measure side by side with cp; needs about 45 GB of disk and 20 minutes
+bench: $(VENV)/.installed-dev  ## measure side by side with cp; needs about 45 GB of disk and 20 minutes
 	$(BIN)/python -m benchmarks.conveyor
 	$(BIN)/python -m benchmarks.proof
 	$(BIN)/python -m benchmarks.gguf
 	$(BIN)/python -m benchmarks.megatron
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.hub
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

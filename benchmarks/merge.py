@@ -1,9 +1,9 @@
 """Experts stacked beside `cp -r`, and checkpoints averaged beside `cat` of all of them.
 
 Run by `make bench`, after the conveyor's. Page cache warm for both, turn by turn. `cat` moves bytes
-to /dev/null and looks at none of them; the average is computed, and on disk. The speed of its reading
-is what it reports of itself, less what the same command reports of a tiny model: numba loading its
-compiled kernels. The whole command, interpreter start included, stands below it.
+to /dev/null and looks at none of them; the average is computed, and on disk. The speed of its
+reading is what it reports of itself, less what the same command reports of a tiny model: numba
+loading its compiled kernels. The whole command, interpreter start included, stands below it.
 """
 
 import json
