@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingconv import engine
 from lingconv.containers.gguf import SUFFIX
-from lingconv.engine import Publish, Resources, Result, execute
-from lingconv.errors import DestinationError, UsageError
+from lingconv.destination import Destination
+from lingconv.engine import Resources, Result, execute
+from lingconv.errors import UsageError
 from lingconv.formats import load_families
-from lingconv.hub.address import HubAddress, is_hub, parse_address, staging_folder
+from lingconv.hub.address import is_hub, parse_address
 from lingconv.inspection import Report, inspect_model
-from lingconv.journal import RunFolder, pinned_commits
 from lingconv.machine import num_processors
 from lingconv.merging import open_average
 from lingconv.model import Model
@@ -38,7 +37,6 @@ from lingconv.weighting import Weighting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lingconv.hub.publisher import Publisher
     from lingconv.hub.push import Pushed
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
@@ -82,17 +80,6 @@ def plan(
     return build_plan(open_model(source, formats=formats, given=given), options)
 
 
-def disk_needed(
-    plan: Plan, destination: str | Path, resources: Resources | None = None
-) -> tuple[Path, int]:
-    """Return the folder where a run keeps what it writes, and the most bytes that are there."""
-    resources = resources or Resources()
-    if not is_hub(destination):
-        return Path(destination), engine.disk_needed(plan, resources, publishes=False)
-    folder = staging_folder(parse_address(str(destination)), resources.staging)
-    return folder, engine.disk_needed(plan, resources, publishes=True)
-
-
 def convert(
     source: str | Path,
     destination: str | Path,
@@ -112,11 +99,10 @@ def convert(
 
     Raises the errors of `lingconv.errors`.
     """
-    _refuse_overlap(source, destination)
+    target = Destination(destination, resources, publish, fresh=fresh)
     options = _named(options or ConvertOptions(), Path(destination))
-    run = _Run(destination, resources or Resources(), publish, fresh=fresh)
-    model = open_model(run.pinned(source), formats=formats, given=given)
-    return run.execute(build_plan(model, options), [model], [source], progress)
+    model = open_model(target.pinned(source), formats=formats, given=given)
+    return target.execute(build_plan(model, options), [model], progress)
 
 
 def plan_average(
@@ -162,10 +148,8 @@ def merge_checkpoints(
     them may be on the Hub, as for `convert`. The same call again resumes. Raises the errors of
     `lingconv.errors`.
     """
-    for source in sources:
-        _refuse_overlap(source, destination)
-    run = _Run(destination, resources or Resources(), publish, fresh=fresh)
-    pinned = [run.pinned(source) for source in sources]
+    target = Destination(destination, resources, publish, fresh=fresh)
+    pinned = [target.pinned(source) for source in sources]
     built, average = plan_average(
         pinned, weighting, options, destination=destination, formats=formats, given=given
     )
@@ -173,7 +157,7 @@ def merge_checkpoints(
         from lingconv import average_report
 
         average_report.write(built, str(destination), Path(report))
-    return run.execute(built, average.models, sources, progress)
+    return target.execute(built, average.models, progress)
 
 
 def quantize(
@@ -407,87 +391,6 @@ def next_tokens(source: str | Path, trace: "Trace", count: int = 5) -> list["Nex
     return prompts.next_tokens(open_checkpoint(source).storage, trace.tensors["logits"], count)
 
 
-class _Run:
-    """Where a run writes to, what it may do there, and which commits it reads."""
-
-    def __init__(
-        self,
-        destination: str | Path,
-        resources: Resources,
-        publish: PublishOptions | None,
-        *,
-        fresh: bool,
-    ) -> None:
-        self._resources = resources
-        self._fresh = fresh
-        self._options = publish or PublishOptions()
-        self._options.check()
-        self._address: HubAddress | None = None
-        if is_hub(destination):
-            self._address = parse_address(str(destination))
-            self._folder = staging_folder(self._address, resources.staging)
-        else:
-            self._folder = Path(destination)
-            if self._options != PublishOptions():
-                raise UsageError(
-                    "`--create`, `--public`, `--pr` and `--replace` are for repositories",
-                    hint="let DST be `hf://org/name`",
-                )
-        self._commits = {} if fresh else pinned_commits(self._folder)
-
-    def pinned(self, source: str | Path) -> str:
-        """Return a source; one on the Hub at the commit that an earlier run began with."""
-        commit = self._commits.get(str(source))
-        if commit is None or not is_hub(source):
-            return str(source)
-        return str(parse_address(str(source))._replace(revision=commit))
-
-    def execute(
-        self,
-        plan: Plan,
-        models: Sequence[Model],
-        sources: Sequence[str | Path],
-        progress: Progress | None,
-    ) -> Result:
-        """Carry out a plan; `sources` are the checkpoints as the user named them."""
-        return execute(
-            plan,
-            [model.checkpoint.storage for model in models],
-            self._folder,
-            resources=self._resources,
-            progress=progress,
-            fresh=self._fresh,
-            commits=_commits(sources, models),
-            publish=self._publish(plan),
-        )
-
-    def _publish(self, plan: Plan) -> Publish | None:
-        address, share = self._address, self._resources.disk_share(publishes=True)
-        if address is None:
-            return None
-
-        def begin(folder: RunFolder, progress: Progress) -> "Publisher":
-            from lingconv.hub.publisher import Publisher  # with huggingface_hub
-
-            return Publisher(address, self._options, plan, folder, progress, share)
-
-        return begin
-
-
-def _commits(sources: Sequence[str | Path], models: Sequence[Model]) -> dict[str, str]:
-    """Return the commits that were read, by the addresses that the user wrote."""
-    read = [
-        parse_address(m.checkpoint.storage.uri) for m in models if is_hub(m.checkpoint.storage.uri)
-    ]
-    found = {}
-    for source in filter(is_hub, map(str, sources)):
-        asked = parse_address(source)
-        for address in read:
-            if address.repository == asked.repository and asked.revision in ("", address.revision):
-                found[source] = address.revision
-    return found
-
-
 def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
     """Return the options with the name that DST gives to GGUF files."""
     if destination.suffix != SUFFIX:
@@ -498,14 +401,3 @@ def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
             hint="leave `--to` out, or name a folder",
         )
     return replace(options, gguf=replace(options.gguf, stem=destination.stem))
-
-
-def _refuse_overlap(source: str | Path, destination: str | Path) -> None:
-    """Refuse to write into the source."""
-    if is_hub(source) or is_hub(destination):
-        return
-    inner, outer = Path(destination).resolve(), Path(source).resolve()
-    if inner == outer or outer in inner.parents:
-        raise DestinationError(
-            f"{destination} is inside the source {source}", hint="choose a folder of its own"
-        )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lingconv import api
+from lingconv import destination as targets
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import (
     Destination,
@@ -74,7 +75,7 @@ def save(plan: Plan, path: Path) -> None:
 def show(plan: Plan, destination: str, limits: Resources, *, verbose: bool) -> None:
     """Print a plan for people or as JSON."""
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
-    folder, needed_bytes = api.disk_needed(plan, destination, limits)
+    folder, needed_bytes = targets.Destination(destination, limits).disk(plan)
     summary = {
         "schema": SCHEMA,
         "source": plan.source,

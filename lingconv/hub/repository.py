@@ -19,8 +19,8 @@ from lingconv.errors import CheckpointError, DestinationError, LingconvError, Pe
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import MARK
 from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
+from lingconv.hub.remote import RemoteFile, as_listed, find_commit, list_files
 from lingconv.options import PublishOptions
-from lingconv.storage.hub import RemoteFile, as_listed, find_commit, list_files
 
 MAIN = "main"
 _MOVED = (409, 412)
