@@ -1,5 +1,6 @@
 """The verbs, as functions: what the commands do, without a terminal."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from lingconv.errors import UsageError
 from lingconv.formats import load_families
 from lingconv.hub.address import is_hub, parse_address
 from lingconv.inspection import Report, inspect_model
+from lingconv.journal import VERDICT_NAME, replace_file
 from lingconv.machine import num_processors
 from lingconv.merging import open_average
 from lingconv.model import Model
@@ -351,6 +353,21 @@ def push(
         pushing.read_proof(verdict, report),
         progress,
     )
+
+
+def keep_verdict(result: Result, verdict: "Verdict") -> bool:
+    """Keep what was proven of a run's result: beside it, or in the card of its repository.
+
+    Returns False where a repository has a card of somebody's own, or of GGUF files.
+    """
+    if result.branch:
+        from lingconv.hub import push as pushing  # with huggingface_hub
+
+        proof = pushing.Proof(verdict.to_json())
+        return pushing.add_proof(parse_address(result.branch), proof) is not None
+    if result.state is not None:
+        replace_file(result.state / VERDICT_NAME, [json.dumps(verdict.to_json()).encode()])
+    return True
 
 
 def check_report() -> None:

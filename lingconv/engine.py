@@ -71,7 +71,8 @@ class Resources:
 class Result:
     """What a run did; `destination` is a folder, the first of the GGUF files, or a repository.
 
-    `commit_url` is where to look at what was published.
+    `commit_url` is where to look at what was published, `branch` the branch or pull request that it
+    is in; `state` is the folder of what a run keeps for itself.
     """
 
     destination: str
@@ -82,6 +83,8 @@ class Result:
     seconds: float
     warnings: tuple[str, ...]
     commit_url: str = ""
+    branch: str = ""
+    state: Path | None = None
 
 
 def execute(
@@ -154,6 +157,8 @@ def execute(
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
         commit_url=published.url if published else "",
+        branch=published.branch if published else "",
+        state=folder.state,
     )
 
 

@@ -4,6 +4,7 @@
     DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
     DST/.lingconv/journal.jsonl  a line for each finished weight file, for each finished piece, and
                                  for each file that a repository has and that is not here any more
+    DST/.lingconv/verify.json    what `--verify` said of it, for the card when it is pushed
 
 A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingconv/OUT.gguf there.
 
@@ -31,6 +32,7 @@ from lingconv.version import __version__
 STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_NAME = "journal.jsonl"
+VERDICT_NAME = "verify.json"
 _IDENTITY_NAME = "run.json"
 _COMMITS = "commits"
 

@@ -376,6 +376,8 @@ class Hub:
             return Response("Request has expired", 403)
         if self.fire.strikes("store 503"):
             return Response("busy", 503)
+        if self.fire.strikes("stall"):
+            await asyncio.sleep(1.0)
         self.open_requests += 1
         self.most_open_requests = max(self.most_open_requests, self.open_requests)
         await asyncio.sleep(self.slow_s)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import httpx
 
 import lingconv
 import lingconv.storage.hub as hub_storage
@@ -19,6 +20,7 @@ from lingconv import (
     convert,
 )
 from lingconv.api import merge_checkpoints
+from lingconv.hub import remote
 from lingconv.hub.address import is_hub, parse_address
 from lingconv.weighting import mean
 from tests.hub_server import TOKEN, Fire, Hub
@@ -166,6 +168,15 @@ def test_trouble_on_the_way_changes_no_byte(hub, golden, tmp_path, kind, downloa
     convert(golden, tmp_path / "local", FP8)
     assert_same_weights(tmp_path / "local", tmp_path / "far")
     assert hub.leaks == []
+
+
+def test_a_link_that_stalls_is_asked_again(hub, golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_TIMEOUT", httpx.Timeout(0.2))
+    hub.fire = Fire(stall=0.1)
+    convert("hf://org/tiny-ling-v2", tmp_path / "far", FP8)
+    assert hub.fire.met["stall"]
+    convert(golden, tmp_path / "local", FP8)
+    assert_same_weights(tmp_path / "local", tmp_path / "far")
 
 
 def test_what_was_fetched_whole_is_checked(hub, golden, tmp_path):

@@ -508,6 +508,24 @@ def test_the_token_is_said_nowhere(hub, golden, tmp_path):
     assert hub.leaks == []
 
 
+def test_proofs_come_into_the_card(hub, golden, tmp_path):
+    home, source = tmp_path / "home", "hf://org/tiny-ling-v2"
+    done = run_cli(
+        hub, home, "quantize", source, "hf://org/out", "--create", "--pr", "--verify"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = hub.tree("org/out", "refs/pr/1")["README.md"].decode()
+    assert "`lingconv verify --level forward` against the source: passed." in card
+    assert "| Mean KLD |" in card
+    assert run_cli(hub, home, "quantize", source, tmp_path / "x", "--verify").returncode == 0
+    assert run_cli(hub, home, "push", tmp_path / "x", "hf://org/x", "--create").returncode == 0
+    assert "| Mean KLD |" in hub.tree("org/x")["README.md"].decode()
+    hub.add("org/own", {"README.md": b"# mine"})
+    done = run_cli(hub, home, "quantize", source, "hf://org/own", "--verify")
+    assert "stays as it is" in done.stderr
+    assert hub.tree("org/own")["README.md"] == b"# mine"
+
+
 def test_a_plan_and_a_local_target_name_the_commit(hub, tmp_path):
     head = hub.repositories["org/tiny-ling-v2"].refs["main"]
     done = run_cli(

@@ -114,6 +114,8 @@ def run(
                 jobs=limits.jobs,
                 watcher=watcher,
             )
+        if not api.keep_verdict(result, verdict):
+            output.note("the card of the repository stays as it is: it has no table of the proof")
     show(result, verdict)
 
 

@@ -69,7 +69,8 @@ class Output:
         )
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr)  # noqa: T201 - the one place that talks
+        # In one write, so that threads do not talk into each other's lines.
+        print(f"{text}\n", end="", file=sys.stderr)  # noqa: T201 - the one place that talks
 
 
 def _error_json(error: LingconvError) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from lingconv.errors import CheckpointError, DestinationError, UsageError
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import Described, model_card
 from lingconv.hub.repository import Commit, Repository
-from lingconv.journal import JOURNAL_NAME, PARTIAL_SUFFIX, STATE_NAME
+from lingconv.journal import JOURNAL_NAME, PARTIAL_SUFFIX, STATE_NAME, VERDICT_NAME
 from lingconv.options import PublishOptions
 from lingconv.progress import Progress, Silent
 from lingconv.readers import read_checkpoint
 from lingconv.readers.gguf import GgufReader, models_in
 from lingconv.readers.safetensors import OTHER_WEIGHTS
+from lingconv.storage.hub import HubStorage
 from lingconv.storage.local import LocalStorage
 from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
 from lingconv.version import __version__
@@ -177,15 +178,42 @@ def _describe(
     if not record:
         return None
     card = folder / CARD_NAME
+    kept = next((folder / STATE_NAME).rglob(VERDICT_NAME), None)
+    verdict = proof.verdict or (_read_json(kept) if kept else None)
     return Described(
         record,
         _read_json(folder / CONFIG_NAME),
         card.read_text("utf-8", "replace") if card.exists() else "",
         repository,
         weights[0] if weights else "",
-        proof.verdict,
+        verdict,
         REPORT_NAME if proof.report else "",
     )
+
+
+def add_proof(address: HubAddress, proof: Proof) -> Commit | None:
+    """Put the numbers of a proof into the card of a repository that lingconv has written.
+
+    Returns None where it has no record of what was done, as those of GGUF files have not, or a card
+    of somebody's own.
+    """
+    repository = Repository(address, PublishOptions())
+    repository.prepare()
+    if RECORD_NAME not in repository.files or not repository.may_replace_card():
+        return None
+    storage = HubStorage(address._replace(revision=repository.head), repository.files)
+    has_card = CARD_NAME in repository.files
+    weights = sorted(name for name in repository.files if name.endswith(_WEIGHTS))
+    described = Described(
+        json.loads(storage.read(RECORD_NAME)),
+        json.loads(storage.read(CONFIG_NAME)),
+        storage.read(CARD_NAME).decode("utf-8", "replace") if has_card else "",
+        address.repository,
+        weights[0],
+        proof.verdict,
+    )
+    repository.commit({CARD_NAME: model_card(described).encode()}, "Add the numbers of a proof")
+    return repository.commit_now
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -27,10 +27,11 @@ _MOVED = (409, 412)
 
 
 class Commit(NamedTuple):
-    """A commit of a repository: its address, and where to look at it."""
+    """A commit of a repository: its address, where to look at it, and what it is the newest of."""
 
     address: str
     url: str
+    branch: str
 
 
 class Repository:
@@ -213,7 +214,7 @@ class Repository:
     def commit_now(self) -> Commit:
         """The newest commit that was seen."""
         url = f"{self._api.endpoint}/{self.address.repository}/commit/{self.head}"
-        return Commit(str(self.address._replace(revision=self.head)), url)
+        return Commit(str(self.address._replace(revision=self.head)), url, str(self.address))
 
 
 def _is_done(
