@@ -10,6 +10,7 @@ The verbs of the command line, as functions:
 from lingconv.api import (
     convert,
     diff,
+    finish,
     forward,
     inspect,
     merge_checkpoints,
@@ -40,6 +41,7 @@ from lingconv.options import (
     PublishOptions,
     VerifyOptions,
 )
+from lingconv.part import Part
 from lingconv.plan import Plan
 from lingconv.progress import Progress, Watcher
 from lingconv.version import __version__
@@ -57,6 +59,7 @@ __all__ = [
     "LingconvError",
     "NetworkError",
     "PermissionDenied",
+    "Part",
     "Plan",
     "Progress",
     "PublishOptions",
@@ -73,6 +76,7 @@ __all__ = [
     "by_hand",
     "convert",
     "diff",
+    "finish",
     "forward",
     "inspect",
     "mean",

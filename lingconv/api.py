@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from lingconv.containers.gguf import SUFFIX
 from lingconv.destination import Destination
 from lingconv.engine import Resources, Result, execute
-from lingconv.errors import UsageError
+from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
 from lingconv.hub.address import is_hub, parse_address
 from lingconv.inspection import Report, inspect_model
-from lingconv.journal import VERDICT_NAME, replace_file
+from lingconv.journal import VERDICT_NAME, kept_plan, pinned_commits, place_of, replace_file
 from lingconv.machine import num_processors
 from lingconv.merging import open_average
 from lingconv.model import Model
@@ -32,7 +32,7 @@ from lingconv.origins import Average
 from lingconv.plan import Plan
 from lingconv.planner import build_average, build_plan
 from lingconv.progress import Progress, Unwatched, Watcher
-from lingconv.readers import open_checkpoint
+from lingconv.readers import open_checkpoint, open_storage
 from lingconv.recognise import Given, recognise
 from lingconv.weighting import Weighting
 
@@ -105,6 +105,24 @@ def convert(
     options = _named(options or ConvertOptions(), Path(destination))
     model = open_model(target.pinned(source), formats=formats, given=given)
     return target.execute(build_plan(model, options), [model], progress)
+
+
+def finish(destination: str | Path, *, progress: Progress | None = None) -> Result:
+    """Make a checkpoint of what the parts of a run have written: check all, write index and config.
+
+    Raises DestinationError that lists the files that are missing.
+    """
+    path = Path(destination)
+    plan = kept_plan(path)
+    missing = [f.name for f in plan.files if not (place_of(path).folder / f.name).exists()]
+    if missing:
+        raise DestinationError(
+            f"{path} lacks {len(missing)} of {len(plan.files)} weight files",
+            details=missing,
+            hint="run the parts that write them; the same command goes on where it stopped",
+        )
+    storages = [open_storage(source.uri)[0] for source in plan.sources]
+    return execute(plan, storages, path, progress=progress, commits=pinned_commits(path))
 
 
 def plan_average(
@@ -205,6 +223,8 @@ def synth(
     """Write a checkpoint of random weights: `config` is a preset or a config.json."""
     if is_hub(destination):
         raise UsageError("random weights are written to a folder", hint="then `lingconv push` it")
+    if resources is not None and resources.part is not None:
+        raise UsageError("random weights are written by one run: leave `--part` out")
     model = synthetic_model(
         config, layers=layers, dense_layers=dense_layers, mtp=mtp, seed=seed, formats=formats
     )

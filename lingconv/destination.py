@@ -46,6 +46,8 @@ class Destination:
                 )
         self._earlier = {} if fresh else pinned_commits(self._folder)
         self._commits: dict[str, str] = {}
+        if self._resources.part is not None:
+            self._refuse_in_parts(fresh=fresh)
 
     def pinned(self, source: str | Path) -> str:
         """Return a source; one on the Hub at the commit that this run, or an earlier one, reads."""
@@ -59,6 +61,19 @@ class Destination:
             return name
         self._commits[name] = commit
         return str(address._replace(revision=commit))
+
+    def _refuse_in_parts(self, *, fresh: bool) -> None:
+        """Refuse what parts of a run cannot do."""
+        if self._address is not None:
+            raise UsageError(
+                "`--part` writes to a folder that all machines see, not to a repository",
+                hint="then `lingconv finish` and `lingconv push` it",
+            )
+        if fresh:
+            raise UsageError(
+                "`--fresh` would remove what other parts have written",
+                hint="remove the folder before the first part starts",
+            )
 
     def _refuse_overlap(self, source: str) -> None:
         """Refuse to write into a source."""

@@ -21,6 +21,7 @@ from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import allow_open_files, free_bytes, num_processors
 from lingconv.options import Target
+from lingconv.part import Part
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress, Silent
 from lingconv.sidecars import last_files, record_json
@@ -48,7 +49,8 @@ class Resources:
 
     `max_disk_bytes` bounds the weights that are on disk only for a while: files on their way to a
     repository, and whole files of one where `download` asks for them. 0 is two of the largest of
-    each. `staging` is the folder where files are kept until a repository has them.
+    each. `staging` is the folder where files are kept until a repository has them. `part` is the
+    share of the files that this run writes; `finish` then makes a checkpoint of all shares.
     """
 
     jobs: int = 0
@@ -56,6 +58,7 @@ class Resources:
     max_disk_bytes: int = 0
     download: bool = False
     staging: Path | None = None
+    part: Part | None = None
 
     def disk_share(self, *, publishes: bool) -> int:
         """Return what each of the two may take of the disk, files that come and files that go."""
@@ -108,6 +111,8 @@ def execute(
     Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
     """
     resources = resources or Resources()
+    part = resources.part
+    mine = part.of(plan.files) if part else plan.files
     progress = progress or Silent()
     started = time.monotonic()
     jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
@@ -115,17 +120,19 @@ def execute(
     published: Commit | None = None
     with (
         explained_writing(destination),
-        RunFolder(place_of(destination), identity, fresh=fresh) as folder,
+        RunFolder(place_of(destination), identity, fresh=fresh, part=part) as folder,
         ExitStack() as stack,
     ):
         publisher = stack.enter_context(publish(folder, progress)) if publish else None
-        todo = publisher.begin() if publisher else _unfinished(plan, folder)
+        todo = publisher.begin() if publisher else _unfinished(mine, folder)
         if not headers_only:
             missing = sum(folder.bytes_missing(file.name, file.nbytes) for file in todo)
             check_disk(folder.root, min(missing, publisher.room) if publisher else missing)
-        progress.begin(plan, len(plan.files) - len(todo), jobs)
+        progress.begin(plan, len(mine) - len(todo), jobs)
         allow_open_files(len(plan.source_files))
-        _carry_side_files(plan, storages, folder)
+        with folder.alone():
+            folder.keep_plan(plan)
+            _carry_side_files(plan, storages, folder)
         crew = Crew(
             plan,
             _fetched(plan, todo, storages, folder, resources, stack, publishes=bool(publisher)),
@@ -136,23 +143,15 @@ def execute(
             ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
         )
         crew.fill(todo, jobs)
-        record, card = _source_record(storages[-1]), _base_card(plan, storages[-1])
-        last = last_files(plan, record, card if plan.weighting else "", __version__)
-        if publisher:
-            published = publisher.finish(record, card, last)
-        else:
-            for name, data in last.items():
-                replace_file(folder.root / name, [data])
-            if plan.options.layout == Target.GGUF:  # nothing beside the file tells what it is
-                replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
-            folder.complete()
+        if not part:
+            published = _complete(plan, storages[-1], folder, publisher)
     named = place_of(destination).name
     where = str(folder.root / plan.files[0].name if named else destination)
     return Result(
         destination=published.address if published else where,
         digest=plan.digest,
         files_written=len(todo),
-        files_found_finished=len(plan.files) - len(todo),
+        files_found_finished=len(mine) - len(todo),
         bytes_written=sum(file.nbytes for file in todo),
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
@@ -162,9 +161,25 @@ def execute(
     )
 
 
-def _unfinished(plan: Plan, folder: RunFolder) -> list[OutputFile]:
+def _unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
     """Return the weight files that do not stand complete under their names."""
-    return [file for file in plan.files if not folder.is_finished(file.name, file.nbytes)]
+    return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
+
+
+def _complete(
+    plan: Plan, base: Storage, folder: RunFolder, publisher: "Publisher | None"
+) -> "Commit | None":
+    """Write what makes a checkpoint of the weights; return the commit where it was published."""
+    record, card = _source_record(base), _base_card(plan, base)
+    last = last_files(plan, record, card if plan.weighting else "", __version__)
+    if publisher:
+        return publisher.finish(record, card, last)
+    for name, data in last.items():
+        replace_file(folder.root / name, [data])
+    if plan.options.layout == Target.GGUF:  # nothing beside the file tells what it is
+        replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
+    folder.complete()
+    return None
 
 
 def _ahead_bytes(spare_bytes: int, jobs: int) -> int:

@@ -4,6 +4,7 @@
     DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
     DST/.lingconv/journal.jsonl  a line for each finished weight file, for each finished piece, and
                                  for each file that a repository has and that is not here any more
+    DST/.lingconv/plan.json      the plan, journal.I-of-N.jsonl and lock.I-of-N, where parts do it
     DST/.lingconv/verify.json    what `--verify` said of it, for the card when it is pushed
 
 A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingconv/OUT.gguf there.
@@ -17,7 +18,8 @@ nothing to do.
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple, Self
 from lingconv.containers.gguf import SUFFIX as GGUF_SUFFIX
 from lingconv.errors import DestinationError
 from lingconv.hub.address import HubFile
+from lingconv.part import Part
 from lingconv.plan import Plan
 from lingconv.sidecars import last_names
 from lingconv.version import __version__
@@ -32,9 +35,12 @@ from lingconv.version import __version__
 STATE_NAME = ".lingconv"
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_NAME = "journal.jsonl"
+JOURNALS = "journal*.jsonl"
+PLAN_NAME = "plan.json"
 VERDICT_NAME = "verify.json"
 _IDENTITY_NAME = "run.json"
 _COMMITS = "commits"
+_CLAIM_NAME = "claim"
 
 
 def run_identity(
@@ -73,13 +79,22 @@ def place_of(destination: Path) -> Place:
 class RunFolder:
     """The target folder, locked. Use as a context manager."""
 
-    def __init__(self, place: Place, identity: Mapping[str, Any], *, fresh: bool) -> None:
+    def __init__(
+        self,
+        place: Place,
+        identity: Mapping[str, Any],
+        *,
+        fresh: bool,
+        part: Part | None = None,
+    ) -> None:
+        self._part = part
+        self._journal_name = f"journal.{part}.jsonl" if part else JOURNAL_NAME
         self.root = place.folder
         self._shared = bool(place.name)
         self.state = place.folder / STATE_NAME / place.name
         self._identity = identity
         self._fresh = fresh
-        self._lock = -1
+        self._locks: list[int] = []
         self.sent: dict[str, HubFile] = {}
         self._finished: dict[str, list[int]] = {}
         self._pieces: dict[str, set[int]] = {}
@@ -92,19 +107,47 @@ class RunFolder:
         """
         self._refuse_foreign()
         self.state.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._claim()
+            self._take_locks()
+            with self.alone():
+                self._claim()
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def _take_locks(self) -> None:
+        """Keep others out: a whole run keeps out everybody, a part the same part and whole runs."""
+        try:
+            self._take("lock", fcntl.LOCK_SH if self._part else fcntl.LOCK_EX)
+            if self._part:
+                self._take(f"lock.{self._part}", fcntl.LOCK_EX)
         except BlockingIOError as exc:
-            os.close(self._lock)
             raise DestinationError(
                 f"another run is writing {self.root}", hint="wait for it, or choose another target"
             ) from exc
-        except BaseException:
-            os.close(self._lock)
-            raise
-        return self
+
+    def _take(self, name: str, mode: int) -> None:
+        self._locks.append(os.open(self.state / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        fcntl.flock(self._locks[-1], mode | fcntl.LOCK_NB)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait for a moment in which no other part writes what all of them share."""
+        if self._part is None:
+            yield
+            return
+        fd = os.open(self.state / _CLAIM_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _let_go(self) -> None:
+        for fd in self._locks:
+            os.close(fd)
+        self._locks.clear()
 
     def __exit__(
         self,
@@ -112,8 +155,8 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Release the lock."""
-        os.close(self._lock)
+        """Release the locks."""
+        self._let_go()
 
     def _refuse_foreign(self) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -127,7 +170,7 @@ class RunFolder:
                         f"{self.root / name} is there, and not from a run that can go on",
                         hint="choose another name, or remove it",
                     )
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif self.root.is_dir() and any(p.name != STATE_NAME for p in self.root.iterdir()):
             raise DestinationError(
                 f"{self.root} is not empty and was not written by lingconv",
                 hint="choose a new folder",
@@ -167,12 +210,18 @@ class RunFolder:
             if inside:  # the record may have come with a folder from a stranger
                 (self.root / name).unlink(missing_ok=True)
                 (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        for name in (_IDENTITY_NAME, JOURNAL_NAME):
-            (self.state / name).unlink(missing_ok=True)
+        (self.state / _IDENTITY_NAME).unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove what serves only to go on: journals, and what parts have left."""
+        for pattern in (JOURNALS, "lock.*", _CLAIM_NAME, PLAN_NAME):
+            for path in self.state.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _read_journal(self) -> None:
-        path = self.state / JOURNAL_NAME
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        paths = sorted(self.state.glob(JOURNALS))
+        for line in (line for path in paths for line in path.read_text("utf-8").splitlines()):
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -245,7 +294,9 @@ class RunFolder:
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry) + "\n"
-        journal = os.open(self.state / JOURNAL_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        journal = os.open(
+            self.state / self._journal_name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
         try:
             os.write(journal, line.encode())
         finally:
@@ -253,7 +304,25 @@ class RunFolder:
 
     def complete(self) -> None:
         """Note that everything is there: the journal has served its purpose."""
-        (self.state / JOURNAL_NAME).unlink(missing_ok=True)
+        self._forget()
+
+    def keep_plan(self, plan: Plan) -> None:
+        """Keep the plan of a run in parts, for who finishes what they have written."""
+        path = self.state / PLAN_NAME
+        if self._part is not None and not path.exists():
+            replace_file(path, [json.dumps(plan.to_json()).encode()])
+
+
+def kept_plan(destination: Path) -> Plan:
+    """Return the plan that parts of a run have left; raise DestinationError when there is none."""
+    place = place_of(destination)
+    held = _read_json(place.folder / STATE_NAME / place.name / PLAN_NAME)
+    if held is None:
+        raise DestinationError(
+            f"{destination} has no plan of a run in parts",
+            hint="parts are run with `--part I/N`; a whole run finishes itself",
+        )
+    return Plan.from_json(held)
 
 
 def pinned_commits(destination: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.targets import Asked
 from lingconv.cli.units import file_size
 from lingconv.engine import Resources, Result
+from lingconv.errors import UsageError
 from lingconv.options import ConvertOptions, PublishOptions, VerifyOptions
 from lingconv.recognise import Given
 
@@ -90,6 +91,8 @@ def run(
     verify: bool,
 ) -> None:
     """Convert with progress on stderr, prove the result if `verify`, and print both."""
+    if verify and limits.part:
+        raise UsageError("`--verify` is for a whole run", hint="`lingconv verify` when all is done")
     with make_progress() as progress:
         result = api.convert(
             source,

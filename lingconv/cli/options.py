@@ -12,6 +12,7 @@ from lingconv.cli.units import parse_size
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.options import PublishOptions
+from lingconv.part import Part
 from lingconv.recognise import Given
 
 RUN = "Run"
@@ -95,11 +96,24 @@ class Limits:
             rich_help_panel=RUN,
         ),
     ] = "1GiB"
+    part: Annotated[
+        str,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Write the I-th of N shares of the files; `lingconv finish DST` comes last.",
+            rich_help_panel=RUN,
+        ),
+    ] = ""
 
     @property
     def resources(self) -> Resources:
         """The limits, as the engine takes them."""
-        return Resources(jobs=self.jobs, max_memory_bytes=parse_size(self.max_memory))
+        return Resources(
+            jobs=self.jobs,
+            max_memory_bytes=parse_size(self.max_memory),
+            part=Part.parse(self.part) if self.part else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

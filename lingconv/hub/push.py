@@ -17,7 +17,7 @@ from lingconv.errors import CheckpointError, DestinationError, UsageError
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import Described, model_card
 from lingconv.hub.repository import Commit, Repository
-from lingconv.journal import JOURNAL_NAME, PARTIAL_SUFFIX, STATE_NAME, VERDICT_NAME
+from lingconv.journal import JOURNALS, PARTIAL_SUFFIX, STATE_NAME, VERDICT_NAME
 from lingconv.options import PublishOptions
 from lingconv.progress import Progress, Silent
 from lingconv.readers import read_checkpoint
@@ -149,7 +149,7 @@ def _finished_files(folder: Path) -> list[str]:
     storage = LocalStorage(folder)
     files = sorted(storage.files())
     unfinished = [name for name in files if name.endswith(PARTIAL_SUFFIX)]
-    unfinished += [str(path) for path in (folder / STATE_NAME).rglob(JOURNAL_NAME)]
+    unfinished += [str(path) for path in (folder / STATE_NAME).rglob(JOURNALS)]
     if unfinished:
         raise DestinationError(
             f"{folder} is not finished",

@@ -1,0 +1,19 @@
+"""`lingconv finish`: a checkpoint of what parts have written."""
+
+from lingconv import api
+from lingconv.cli import convert
+from lingconv.cli.grouped import grouped
+from lingconv.cli.options import Destination, Printed
+from lingconv.cli.progress import make_progress
+
+
+@grouped
+def finish(destination: Destination, *, printed: Printed) -> None:
+    """Check that all parts of a run are there, and write index and config.
+
+    Example: `lingconv finish Ling-1T-FP8`, after `lingconv convert Ling-1T Ling-1T-FP8 --dtype fp8
+    --part I/16` for each I, on as many machines
+    """
+    with make_progress() as progress:
+        result = api.finish(destination, progress=progress)
+    convert.show(result)

@@ -1,0 +1,203 @@
+"""A run in parts, as on many machines: the same bytes, whoever wrote them, killed or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lingconv
+from lingconv import (
+    ConvertOptions,
+    DestinationError,
+    GgufOptions,
+    Part,
+    Resources,
+    UsageError,
+    convert,
+    finish,
+)
+from lingconv.api import merge_checkpoints
+from lingconv.weighting import mean
+from tests.support import copy_checkpoint, tree_digest
+from tests.test_engine import StopAfter
+
+ROOT = Path(__file__).parents[1]
+MANY = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
+
+
+def in_part(index, count):
+    return Resources(part=Part(index, count), jobs=2)
+
+
+def test_shares_cover_all_files_once_and_evenly(golden):
+    files = lingconv.plan(golden, MANY).files
+    for count in (1, 2, 3, 5, 14, 40):
+        shares = [Part(index, count).of(files) for index in range(1, count + 1)]
+        assert [file for share in shares for file in share] == list(files)
+        sizes = [sum(file.nbytes for file in share) for share in shares]
+        largest = max(file.nbytes for file in files)
+        assert max(sizes) <= sum(sizes) / count + largest
+    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3"):
+        with pytest.raises(UsageError, match="--part"):
+            Part.parse(text)
+    assert Part.parse("3/16") == Part(3, 16)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gguf", "megatron", "from gguf"])
+def test_parts_make_what_one_run_makes(golden, tmp_path, kind):
+    source, options, name = golden, MANY, "out"
+    if kind == "gguf":
+        gguf = GgufOptions(outtype="q8_0", max_shard_tensors=10)
+        options, name = ConvertOptions(layout="gguf", gguf=gguf), "out.gguf"
+    elif kind == "megatron":
+        options = ConvertOptions(layout="megatron", max_shard_bytes=700_000)
+    elif kind == "from gguf":
+        source = tmp_path / "source.gguf"
+        convert(golden, source, ConvertOptions(layout="gguf"))
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    convert(source, tmp_path / "whole" / name, options)
+    target = tmp_path / "parts" / name
+    for index in (2, 3, 1):  # in any order
+        convert(source, target, options, resources=in_part(index, 3))
+    finish(target)
+    assert tree_digest(tmp_path / "parts") == tree_digest(tmp_path / "whole")
+
+
+def test_parts_of_an_average(golden, golden_channel, tmp_path):
+    options = ConvertOptions(dtype="bf16", max_shard_bytes=500_000)
+    sources = [golden_channel, golden]
+    merge_checkpoints(sources, tmp_path / "whole", mean(2), options)
+    for index in (1, 2):
+        merge_checkpoints(
+            sources, tmp_path / "parts", mean(2), options, resources=in_part(index, 2)
+        )
+    finish(tmp_path / "parts")
+    assert tree_digest(tmp_path / "parts") == tree_digest(tmp_path / "whole")
+
+
+def test_finishing_says_what_is_missing(golden, tmp_path):
+    target = tmp_path / "out"
+    convert(golden, target, MANY, resources=in_part(1, 2))
+    with pytest.raises(DestinationError, match="lacks 7 of 14 weight files") as caught:
+        finish(target)
+    assert caught.value.details[0] == "model-00008-of-00014.safetensors"
+    assert not (target / "config.json").exists()
+    with pytest.raises(DestinationError, match="is not finished"):
+        lingconv.push(target, "hf://org/out")
+    convert(golden, target, MANY, resources=in_part(2, 2))
+    finish(target)
+    with pytest.raises(DestinationError, match="no plan of a run in parts"):
+        finish(target)
+    assert not lingconv.inspect(target).faults
+
+
+def test_a_part_goes_on_where_it_was(golden, tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(lingconv.Interrupted):
+        convert(golden, target, MANY, resources=in_part(2, 2), progress=StopAfter(2))
+    result = convert(golden, target, MANY, resources=in_part(2, 2))
+    assert result.files_found_finished >= 2
+    assert result.files_found_finished + result.files_written == 7
+    convert(golden, target, MANY)  # a whole run takes over what parts have done
+    convert(golden, tmp_path / "whole", MANY)
+    assert tree_digest(target) == tree_digest(tmp_path / "whole")
+
+
+def test_a_file_that_was_changed_between_parts_is_noticed(golden, tmp_path):
+    target = tmp_path / "out"
+    for index in (1, 2):
+        convert(golden, target, MANY, resources=in_part(index, 2))
+    os.utime(target / "model-00003-of-00014.safetensors", ns=(5, 5))
+    with pytest.raises(DestinationError, match="was changed after it was finished"):
+        finish(target)
+
+
+def test_what_parts_may_not_do(golden, tmp_path):
+    target = tmp_path / "out"
+    convert(golden, target, MANY, resources=in_part(1, 2))
+    other = ConvertOptions(dtype="bf16")
+    with pytest.raises(DestinationError, match="holds another conversion"):
+        convert(golden, target, other, resources=in_part(2, 2))
+    with pytest.raises(UsageError, match="--fresh"):
+        convert(golden, target, MANY, resources=in_part(2, 2), fresh=True)
+    with pytest.raises(UsageError, match="not to a repository"):
+        convert(golden, "hf://org/out", MANY, resources=in_part(2, 2))
+    with pytest.raises(UsageError, match="one run"):
+        lingconv.synth("tiny", tmp_path / "synth", resources=in_part(1, 2))
+
+
+def test_parts_of_other_sources_are_refused(golden, tmp_path):
+    source = copy_checkpoint(golden, tmp_path / "in")
+    convert(source, tmp_path / "out", MANY, resources=in_part(1, 2))
+    os.utime(source / "model-00002-of-00003.safetensors", ns=(1, 1))
+    with pytest.raises(DestinationError, match="holds another conversion"):
+        convert(source, tmp_path / "out", MANY, resources=in_part(2, 2))
+
+
+HOLD = """
+import sys, time
+from lingconv import ConvertOptions, Part, Resources, convert
+from lingconv.progress import Silent
+
+class Slow(Silent):
+    def file_ends(self, *words):
+        print("one", flush=True)
+        time.sleep(60)
+
+part = Part(int(sys.argv[3]), 2) if sys.argv[3] != "0" else None
+convert(sys.argv[1], sys.argv[2], ConvertOptions(dtype="fp8", max_shard_bytes=300_000),
+        resources=Resources(jobs=1, part=part), progress=Slow())
+"""
+
+
+def test_the_same_part_is_not_written_twice_at_once(golden, tmp_path):
+    target = tmp_path / "out"
+    words = [sys.executable, "-c", HOLD, golden, target]
+    with subprocess.Popen([*words, "1"], cwd=ROOT, stdout=subprocess.PIPE) as held:
+        assert held.stdout.readline() == b"one\n"
+        for resources in (in_part(1, 2), Resources()):
+            with pytest.raises(DestinationError, match="another run is writing"):
+                convert(golden, target, MANY, resources=resources)
+        convert(golden, target, MANY, resources=in_part(2, 2))  # others may
+        held.send_signal(signal.SIGKILL)
+    convert(golden, target, MANY, resources=in_part(1, 2))
+    finish(target)
+    convert(golden, tmp_path / "whole", MANY)
+    assert tree_digest(target) == tree_digest(tmp_path / "whole")
+
+
+def test_a_slurm_array_with_kills(golden, tmp_path):
+    """Five processes begin at once on an empty folder, some are killed; all are run again."""
+    convert(golden, tmp_path / "whole", MANY)
+    target = tmp_path / "out"
+    words = [sys.executable, "-m", "lingconv", "convert", golden, target, "--dtype", "fp8"]
+    words = [*map(str, words), "--max-shard-size", "300KB", "--json", "-j2"]
+    for attempt in range(3):
+        running = [
+            subprocess.Popen(
+                [*words, "--part", f"{index}/5"], cwd=ROOT,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for index in range(1, 6)
+        ]  # fmt: skip
+        if attempt < 2:
+            time.sleep(1.2 + attempt)
+            for process in running[::2]:
+                process.kill()
+        told = [process.communicate() for process in running]
+        codes = {process.returncode for process in running}
+        assert codes <= {0, -signal.SIGKILL}, told
+    assert codes == {0}
+    assert sum(json.loads(out)["files_found_finished"] for out, _ in told) >= 5
+    done = subprocess.run(
+        [sys.executable, "-m", "lingconv", "finish", target], cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert tree_digest(target) == tree_digest(tmp_path / "whole")
