@@ -46,6 +46,7 @@ class Destination:
                 )
         self._earlier = {} if fresh else pinned_commits(self._folder)
         self._commits: dict[str, str] = {}
+        self._check_executor()
         if self._resources.part is not None:
             self._refuse_in_parts(fresh=fresh)
 
@@ -61,6 +62,22 @@ class Destination:
             return name
         self._commits[name] = commit
         return str(address._replace(revision=commit))
+
+    def _check_executor(self) -> None:
+        """Raise UsageError for an executor that is none, or cannot do what is asked."""
+        known = (engine.LOCAL, engine.RAY)
+        if self._resources.executor not in known:
+            raise UsageError(
+                f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
+            )
+        on_ray = self._resources.executor == engine.RAY
+        if self._resources.address and not on_ray:
+            raise UsageError("`--address` is that of a cluster: add `--executor ray`")
+        if on_ray and (self._address is not None or self._resources.part is not None):
+            raise UsageError(
+                "a cluster writes whole targets to a folder that all its nodes see",
+                hint="leave `--part` out; to publish, `lingconv push` the folder",
+            )
 
     def _refuse_in_parts(self, *, fresh: bool) -> None:
         """Refuse what parts of a run cannot do."""
@@ -97,9 +114,22 @@ class Destination:
         progress: Progress | None,
     ) -> Result:
         """Carry out a plan that reads `models`."""
+        storages = [model.checkpoint.storage for model in models]
+        if self._resources.executor == engine.RAY:
+            from lingconv.executors.ray import execute_on_ray
+
+            return execute_on_ray(
+                plan,
+                storages,
+                self._folder,
+                resources=self._resources,
+                progress=progress,
+                fresh=self._fresh,
+                commits=self._commits,
+            )
         return engine.execute(
             plan,
-            [model.checkpoint.storage for model in models],
+            storages,
             self._folder,
             resources=self._resources,
             progress=progress,

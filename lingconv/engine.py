@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lingconv.hub.repository import Commit
 
 DEFAULT_MEMORY_BYTES = 1 << 30
+LOCAL, RAY = "local", "ray"
 _CHUNK_BYTES = 4 << 20
 _MOST_AHEAD_BYTES = 512 << 20
 _AT_ONCE = 2  # files that are fetched whole: one is read while the next one comes
@@ -50,7 +51,8 @@ class Resources:
     `max_disk_bytes` bounds the weights that are on disk only for a while: files on their way to a
     repository, and whole files of one where `download` asks for them. 0 is two of the largest of
     each. `staging` is the folder where files are kept until a repository has them. `part` is the
-    share of the files that this run writes; `finish` then makes a checkpoint of all shares.
+    share of the files that this run writes; `finish` then makes a checkpoint of all shares. With
+    the `executor` RAY it is done by a cluster, the one at `address` or one on this machine.
     """
 
     jobs: int = 0
@@ -59,6 +61,8 @@ class Resources:
     download: bool = False
     staging: Path | None = None
     part: Part | None = None
+    executor: str = LOCAL
+    address: str = ""
 
     def disk_share(self, *, publishes: bool) -> int:
         """Return what each of the two may take of the disk, files that come and files that go."""
@@ -112,7 +116,7 @@ def execute(
     """
     resources = resources or Resources()
     part = resources.part
-    mine = part.of(plan.files) if part else plan.files
+    mine, share = (part.of(plan.files), str(part)) if part else (plan.files, "")
     progress = progress or Silent()
     started = time.monotonic()
     jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
@@ -120,11 +124,11 @@ def execute(
     published: Commit | None = None
     with (
         explained_writing(destination),
-        RunFolder(place_of(destination), identity, fresh=fresh, part=part) as folder,
+        RunFolder(place_of(destination), identity, fresh=fresh, share=share) as folder,
         ExitStack() as stack,
     ):
         publisher = stack.enter_context(publish(folder, progress)) if publish else None
-        todo = publisher.begin() if publisher else _unfinished(mine, folder)
+        todo = publisher.begin() if publisher else unfinished(mine, folder)
         if not headers_only:
             missing = sum(folder.bytes_missing(file.name, file.nbytes) for file in todo)
             check_disk(folder.root, min(missing, publisher.room) if publisher else missing)
@@ -132,7 +136,7 @@ def execute(
         allow_open_files(len(plan.source_files))
         with folder.alone():
             folder.keep_plan(plan)
-            _carry_side_files(plan, storages, folder)
+            carry_side_files(plan, storages, folder)
         crew = Crew(
             plan,
             _fetched(plan, todo, storages, folder, resources, stack, publishes=bool(publisher)),
@@ -161,9 +165,38 @@ def execute(
     )
 
 
-def _unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
+def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
     """Return the weight files that do not stand complete under their names."""
     return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
+
+
+def write_share(
+    plan: Plan,
+    identity: Mapping[str, Any],
+    storages: Sequence[Storage],
+    destination: Path,
+    share: str,
+    resources: Resources,
+) -> None:
+    """Write the files of `plan`, which are those of one share of the run that `identity` names."""
+    jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+    with (
+        explained_writing(destination),
+        RunFolder(place_of(destination), identity, fresh=False, share=share) as folder,
+        ExitStack() as stack,
+    ):
+        todo = unfinished(plan.files, folder)
+        allow_open_files(len(plan.source_files))
+        crew = Crew(
+            plan,
+            _fetched(plan, todo, storages, folder, resources, stack, publishes=False),
+            folder,
+            Silent(),
+            Kept(),
+            sparse=False,
+            ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
+        )
+        crew.fill(todo, jobs)
 
 
 def _complete(
@@ -242,7 +275,8 @@ def check_disk(destination: Path, need_bytes: int) -> None:
         )
 
 
-def _carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder) -> None:
+def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder) -> None:
+    """Copy the small files of the base, those that are not there yet."""
     base, storage = len(storages) - 1, storages[-1]
     for name, nbytes in plan.side_files.items():
         path = folder.root / name

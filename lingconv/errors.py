@@ -6,7 +6,8 @@
     |-- PermissionDenied      4  not allowed to read the source or write the target
     |-- NetworkError          5  the Hub or the way to it failed, again and again; nothing is lost
     |-- ResourceError         6  not enough disk or memory
-    |-- DestinationError      7  the target holds something else, or somebody else is writing it
+    |-- DestinationError      7  the target holds something else
+    |   `-- Locked            7  or somebody else is writing it right now
     `-- Interrupted         130  stopped by a signal; the same command resumes
 
 A message says what is wrong and where; `hint` says what to do. Anything outside this tree is a bug.
@@ -14,6 +15,7 @@ A message says what is wrong and where; `hint` says what to do. Anything outside
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # The hint of every error that leaves a target to be resumed.
 SAME_COMMAND = "run the same command again: it goes on where it stopped"
@@ -49,6 +51,16 @@ class LingconvError(Exception):
         self.message = message
         self.hint = hint
         self.details = tuple(details)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error travel from process to process with all that it says."""
+        return _rebuilt, (type(self), self.message, self.hint, self.details)
+
+
+def _rebuilt(
+    kind: type[LingconvError], message: str, hint: str, details: Sequence[str]
+) -> LingconvError:
+    return kind(message, hint=hint, details=details)
 
 
 class UsageError(LingconvError):
@@ -101,6 +113,10 @@ class DestinationError(LingconvError):
     """The target directory belongs to something else."""
 
     exit_code = 7
+
+
+class Locked(DestinationError):
+    """Somebody else is writing the target right now."""
 
 
 class Interrupted(LingconvError):

@@ -25,9 +25,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from lingconv.containers.gguf import SUFFIX as GGUF_SUFFIX
-from lingconv.errors import DestinationError
+from lingconv.errors import DestinationError, Locked
 from lingconv.hub.address import HubFile
-from lingconv.part import Part
 from lingconv.plan import Plan
 from lingconv.sidecars import last_names
 from lingconv.version import __version__
@@ -77,7 +76,10 @@ def place_of(destination: Path) -> Place:
 
 
 class RunFolder:
-    """The target folder, locked. Use as a context manager."""
+    """The target folder, locked. Use as a context manager.
+
+    A `share` is the name of a part of the run that writes beside others, with its own journal.
+    """
 
     def __init__(
         self,
@@ -85,10 +87,10 @@ class RunFolder:
         identity: Mapping[str, Any],
         *,
         fresh: bool,
-        part: Part | None = None,
+        share: str = "",
     ) -> None:
-        self._part = part
-        self._journal_name = f"journal.{part}.jsonl" if part else JOURNAL_NAME
+        self._share = share
+        self._journal_name = f"journal.{share}.jsonl" if share else JOURNAL_NAME
         self.root = place.folder
         self._shared = bool(place.name)
         self.state = place.folder / STATE_NAME / place.name
@@ -117,13 +119,13 @@ class RunFolder:
         return self
 
     def _take_locks(self) -> None:
-        """Keep others out: a whole run keeps out everybody, a part the same part and whole runs."""
+        """Keep others out: a whole run everybody, a share the same share and whole runs."""
         try:
-            self._take("lock", fcntl.LOCK_SH if self._part else fcntl.LOCK_EX)
-            if self._part:
-                self._take(f"lock.{self._part}", fcntl.LOCK_EX)
+            self._take("lock", fcntl.LOCK_SH if self._share else fcntl.LOCK_EX)
+            if self._share:
+                self._take(f"lock.{self._share}", fcntl.LOCK_EX)
         except BlockingIOError as exc:
-            raise DestinationError(
+            raise Locked(
                 f"another run is writing {self.root}", hint="wait for it, or choose another target"
             ) from exc
 
@@ -133,8 +135,8 @@ class RunFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait for a moment in which no other part writes what all of them share."""
-        if self._part is None:
+        """Wait for a moment in which no other share writes what is everybody's."""
+        if not self._share:
             yield
             return
         fd = os.open(self.state / _CLAIM_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -309,7 +311,7 @@ class RunFolder:
     def keep_plan(self, plan: Plan) -> None:
         """Keep the plan of a run in parts, for who finishes what they have written."""
         path = self.state / PLAN_NAME
-        if self._part is not None and not path.exists():
+        if self._share and not path.exists():
             replace_file(path, [json.dumps(plan.to_json()).encode()])
 
 

@@ -1,8 +1,10 @@
 """Which version of a checkpoint is that? What is said about it where it lies."""
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lingconv.errors import LingconvError
 from lingconv.storage import Storage
@@ -24,6 +26,24 @@ def repository_of(uri: str) -> str:
 def name_of(uri: str) -> str:
     """Return what a checkpoint is called: its repository's name, or its folder's."""
     return repository_of(uri).rpartition("/")[2] or Path(uri).absolute().name
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a lingconv.json that may be published: repositories are named, folders by name alone.
+
+    Where a checkpoint lay on somebody's disk is nobody's business.
+    """
+    found = dict(record)
+    found["source"] = _told(record["source"])
+    if "sources" in record:
+        found["sources"] = [{**source, "uri": _told(source["uri"])} for source in record["sources"]]
+    if isinstance(record.get("source_record"), dict) and "source" in record["source_record"]:
+        found["source_record"] = without_paths(record["source_record"])
+    return found
+
+
+def _told(uri: str) -> str:
+    return uri if _ADDRESS.match(uri) else repository_of(uri) or uri.rstrip("/").rpartition("/")[2]
 
 
 def find_revision(storage: Storage) -> str:

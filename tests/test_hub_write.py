@@ -346,6 +346,29 @@ def test_push_goes_on_after_trouble(hub, folder, monkeypatch):
     assert set(hub.stored.values()) == {1}
 
 
+def test_paths_of_this_machine_are_not_published(hub, golden, tmp_path):
+    convert(golden, tmp_path / "first", ConvertOptions(dtype="f32"))
+    convert(tmp_path / "first", tmp_path / "second", FP8)
+    lingconv.push(tmp_path / "second", "hf://org/pushed", CREATE)
+    convert(tmp_path / "first", "hf://org/out", FP8, publish=CREATE)
+    for name in ("org/pushed", "org/out"):
+        small = {k: v for k, v in hub.tree(name).items() if not k.endswith(".safetensors")}
+        assert not [name for name, data in small.items() if str(tmp_path).encode() in data]
+        record = json.loads(small["lingconv.json"])
+        assert record["source"] == "first"
+        assert record["source_record"]["source"] == "tiny-ling-v2"
+
+
+def test_files_that_the_hub_would_refuse_are_refused_before(hub, golden, folder, monkeypatch):
+    monkeypatch.setattr("lingconv.hub.repository.LARGEST_FILE_BYTES", 303_000)
+    with pytest.raises(UsageError, match="the Hub takes files of 303,000") as caught:
+        convert(golden, "hf://org/out", FP8, publish=CREATE)
+    assert "--max-shard-size" in caught.value.hint
+    with pytest.raises(UsageError, match="model-00005-of-00014"):
+        lingconv.push(folder, "hf://org/out", CREATE)
+    assert "org/out" not in hub.repositories
+
+
 def test_a_card_with_numbers(hub, folder, tmp_path):
     verdict = lingconv.verify("hf://org/described", folder)
     (tmp_path / "verdict.json").write_text(json.dumps(verdict.to_json()))

@@ -9,7 +9,7 @@ import typer
 
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
-from lingconv.engine import Resources
+from lingconv.engine import LOCAL, Resources
 from lingconv.errors import UsageError
 from lingconv.options import PublishOptions
 from lingconv.part import Part
@@ -105,6 +105,21 @@ class Limits:
             rich_help_panel=RUN,
         ),
     ] = ""
+    executor: Annotated[
+        str,
+        typer.Option(
+            "--executor", help="`local`, or `ray` for the nodes of a cluster.", rich_help_panel=RUN
+        ),
+    ] = LOCAL
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Of a Ray cluster, `auto` for the one that runs here; none starts one.",
+            rich_help_panel=RUN,
+        ),
+    ] = ""
 
     @property
     def resources(self) -> Resources:
@@ -113,6 +128,8 @@ class Limits:
             jobs=self.jobs,
             max_memory_bytes=parse_size(self.max_memory),
             part=Part.parse(self.part) if self.part else None,
+            executor=self.executor,
+            address=self.address,
         )
 
 

@@ -5,6 +5,7 @@ as well as a conversion that has just ended. The source's own card follows below
 keys are kept.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from yaml import YAMLError
 from lingconv.hub.loaders import encoding_word, loaders
 from lingconv.options import Target, TargetDType
 from lingconv.pages import render_text
-from lingconv.provenance import repository_of
+from lingconv.provenance import repository_of, without_paths
 
 MARK = "<!-- made by lingconv -->"
 END_MARK = "<!-- what follows is the source's own card -->"
@@ -56,6 +57,11 @@ def model_card(described: Described) -> str:
         text = text.partition(END_MARK)[2]
     section = _section(described).strip()
     return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
+
+
+def published_record(record: Mapping[str, Any]) -> bytes:
+    """Return lingconv.json as it is published."""
+    return (json.dumps(without_paths(record), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _parse(card: str) -> tuple[dict[str, Any], str]:

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from lingconv.checkpoint import CARD_NAME
+from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.errors import ResourceError
 from lingconv.hub.address import HubAddress
-from lingconv.hub.card import Described, model_card
-from lingconv.hub.repository import Commit, Repository
+from lingconv.hub.card import Described, model_card, published_record
+from lingconv.hub.repository import Commit, Repository, check_size
 from lingconv.journal import RunFolder, replace_file
 from lingconv.options import PublishOptions
 from lingconv.plan import OutputFile, Plan
@@ -52,6 +52,7 @@ class Publisher:
         self._folder = folder
         self._progress = progress
         largest = max(file.nbytes for file in plan.files)
+        check_size(max(plan.files, key=lambda file: file.nbytes).name, largest)
         self.room = max_disk_bytes or _AT_ONCE * largest
         if largest > self.room:
             raise ResourceError(
@@ -177,15 +178,18 @@ class Publisher:
         carried = {name: self._folder.root / name for name in self._plan.side_files}
         small: dict[str, Path | bytes] = {**carried, **last}
         small.pop(CARD_NAME, None)
+        record = record_of(self._plan, source_record, __version__)
+        if RECORD_NAME in small:
+            small[RECORD_NAME] = published_record(record)
         if self._repository.may_replace_card():
-            small[CARD_NAME] = self._card(source_record, base_card)
+            small[CARD_NAME] = self._card(record, base_card)
         there = self._repository.commit(small, f"Complete the checkpoint (lingconv {__version__})")
         self._repository.check({**self._folder.sent, **there})
         return self._repository.commit_now
 
-    def _card(self, source_record: Mapping[str, Any] | None, base_card: str) -> bytes:
+    def _card(self, record: Mapping[str, Any], base_card: str) -> bytes:
         described = Described(
-            record_of(self._plan, source_record, __version__),
+            record,
             self._plan.config,
             base_card,
             self._repository.address.repository,

@@ -15,8 +15,8 @@ from lingconv.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME
 from lingconv.containers import gguf, safetensors
 from lingconv.errors import CheckpointError, DestinationError, UsageError
 from lingconv.hub.address import HubAddress, HubFile
-from lingconv.hub.card import Described, model_card
-from lingconv.hub.repository import Commit, Repository
+from lingconv.hub.card import Described, model_card, published_record
+from lingconv.hub.repository import Commit, Repository, check_size
 from lingconv.journal import JOURNALS, PARTIAL_SUFFIX, STATE_NAME, VERDICT_NAME
 from lingconv.options import PublishOptions
 from lingconv.progress import Progress, Silent
@@ -78,6 +78,8 @@ def push(
     options.check()
     files = _finished_files(folder)
     weights = {name: folder / name for name in files if name.endswith(_WEIGHTS)}
+    for name, path in weights.items():
+        check_size(name, path.stat().st_size)
     repository = Repository(address, options)
     repository.prepare()
     described = _describe(folder, address.repository, sorted(weights), proof)
@@ -86,6 +88,9 @@ def push(
         small[REPORT_NAME] = proof.report
     if described is not None and repository.may_replace_card():
         small[CARD_NAME] = model_card(described).encode()
+    record = _read_json(folder / RECORD_NAME)
+    if record:
+        small[RECORD_NAME] = published_record(record)
     there = {name for name, path in weights.items() if repository.holds(name, path)}
     _make_room(repository, weights, there, options)
     return _Push(repository, progress or Silent(), started).run(weights, there, small)

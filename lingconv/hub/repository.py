@@ -15,7 +15,13 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from lingconv.checkpoint import CARD_NAME
-from lingconv.errors import CheckpointError, DestinationError, LingconvError, PermissionDenied
+from lingconv.errors import (
+    CheckpointError,
+    DestinationError,
+    LingconvError,
+    PermissionDenied,
+    UsageError,
+)
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import MARK
 from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
@@ -24,6 +30,10 @@ from lingconv.options import PublishOptions
 
 MAIN = "main"
 _MOVED = (409, 412)
+
+
+# https://huggingface.co/docs/hub/storage-limits: no file may be larger.
+LARGEST_FILE_BYTES = 500_000_000_000
 
 
 class Commit(NamedTuple):
@@ -215,6 +225,15 @@ class Repository:
         """The newest commit that was seen."""
         url = f"{self._api.endpoint}/{self.address.repository}/commit/{self.head}"
         return Commit(str(self.address._replace(revision=self.head)), url, str(self.address))
+
+
+def check_size(name: str, nbytes: int) -> None:
+    """Raise UsageError for a file that the Hub would refuse after all of it was sent."""
+    if nbytes > LARGEST_FILE_BYTES:
+        raise UsageError(
+            f"{name} has {nbytes:,} bytes, the Hub takes files of {LARGEST_FILE_BYTES:,}",
+            hint="make smaller ones, for example `--max-shard-size 50GB`",
+        )
 
 
 def _is_done(

@@ -1,0 +1,1 @@
+"""Who carries out a plan, other than the threads of this process."""

@@ -1,0 +1,185 @@
+"""The files of a plan as tasks of a Ray cluster, which sees source and target as this process does.
+
+The driver claims the target and carries the small files; a task writes one weight file, the
+largest first, with a lock and a journal of its own; the driver makes a checkpoint of them at the
+end. What a lost worker or a whole lost node was at is done again by another, from where it was on
+disk. When the driver dies, its tasks do too, and the same command goes on.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lingconv.engine import Resources, Result, carry_side_files, execute, unfinished, write_share
+from lingconv.errors import (
+    SAME_COMMAND,
+    Interrupted,
+    LingconvError,
+    Locked,
+    ResourceError,
+    UsageError,
+)
+from lingconv.journal import RunFolder, place_of, run_identity
+from lingconv.plan import OutputFile, Plan
+from lingconv.progress import Progress, Silent
+from lingconv.readers import open_storage
+from lingconv.storage import Storage
+from lingconv.storage.output import explained_writing
+from lingconv.version import __version__
+
+_THREADS = 2  # of a task: one fills, one writes
+_RETRIES = 5
+_LOOK_EVERY_S = 0.5
+# A worker that was lost may hold its lock a little longer, on a file system of many machines.
+_LOCK_PATIENCE_S = 120.0
+
+
+def execute_on_ray(
+    plan: Plan,
+    storages: Sequence[Storage],
+    destination: Path,
+    *,
+    resources: Resources,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    commits: Mapping[str, str] | None = None,
+) -> Result:
+    """Carry out `plan` on a cluster, as `engine.execute` does here; the bytes are the same.
+
+    Raises UsageError where Ray is not installed or not to be reached, and what tasks raise.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    identity = run_identity(plan, __version__, commits or {}, headers_only=False)
+    place = place_of(destination)
+    with explained_writing(destination):
+        if fresh:
+            with RunFolder(place, identity, fresh=True):
+                pass  # alone, nobody may be writing what is removed
+        with RunFolder(place, identity, fresh=False, share="driver") as folder:
+            carry_side_files(plan, storages, folder)
+            todo = unfinished(plan.files, folder)
+    progress.begin(plan, len(plan.files) - len(todo), len(todo))
+    if todo:
+        with _cluster(resources.address):
+            _run_tasks(plan, todo, identity, destination, resources, progress)
+    done = execute(plan, storages, destination, commits=commits)
+    return replace(
+        done,
+        files_written=len(todo),
+        files_found_finished=len(plan.files) - len(todo),
+        bytes_written=sum(file.nbytes for file in todo),
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine; a connection that is there is used."""
+    if find_spec("ray") is None:
+        raise UsageError("Ray is not installed", hint="pip install 'lingconv[ray]'")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address=address or None,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as exc:
+        raise UsageError(
+            f"no Ray cluster at `--address {address}`: {exc}",
+            hint="leave `--address` out for one on this machine",
+        ) from exc
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _run_tasks(
+    plan: Plan,
+    todo: Sequence[OutputFile],
+    identity: Mapping[str, Any],
+    destination: Path,
+    resources: Resources,
+    progress: Progress,
+) -> None:
+    """Have all files written; the first error stops everything."""
+    import ray
+
+    threads = resources.jobs or _THREADS
+    write = ray.remote(num_cpus=max(1, threads // 2), max_retries=_RETRIES)(_write_file)
+    sources: Any = ray.put((plan.sources, dict(identity)))
+    own = replace(resources, jobs=threads)
+    numbers = {file.name: number for number, file in enumerate(plan.files)}
+    bare = replace(plan, files=(), sources=(), dropped=(), side_files={}, warnings=())
+    waiting = {}
+    for file in sorted(todo, key=lambda file: -file.nbytes):
+        share = f"file-{numbers[file.name]}"
+        task = write.remote(replace(bare, files=(file,)), sources, str(destination), share, own)
+        waiting[task] = file
+    try:
+        while waiting:
+            ready, _ = ray.wait([*waiting], timeout=_LOOK_EVERY_S)
+            for task in ready:
+                file = waiting.pop(task)
+                seconds = _result_of(task, file)
+                progress.file_begins(file.name, file.nbytes, 0)
+                progress.advance(file.name, file.nbytes)
+                progress.file_ends(file.name, file.nbytes, seconds)
+    except KeyboardInterrupt as exc:
+        raise Interrupted("interrupted", hint=SAME_COMMAND) from exc
+    finally:
+        for task in waiting:
+            with suppress(ray.exceptions.RayError, ValueError):
+                ray.cancel(task, force=True)
+
+
+def _result_of(task: Any, file: OutputFile) -> float:
+    """Return the seconds that a task took; raise what it raised."""
+    import ray
+
+    try:
+        return float(ray.get(task))
+    except ray.exceptions.RayTaskError as exc:
+        cause = exc.cause
+        raise (cause if isinstance(cause, LingconvError) else exc) from exc
+    except ray.exceptions.RayError as exc:
+        raise ResourceError(
+            f"{file.name}: the cluster lost {_RETRIES + 1} workers that were writing it"
+            f" ({type(exc).__name__})",
+            hint=f"look at the cluster, then {SAME_COMMAND}",
+        ) from exc
+
+
+def _write_file(
+    plan: Plan,
+    shared: tuple[Any, Mapping[str, Any]],
+    destination: str,
+    share: str,
+    resources: Resources,
+) -> float:
+    """Write the file of `plan`, on whatever node this is; return the seconds that it took."""
+    started = time.monotonic()
+    sources, identity = shared
+    storages = [open_storage(source.uri)[0] for source in sources]
+    whole = replace(plan, sources=sources)
+    while True:
+        try:
+            write_share(whole, identity, storages, Path(destination), share, resources)
+        except Locked:
+            if time.monotonic() - started > _LOCK_PATIENCE_S:
+                raise
+            time.sleep(1.0)
+        else:
+            return time.monotonic() - started

@@ -1,0 +1,210 @@
+"""A cluster of several nodes on this machine: the bytes of one process, whoever is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import lingconv
+from lingconv import ConvertOptions, DestinationError, GgufOptions, Resources, UsageError, convert
+from lingconv.progress import Silent
+from tests.hub_server import Hub
+from tests.hub_support import environment, point_client_at
+from tests.support import copy_checkpoint, edit_json, tree_digest
+from tests.test_hub_read import assert_same_weights, contents
+
+ROOT = Path(__file__).parents[1]
+MANY = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
+ON_RAY = Resources(executor="ray")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's own processes and sockets
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub whose answers take their time, so that there is a time to kill somebody."""
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(hub, tmp_path_factory):
+    """Three nodes with a processor each; their workers can reach the Hub."""
+    before = dict(os.environ)
+    os.environ.update(environment(hub.endpoint, tmp_path_factory.mktemp("home")))
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    nodes = [started.add_node(num_cpus=1) for _ in range(2)]
+    os.environ.clear()
+    os.environ.update(before)
+    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
+    yield started, nodes
+    ray.shutdown()
+    started.shutdown()
+
+
+def workers():
+    """Return the processes that write files right now."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ray::_write_file" in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+class After(Silent):
+    """Does things once so many files are there."""
+
+    def __init__(self, **actions):
+        self.actions = {int(key.removeprefix("file")): action for key, action in actions.items()}
+        self.count = 0
+        self.done = []
+
+    def file_ends(self, name, nbytes, seconds):
+        self.count += 1
+        if action := self.actions.get(self.count):
+            self.done.append(action())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gguf", "from gguf"])
+def test_a_cluster_writes_what_one_process_writes(cluster, golden, tmp_path, kind):
+    source, options, name = golden, MANY, "out"
+    if kind == "gguf":
+        gguf = GgufOptions(outtype="q8_0", max_shard_tensors=30)
+        options, name = ConvertOptions(layout="gguf", gguf=gguf), "out.gguf"
+    elif kind == "from gguf":
+        source = tmp_path / "source.gguf"
+        convert(golden, source, ConvertOptions(layout="gguf"))
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    convert(source, tmp_path / "here" / name, options)
+    result = convert(source, tmp_path / "there" / name, options, resources=ON_RAY)
+    assert tree_digest(tmp_path / "there") == tree_digest(tmp_path / "here")
+    again = convert(source, tmp_path / "there" / name, options, resources=ON_RAY)
+    assert (again.files_written, again.files_found_finished) == (0, result.files_written)
+
+
+def test_workers_and_a_node_are_lost(cluster, hub, golden, tmp_path, monkeypatch):
+    started, nodes = cluster
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.add("org/tiny-ling-v2", contents(golden))
+    hub.slow_s = 0.15
+
+    def kill_workers():
+        found = workers()
+        for process in found:
+            process.kill()
+        return len(found)
+
+    def remove_node():
+        started.remove_node(nodes.pop(), allow_graceful=False)
+        return 1
+
+    trouble = After(file2=kill_workers, file4=remove_node, file7=kill_workers)
+    target = tmp_path / "far"
+    convert("hf://org/tiny-ling-v2", target, MANY, resources=ON_RAY, progress=trouble)
+    assert trouble.count == 14
+    assert all(trouble.done), trouble.done
+    hub.slow_s = 0.0
+    convert(golden, tmp_path / "local", MANY)
+    assert_same_weights(tmp_path / "local", target)
+
+
+DRIVER = """
+import sys
+import ray
+from lingconv import ConvertOptions, Resources, convert
+from lingconv.progress import Silent
+
+class Told(Silent):
+    def file_ends(self, *words):
+        print("one", flush=True)
+
+convert(sys.argv[1], sys.argv[2], ConvertOptions(dtype="fp8", max_shard_bytes=300_000),
+        resources=Resources(executor="ray", address=sys.argv[3]), progress=Told())
+"""
+
+
+def test_the_driver_dies(cluster, hub, golden, tmp_path, monkeypatch):
+    started, _ = cluster
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.add("org/tiny-ling-v2", contents(golden))
+    hub.slow_s = 0.15
+    source, target = "hf://org/tiny-ling-v2", tmp_path / "far"
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, source, target, started.address], cwd=ROOT,
+        env=environment(hub.endpoint, tmp_path / "home"), stdout=subprocess.PIPE,
+    ) as driver:  # fmt: skip
+        for _ in range(3):
+            assert driver.stdout.readline() == b"one\n"
+        driver.send_signal(signal.SIGKILL)
+    assert not (target / "config.json").exists()
+    result = convert(source, target, MANY, resources=ON_RAY)
+    assert result.files_found_finished >= 3
+    hub.slow_s = 0.0
+    convert(golden, tmp_path / "local", MANY)
+    assert_same_weights(tmp_path / "local", target)
+
+
+def test_interrupting_cancels_the_tasks(cluster, hub, golden, tmp_path, monkeypatch):
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.add("org/tiny-ling-v2", contents(golden))
+    hub.slow_s = 0.15
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    target = tmp_path / "far"
+    with pytest.raises(lingconv.Interrupted):
+        convert(
+            "hf://org/tiny-ling-v2", target, MANY, resources=ON_RAY,
+            progress=After(file2=interrupt),
+        )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    there = len(list(target.glob("*.safetensors")))
+    time.sleep(1.0)
+    assert len(list(target.glob("*.safetensors"))) == there < 14
+
+
+def test_errors_of_tasks_are_those_of_lingconv(cluster, golden, tmp_path):
+    source = copy_checkpoint(golden, tmp_path / "in")
+    shard = source / "model-00002-of-00003.safetensors"
+
+    class Broken(Silent):
+        def begin(self, plan, done, jobs):
+            shard.write_bytes(shard.read_bytes() + b" ")
+
+    with pytest.raises(lingconv.CheckpointError, match="changed while it was read") as caught:
+        convert(source, tmp_path / "out", MANY, resources=ON_RAY, progress=Broken())
+    assert "--fresh" in caught.value.hint
+    edit_json(source / "config.json", lambda config: config.update(num_experts=4))
+    with pytest.raises(lingconv.CheckpointError):
+        convert(source, tmp_path / "new", MANY, resources=ON_RAY)
+
+
+def test_what_a_cluster_may_not_do(golden, tmp_path):
+    for resources, text in [
+        (Resources(executor="slurm"), "--executor slurm"),
+        (Resources(address="auto"), "--address"),
+    ]:
+        with pytest.raises(UsageError, match=text):
+            convert(golden, tmp_path / "out", MANY, resources=resources)
+    with pytest.raises(UsageError, match="whole targets") as caught:
+        convert(golden, "hf://org/out", MANY, resources=ON_RAY)
+    assert "lingconv push" in caught.value.hint
+    convert(golden, tmp_path / "out", MANY)
+    with pytest.raises(DestinationError, match="holds another conversion"):
+        convert(golden, tmp_path / "out", ConvertOptions(), resources=ON_RAY)
