@@ -39,6 +39,7 @@ from lingconv.weighting import Weighting
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lingconv.estimate import Estimate
     from lingconv.hub.push import Pushed
     from lingconv.reference.forward import Trace
     from lingconv.reference.prompts import NextToken
@@ -105,6 +106,40 @@ def convert(
     options = _named(options or ConvertOptions(), Path(destination))
     model = open_model(target.pinned(source), formats=formats, given=given)
     return target.execute(build_plan(model, options), [model], progress)
+
+
+def estimate(
+    plan: Plan,
+    destination: str | Path,
+    resources: Resources | None = None,
+    *,
+    machines: int = 1,
+    network_bytes_per_s: float = 0.0,
+    profile: str | Path | None = None,
+) -> "Estimate":
+    """Return what a plan is going to take, by a short calibration of this machine.
+
+    `profile` is a file with the rates of a machine: read where it is there, else written.
+    """
+    from lingconv import estimate as estimating  # nobody who only plans needs an engine
+
+    path = Path(profile) if profile else None
+    if path is not None and path.exists():
+        rates = estimating.read_profile(path)
+    else:
+        storages = [open_storage(source.uri)[0] for source in plan.sources]
+        folder, _ = Destination(destination, resources).disk(plan)
+        rates = estimating.calibrate(plan, storages, folder, resources or Resources())
+        if path is not None:
+            replace_file(path, [(json.dumps(rates.to_json(), indent=2) + "\n").encode()])
+    return estimating.estimate(
+        plan,
+        rates,
+        machines=machines,
+        network_bytes_per_s=network_bytes_per_s,
+        reads_far=any(is_hub(source.uri) for source in plan.sources),
+        writes_far=is_hub(destination),
+    )
 
 
 def finish(destination: str | Path, *, progress: Progress | None = None) -> Result:

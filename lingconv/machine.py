@@ -19,10 +19,15 @@ def num_processors() -> int:
 
 def free_bytes(destination: Path) -> int:
     """Return the bytes free where `destination` is, or is going to be."""
+    return shutil.disk_usage(existing_folder(destination)).free
+
+
+def existing_folder(destination: Path) -> Path:
+    """Return the innermost folder on the way to `destination` that is there."""
     folder = destination.absolute()
-    while not folder.exists():
+    while not folder.is_dir():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def peak_resident_bytes() -> int:

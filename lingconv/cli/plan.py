@@ -1,8 +1,9 @@
 """`lingconv plan`: an exact dry run. `convert --dry-run` prints the same."""
 
 import json as jsonlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,15 +22,72 @@ from lingconv.cli.options import (
 )
 from lingconv.cli.output import columns, output
 from lingconv.cli.targets import Asked
-from lingconv.cli.units import file_size, memory_size
+from lingconv.cli.units import duration, file_size, memory_size, parse_rate
 from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
 from lingconv.plan import Plan
 from lingconv.strips import peak_memory
 
+if TYPE_CHECKING:
+    from lingconv.estimate import Estimate
+
 _MAX_FILES = 10
 SCHEMA = "lingconv.dry-run/1"
+
+
+ESTIMATE = "Estimate"
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateWords:
+    """What is to be predicted."""
+
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Time a sample of the work here, and say what all of it takes.",
+            rich_help_panel=ESTIMATE,
+        ),
+    ] = False
+    machines: Annotated[
+        int,
+        typer.Option(
+            "--machines", metavar="N", min=1, help="Like this one.", rich_help_panel=ESTIMATE
+        ),
+    ] = 1
+    network: Annotated[
+        str,
+        typer.Option(
+            "--network",
+            metavar="RATE",
+            help="Of each machine: 10Gbit, 400MB ...",
+            rich_help_panel=ESTIMATE,
+        ),
+    ] = ""
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            help="Rates of a machine: read from FILE, or measured and written to it.",
+            rich_help_panel=ESTIMATE,
+        ),
+    ] = None
+
+    def asked(self, plan: Plan, destination: str, resources: Resources) -> "Estimate | None":
+        """Return the estimate, if one is asked for."""
+        if not (self.estimate or self.profile):
+            return None
+        return api.estimate(
+            plan,
+            destination,
+            resources,
+            machines=self.machines,
+            network_bytes_per_s=parse_rate(self.network) if self.network else 0.0,
+            profile=self.profile,
+        )
 
 
 @grouped
@@ -43,6 +101,7 @@ def plan(
     *,
     limits: Limits,
     hub: HubWords,
+    words: EstimateWords,
     formats: Formats = None,
     said: Said,
     from_main_params: FromMainParams = False,
@@ -61,7 +120,14 @@ def plan(
     )
     if plan_file is not None:
         save(built, plan_file)
-    show(built, destination, hub.resources(limits), verbose=printed.verbose)
+    resources = hub.resources(limits)
+    show(
+        built,
+        destination,
+        resources,
+        verbose=printed.verbose,
+        estimate=words.asked(built, destination, resources),
+    )
 
 
 def save(plan: Plan, path: Path) -> None:
@@ -72,7 +138,14 @@ def save(plan: Plan, path: Path) -> None:
         raise UsageError(f"{path} cannot be written: {exc.strerror}") from exc
 
 
-def show(plan: Plan, destination: str, limits: Resources, *, verbose: bool) -> None:
+def show(
+    plan: Plan,
+    destination: str,
+    limits: Resources,
+    *,
+    verbose: bool,
+    estimate: "Estimate | None" = None,
+) -> None:
     """Print a plan for people or as JSON."""
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
     folder, needed_bytes = targets.Destination(destination, limits).disk(plan)
@@ -94,7 +167,11 @@ def show(plan: Plan, destination: str, limits: Resources, *, verbose: bool) -> N
         "dropped": [item._asdict() for item in plan.dropped],
         "warnings": list(plan.warnings),
     }
-    output.result(_lines(plan, summary, verbose=verbose), summary, plan.digest)
+    lines = _lines(plan, summary, verbose=verbose)
+    if estimate is not None:
+        summary["estimate"] = asdict(estimate)
+        lines += _estimate_lines(estimate)
+    output.result(lines, summary, plan.digest)
     for warning in plan.warnings:
         output.warning(warning)
 
@@ -130,6 +207,27 @@ def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
     if len(shown) < len(plan.files):
         lines.append(f"    ... and {len(plan.files) - len(shown)} more (-v or --json show all)")
     return [*lines, *_dropped_lines(plan)]
+
+
+def _estimate_lines(estimate: "Estimate") -> list[str]:
+    """Return what a run is going to take."""
+    where = f" on each of {estimate.machines} machines" if estimate.machines > 1 else ""
+    network = ""
+    if estimate.network_in_bytes or estimate.network_out_bytes:
+        network = (
+            f"{file_size(estimate.network_in_bytes)} in,"
+            f" {file_size(estimate.network_out_bytes)} out"
+        )
+        if estimate.network_s:
+            network += f": {duration(estimate.network_s)}"
+    return columns(
+        [
+            ("takes", f"{duration(estimate.seconds)}{where}"),
+            ("converting", duration(estimate.convert_s)),
+            ("network", network),
+            ("process", f"{memory_size(estimate.rss_bytes)} of memory in all"),
+        ]
+    )
 
 
 def _dropped_lines(plan: Plan) -> list[str]:

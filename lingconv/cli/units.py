@@ -27,6 +27,32 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * factor)
 
 
+def parse_rate(text: str) -> float:
+    """Return the bytes per second that `text` names, in bits or in bytes.
+
+    >>> parse_rate("10Gbit"), parse_rate("400MB")
+    (1250000000.0, 400000000.0)
+    """
+    number = text.strip().removesuffix("/s").removesuffix("ps")
+    if number.lower().endswith("bit"):
+        return parse_size(number[:-3]) / 8
+    return float(parse_size(number))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(4.2), duration(250), duration(9000)
+    ('4.2 s', '4 min 10 s', '2 h 30 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def file_size(nbytes: float) -> str:
     """Return a size of files, decimal.
 
