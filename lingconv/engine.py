@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.delivery import Kept
-from lingconv.errors import LingconvError, ResourceError
+from lingconv.errors import LingconvError, ResourceError, resumable
 from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
 from lingconv.machine import allow_open_files, free_bytes, num_processors
@@ -123,6 +123,7 @@ def execute(
     identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
     published: Commit | None = None
     with (
+        resumable(),
         explained_writing(destination),
         RunFolder(place_of(destination), identity, fresh=fresh, share=share) as folder,
         ExitStack() as stack,

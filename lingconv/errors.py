@@ -13,7 +13,8 @@
 A message says what is wrong and where; `hint` says what to do. Anything outside this tree is a bug.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +124,12 @@ class Interrupted(LingconvError):
     """A signal stopped the run between two strips; nothing that was finished is lost."""
 
     exit_code = 130
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of a run that a signal stops, wherever it is just then, that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        raise Interrupted("interrupted", hint=SAME_COMMAND) from exc

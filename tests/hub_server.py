@@ -82,6 +82,7 @@ class Hub:
         self.stored = Counter()  # how often the content of each large file was received whole
         self.requests = Counter()
         self.leaks = []
+        self.receiving = threading.Event()
         self.granted = {TOKEN}
         self.part_bytes = 0
         self.link_uses = None
@@ -279,6 +280,7 @@ class Hub:
         if self.fire.strikes("upload cut"):
             raise ConnectionError("the store hangs up")
         data = await request.body()
+        self.receiving.set()
         await asyncio.sleep(self.slow_s)
         return None if self.fire.strikes("upload 503") else data
 

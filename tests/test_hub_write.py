@@ -1,6 +1,7 @@
 """Writing to the Hub: straight from a conversion, and a folder that is finished."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -338,7 +339,7 @@ def test_push(hub, folder):
 
 def test_push_goes_on_after_trouble(hub, folder, monkeypatch):
     monkeypatch.setattr("lingconv.hub.push._BATCH_FILES", 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(lingconv.Interrupted):
         lingconv.push(folder, "hf://org/out", CREATE, progress=Sent(7))
     hub.fire = Fire(seed=2, **{"upload cut": 0.2, "commit lost": 0.2, "503": 0.1})
     lingconv.push(folder, "hf://org/out", CREATE)
@@ -494,6 +495,25 @@ def test_the_command_line_and_its_events(hub, tmp_path):
     assert "lingconv verify SRC hf://org/pushed@" in pushed.stderr
     proof = run_cli(hub, home, "verify", source, "hf://org/pushed", "--level", "tensors")
     assert proof.returncode == 0, proof.stderr
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_does_not_wait_for_an_upload(hub, golden, tmp_path, asked):
+    words = [sys.executable, "-m", "lingconv", "convert", golden, "hf://org/out", "--create"]
+    words = [*map(str, words), "--dtype", "fp8", "--staging", str(tmp_path / "staging")]
+    hub.slow_s = 30.0
+    with subprocess.Popen(
+        words, env=environment(hub.endpoint, tmp_path / "home"), cwd=ROOT, stderr=subprocess.PIPE
+    ) as process:
+        assert hub.receiving.wait(60)
+        process.send_signal(asked)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[asked]
+    assert b"same command" in said
+    hub.slow_s = 0.0
+    assert run_cli(hub, tmp_path / "home", *words[3:]).returncode == 0
+    convert(golden, tmp_path / "local", ConvertOptions(dtype="fp8"))
+    assert_published(hub, "org/out", tmp_path / "local")
 
 
 def test_the_token_is_said_nowhere(hub, golden, tmp_path):

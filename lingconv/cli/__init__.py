@@ -19,6 +19,13 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, heard wherever Ctrl-C would be."""
 
 
+def _leave(code: int) -> None:
+    """Exit at once: an upload that is on its way would be waited for, and nothing needs its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Run the command line and exit with the code that `lingconv.errors` documents."""
     # Headers of a trillion parameters are a million small objects without a cycle among them; the
@@ -36,12 +43,12 @@ def main() -> None:
         app()
     except Interrupted as exc:
         output.error(exc)
-        sys.exit(TERMINATED if terminated else exc.exit_code)
+        _leave(TERMINATED if terminated else exc.exit_code)
     except LingconvError as exc:
         output.error(exc)
         sys.exit(exc.exit_code)
     except KeyboardInterrupt:
-        sys.exit(TERMINATED if terminated else Interrupted.exit_code)
+        _leave(TERMINATED if terminated else Interrupted.exit_code)
     except BrokenPipeError:
         # The reader of stdout went away (`| head`): not worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,11 +18,11 @@ from typing import Any
 from lingconv.engine import Resources, Result, carry_side_files, execute, unfinished, write_share
 from lingconv.errors import (
     SAME_COMMAND,
-    Interrupted,
     LingconvError,
     Locked,
     ResourceError,
     UsageError,
+    resumable,
 )
 from lingconv.journal import RunFolder, place_of, run_identity
 from lingconv.plan import OutputFile, Plan
@@ -66,7 +66,7 @@ def execute_on_ray(
             todo = unfinished(plan.files, folder)
     progress.begin(plan, len(plan.files) - len(todo), len(todo))
     if todo:
-        with _cluster(resources.address):
+        with resumable(), _cluster(resources.address):
             _run_tasks(plan, todo, identity, destination, resources, progress)
     done = execute(plan, storages, destination, commits=commits)
     return replace(
@@ -137,8 +137,6 @@ def _run_tasks(
                 progress.file_begins(file.name, file.nbytes, 0)
                 progress.advance(file.name, file.nbytes)
                 progress.file_ends(file.name, file.nbytes, seconds)
-    except KeyboardInterrupt as exc:
-        raise Interrupted("interrupted", hint=SAME_COMMAND) from exc
     finally:
         for task in waiting:
             with suppress(ray.exceptions.RayError, ValueError):

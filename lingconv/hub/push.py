@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lingconv.checkpoint import CARD_NAME, CONFIG_NAME, RECORD_NAME
 from lingconv.containers import gguf, safetensors
-from lingconv.errors import CheckpointError, DestinationError, UsageError
+from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import Described, model_card, published_record
 from lingconv.hub.repository import Commit, Repository, check_size
@@ -93,7 +93,8 @@ def push(
         small[RECORD_NAME] = published_record(record)
     there = {name for name, path in weights.items() if repository.holds(name, path)}
     _make_room(repository, weights, there, options)
-    return _Push(repository, progress or Silent(), started).run(weights, there, small)
+    with resumable():
+        return _Push(repository, progress or Silent(), started).run(weights, there, small)
 
 
 class _Push:

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from lingconv.hub.address import HubFile
@@ -37,7 +37,7 @@ class Spool:
         self._ahead = [name for name in order if storage.cached(name) is None]
         self._given_up: set[str] = set()
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "download")
+        self._turns = threading.Semaphore(_AT_ONCE)
         with self._lock:
             self._fetch_ahead()
 
@@ -103,7 +103,18 @@ class Spool:
 
     def _fetch(self, name: str) -> None:
         self._room -= self.stat(name).size
-        self._coming[name] = self._threads.submit(self._download, name)
+        coming: Future[Path] = Future()
+        self._coming[name] = coming
+        # No thread of a pool: whoever interrupts a run does not want to wait for the download.
+        threading.Thread(target=self._run, args=(name, coming), daemon=True).start()
+
+    def _run(self, name: str, coming: "Future[Path]") -> None:
+        with self._turns:
+            if coming.set_running_or_notify_cancel():
+                try:
+                    coming.set_result(self._download(name))
+                except BaseException as exc:  # raised by whoever reads the file
+                    coming.set_exception(exc)
 
     def _download(self, name: str) -> Path:
         where = self._storage.remote(name).address
@@ -127,9 +138,12 @@ class Spool:
 
     def close(self) -> None:
         """Stop fetching; what was begun stays, to be gone on with."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        if not self._coming:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with self._lock:
+            self._ahead.clear()
+            for coming in self._coming.values():
+                coming.cancel()
+            if not self._coming:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class SpooledBlob:
