@@ -63,15 +63,20 @@ class Spool:
         """Open a file that there is no room for."""
         return self._storage.open(name)
 
-    def want(self, name: str) -> "Future[Path] | None":
-        """Return where a file is or is going to be; None when there is no room for it."""
+    def expect(self, name: str) -> bool:
+        """Fetch a file that is going to be read, if there is room; return whether it is coming."""
         with self._lock:
-            if name not in self._coming and name not in self._given_up:
-                if self._fits(name):
-                    self._fetch(name)
-                else:
-                    self._given_up.add(name)
-            return self._coming.get(name)
+            wanted = name not in self._coming and name not in self._given_up
+            if wanted and self._fits(name):
+                self._fetch(name)
+            return name in self._coming
+
+    def want(self, name: str) -> "Future[Path] | None":
+        """Return where a file is or is going to be; None when there is no room for it, for good."""
+        if not self.expect(name):
+            with self._lock:
+                self._given_up.add(name)
+        return self._coming.get(name)
 
     def release(self, name: str) -> None:
         """Delete a file, and fetch what there is room for now."""
@@ -158,9 +163,9 @@ class SpooledBlob:
         self._lock = threading.Lock()
 
     def expect(self, offset: int, nbytes: int) -> None:
-        """Have the file fetched; or those bytes, when there is no room for all of it."""
-        if self._spool.want(self._name) is None:
-            self._opened().expect(offset, nbytes)
+        """Have the file fetched; or those bytes, when it is read by ranges already."""
+        if not self._spool.expect(self._name) and self._blob is not None:
+            self._blob.expect(offset, nbytes)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
