@@ -281,6 +281,8 @@ class Hub:
             raise ConnectionError("the store hangs up")
         data = await request.body()
         self.receiving.set()
+        if self.fire.strikes("upload expired"):
+            return b"expired"
         await asyncio.sleep(self.slow_s)
         return None if self.fire.strikes("upload 503") else data
 
@@ -288,6 +290,8 @@ class Hub:
         data = await self._received(request)
         if data is None:
             return Response("busy", 503)
+        if data == b"expired":
+            return Response("Request has expired", 403)
         if sha256(data) != oid:
             return Response("the content has another hash", 400)
         self.blobs[oid] = data
@@ -298,6 +302,8 @@ class Hub:
         data = await self._received(request)
         if data is None:
             return Response("busy", 503)
+        if data == b"expired":
+            return Response("Request has expired", 403)
         self.parts.setdefault(oid, {})[int(number)] = data
         return Response("", 200, {"ETag": f'"{oid}-{number}"'})
 

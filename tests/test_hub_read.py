@@ -213,6 +213,10 @@ def test_a_server_that_stays_busy_is_given_up(hub, tmp_path):
     assert "same command" in caught.value.hint
     hub.fire = Fire()
     convert(model, tmp_path / "out", FP8)
+    for download in (False, True):
+        hub.fire = Fire(expired=1.0)
+        with pytest.raises(NetworkError, match=r"after 9 tries|refused with 403"):
+            convert(model, tmp_path / f"{download}", FP8, resources=Resources(download=download))
     hub.fire = Fire(etag=1.0)
     with pytest.raises(NetworkError, match="serves 000"):
         lingconv.inspect(model)

@@ -189,9 +189,11 @@ def test_from_another_machine_nothing_that_is_there_is_sent_again(hub, golden, t
     assert set(hub.stored.values()) == {1}
 
 
-@pytest.mark.parametrize("kind", ["upload cut", "upload 503", "commit fails", "commit lost"])
+@pytest.mark.parametrize(
+    "kind", ["upload cut", "upload 503", "upload expired", "commit fails", "commit lost"]
+)
 def test_trouble_with_sending(hub, golden, tmp_path, kind):
-    hub.fire = Fire(seed=5, **{kind: 0.3})
+    hub.fire = Fire(seed=5, **{kind: 0.1 if kind == "upload expired" else 0.3})
     hub.part_bytes = 100_000
     convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
     assert hub.fire.met[kind]

@@ -10,9 +10,9 @@ import random
 import time
 from collections.abc import Callable
 from json import JSONDecodeError
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -42,6 +42,7 @@ TRIES = 9
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 LONGEST_ASKED_S = 900.0
+REFUSED = (400, 401, 403, 404, 410)  # what stores answer to a link that ran out
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _LOG_IN = "run `hf auth login`, or set `HF_TOKEN`"
 
@@ -97,14 +98,28 @@ def hub_api() -> HfApi:
     return HfApi(library_name="lingconv", library_version=__version__)
 
 
-def status_of(error: BaseException | None) -> int:
-    """Return the HTTP status that an error or its cause is about; 0 when there is none."""
+def _response_of(error: BaseException | None) -> Any:
+    """Return the answer that an error or its cause is about; None when there is none."""
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
-            return int(response.status_code)
+            return response
         error = error.__cause__ or error.__context__
-    return 0
+    return None
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status that an error or its cause is about; 0 when there is none."""
+    response = _response_of(error)
+    return int(response.status_code) if response is not None else 0
+
+
+def _is_old_link(error: BaseException) -> bool:
+    """Return whether a store refused a signed link: it ran out, the Hub gives a new one."""
+    response = _response_of(error)
+    if response is None or response.status_code not in REFUSED:
+        return False
+    return not str(response.request.url).startswith(constants.ENDPOINT)
 
 
 def is_passing(error: Exception) -> bool:
@@ -113,7 +128,7 @@ def is_passing(error: Exception) -> bool:
         return False
     status = status_of(error)
     if status:
-        return status in _BUSY
+        return status in _BUSY or _is_old_link(error)
     # The client reads some answers as JSON before it looks at their status.
     if isinstance(error, Unfinished | httpx.TransportError | JSONDecodeError):
         return True
@@ -133,6 +148,9 @@ def _asked_wait(error: BaseException) -> float | None:
 def translated(error: Exception, uri: str) -> LingconvError:
     """Return an error of lingconv's tree in place of the client's."""
     status = status_of(error)
+    if _is_old_link(error):
+        text = f"{uri}: no luck after {TRIES} tries: the store answers {status}"
+        return NetworkError(text, hint=SAME_COMMAND)
     if isinstance(error, OfflineModeIsEnabled):
         return NetworkError(
             f"{uri} cannot be reached: HF_HUB_OFFLINE is set", hint="unset it, or name a folder"

@@ -17,10 +17,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
 from lingconv.hub.address import HubAddress, HubFile
-from lingconv.hub.client import Backoff, Unfinished, hub_api, patiently, translated
+from lingconv.hub.client import REFUSED, Backoff, Unfinished, hub_api, patiently, translated
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-_REFUSED = (400, 401, 403, 404, 410)  # what stores answer to a link that ran out
 
 
 def list_files(repository: str, commit: str) -> dict[str, HubFile]:
@@ -109,7 +108,7 @@ class RemoteFile:
         with get_session().stream(
             "GET", link.url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
         ) as response:
-            if response.status_code in _REFUSED:
+            if response.status_code in REFUSED:
                 self._forget(link)
                 raise Unfinished(f"the link was refused with {response.status_code}")
             if response.status_code == 416:
