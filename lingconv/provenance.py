@@ -28,6 +28,11 @@ def name_of(uri: str) -> str:
     return repository_of(uri).rpartition("/")[2] or Path(uri).absolute().name
 
 
+def public_name(uri: str) -> str:
+    """Return what everybody may read of a checkpoint's place: its repository, or its own name."""
+    return repository_of(uri) or uri.rstrip("/").rpartition("/")[2]
+
+
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a lingconv.json that may be published: repositories are named, folders by name alone.
 
@@ -43,7 +48,7 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(uri: str) -> str:
-    return uri if _ADDRESS.match(uri) else repository_of(uri) or uri.rstrip("/").rpartition("/")[2]
+    return uri if _ADDRESS.match(uri) else public_name(uri)
 
 
 def find_revision(storage: Storage) -> str:

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from lingconv.hub.loaders import encoding_word, loaders
 from lingconv.options import Target, TargetDType
 from lingconv.pages import render_text
-from lingconv.provenance import repository_of, without_paths
+from lingconv.provenance import public_name, repository_of, without_paths
 
 MARK = "<!-- made by lingconv -->"
 END_MARK = "<!-- what follows is the source's own card -->"
@@ -140,7 +140,7 @@ def _section(described: Described) -> str:
         what=_what(record),
         provenance=list(_provenance(record)),
         sources=[
-            (_name(source["uri"]), source["revision"] or "-", f"{source['weight']:.9g}")
+            (public_name(source["uri"]), source["revision"] or "-", f"{source['weight']:.9g}")
             for source in sources
         ],
         left_out=[
@@ -160,7 +160,7 @@ def _title(described: Described) -> str:
         return described.repository.rpartition("/")[2]
     if len(sources) > 1:
         return f"An average of {len(sources)} checkpoints"
-    return _name(described.record["source"])
+    return public_name(described.record["source"])
 
 
 def _what(record: Mapping[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _what(record: Mapping[str, Any]) -> str:
             f"{how} of {len(sources)} checkpoints, summed in float64 and rounded once,"
             f" stored as {stored}."
         )
-    name, relation = _name(next(_origins(record))), _relation(record)
+    name, relation = public_name(next(_origins(record))), _relation(record)
     done = "quantized" if relation == _QUANTIZED else "converted, every number kept as it was read"
     if record["options"]["dtype"] in ("bf16", "f16", "f32"):
         done = f"converted to {record['options']['dtype'].upper()}"
@@ -182,7 +182,7 @@ def _what(record: Mapping[str, Any]) -> str:
 
 def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if len(record.get("sources", ())) <= 1:
-        yield "source", _name(record["source"])
+        yield "source", public_name(record["source"])
         if record.get("revision"):
             yield "revision", record["revision"]
     yield "made by", f"lingconv {record['lingconv']}"
@@ -194,11 +194,6 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "FP8", ", ".join(words)
     if record["options"]["layout"] == Target.GGUF:
         yield "GGUF", f"`{record['options']['gguf']['outtype']}`"
-
-
-def _name(uri: str) -> str:
-    """Return the repository, or the folder's own name: paths of a machine are nobody's business."""
-    return repository_of(uri) or uri.rstrip("/").rpartition("/")[2]
 
 
 def _proof(described: Described) -> dict[str, Any] | None:

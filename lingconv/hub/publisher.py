@@ -146,10 +146,8 @@ class Publisher:
     def _send(self, batch: list[OutputFile]) -> None:
         started = time.monotonic()
         paths = {file.name: self._folder.root / file.name for file in batch}
-        total = len(self._plan.files)
-        what = batch[0].name if len(batch) == 1 else f"{len(batch)} weight files"
-        message = f"Add {what} ({len(self._folder.sent) + len(batch)} of {total})"
-        sent = self._repository.commit(paths, message)
+        before, total = len(self._folder.sent), len(self._plan.files)
+        sent = self._repository.add_weights(paths, before, total)
         for name, listed in sent.items():
             self._folder.finish_sending(name, listed)
         nbytes = sum(file.nbytes for file in batch)
@@ -183,9 +181,7 @@ class Publisher:
             small[RECORD_NAME] = published_record(record)
         if self._repository.may_replace_card():
             small[CARD_NAME] = self._card(record, base_card)
-        there = self._repository.commit(small, f"Complete the checkpoint (lingconv {__version__})")
-        self._repository.check({**self._folder.sent, **there})
-        return self._repository.commit_now
+        return self._repository.complete(small, self._folder.sent)
 
     def _card(self, record: Mapping[str, Any], base_card: str) -> bytes:
         described = Described(

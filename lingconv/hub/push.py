@@ -26,7 +26,6 @@ from lingconv.readers.safetensors import OTHER_WEIGHTS
 from lingconv.storage.hub import HubStorage
 from lingconv.storage.local import LocalStorage
 from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
-from lingconv.version import __version__
 
 _WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
 _BATCH_BYTES = 50_000_000_000
@@ -112,16 +111,13 @@ class _Push:
         sent: dict[str, HubFile] = {name: self._repository.files[name] for name in there}
         for batch in _batches(missing):
             began = time.monotonic()
-            message = f"Add {_words(batch)} ({len(sent) + len(batch)} of {len(weights)})"
-            added = self._repository.commit(batch, message)
+            added = self._repository.add_weights(batch, len(sent), len(weights))
             seconds = (time.monotonic() - began) / len(batch)
             for name, file in added.items():
                 self._progress.file_sent(name, file.size, seconds)
             sent |= added
-        last = self._repository.commit(small, f"Complete the checkpoint (lingconv {__version__})")
-        self._repository.check({**sent, **last})
         return Pushed(
-            self._repository.commit_now,
+            self._repository.complete(small, sent),
             len(missing),
             nbytes,
             len(there),
@@ -142,10 +138,6 @@ def _batches(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
         nbytes += size
     if batch:
         yield batch
-
-
-def _words(batch: Mapping[str, Path]) -> str:
-    return next(iter(batch)) if len(batch) == 1 else f"{len(batch)} weight files"
 
 
 def _finished_files(folder: Path) -> list[str]:

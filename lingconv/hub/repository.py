@@ -27,6 +27,7 @@ from lingconv.hub.card import MARK
 from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
 from lingconv.hub.remote import RemoteFile, as_listed, find_commit, list_files
 from lingconv.options import PublishOptions
+from lingconv.version import __version__
 
 MAIN = "main"
 _MOVED = (409, 412)
@@ -150,6 +151,17 @@ class Repository:
         if additions:
             self._commit(additions, message)
         return {name: self.files[name] for name in contents}
+
+    def add_weights(self, files: Mapping[str, Path], before: int, total: int) -> dict[str, HubFile]:
+        """Put weight files into the repository, which has `before` of `total`, in one commit."""
+        what = next(iter(files)) if len(files) == 1 else f"{len(files)} weight files"
+        return self.commit(files, f"Add {what} ({before + len(files)} of {total})")
+
+    def complete(self, small: Mapping[str, Path | bytes], sent: Mapping[str, HubFile]) -> Commit:
+        """Add what makes a checkpoint of the weights `sent`, and compare all with the listing."""
+        there = self.commit(small, f"Complete the checkpoint (lingconv {__version__})")
+        self.check({**sent, **there})
+        return self.commit_now
 
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
         """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
