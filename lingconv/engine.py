@@ -119,7 +119,7 @@ def execute(
     mine, share = (part.of(plan.files), str(part)) if part else (plan.files, "")
     progress = progress or Silent()
     started = time.monotonic()
-    jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+    memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
     published: Commit | None = None
     with (
@@ -133,21 +133,21 @@ def execute(
         if not headers_only:
             missing = sum(folder.bytes_missing(file.name, file.nbytes) for file in todo)
             check_disk(folder.root, min(missing, publisher.room) if publisher else missing)
-        progress.begin(plan, len(mine) - len(todo), jobs)
-        allow_open_files(len(plan.source_files))
+        progress.begin(plan, len(mine) - len(todo), memory[0])
         with folder.alone():
             folder.keep_plan(plan)
             carry_side_files(plan, storages, folder)
-        crew = Crew(
+        _fill(
             plan,
-            _fetched(plan, todo, storages, folder, resources, stack, publishes=bool(publisher)),
+            todo,
+            storages,
             folder,
+            resources,
+            memory,
             progress,
-            publisher or Kept(),
+            publisher,
             sparse=headers_only,
-            ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
         )
-        crew.fill(todo, jobs)
         if not part:
             published = _complete(plan, storages[-1], folder, publisher)
     named = place_of(destination).name
@@ -180,21 +180,39 @@ def write_share(
     resources: Resources,
 ) -> None:
     """Write the files of `plan`, which are those of one share of the run that `identity` names."""
-    jobs, buffer_bytes = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+    memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     with (
         explained_writing(destination),
         RunFolder(place_of(destination), identity, fresh=False, share=share) as folder,
-        ExitStack() as stack,
     ):
         todo = unfinished(plan.files, folder)
-        allow_open_files(len(plan.source_files))
+        _fill(plan, todo, storages, folder, resources, memory, Silent(), None, sparse=False)
+
+
+def _fill(
+    plan: Plan,
+    todo: list[OutputFile],
+    storages: Sequence[Storage],
+    folder: RunFolder,
+    resources: Resources,
+    memory: tuple[int, int],
+    progress: Progress,
+    publisher: "Publisher | None",
+    *,
+    sparse: bool,
+) -> None:
+    """Have the crew fill files; `memory` is what `peak_memory` said of the plan."""
+    jobs, buffer_bytes = memory
+    allow_open_files(len(plan.source_files))
+    with ExitStack() as stack:
+        publishes = publisher is not None
         crew = Crew(
             plan,
-            _fetched(plan, todo, storages, folder, resources, stack, publishes=False),
+            _fetched(plan, todo, storages, folder, resources, stack, publishes=publishes),
             folder,
-            Silent(),
-            Kept(),
-            sparse=False,
+            progress,
+            publisher or Kept(),
+            sparse=sparse,
             ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
         )
         crew.fill(todo, jobs)
