@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from lingconv.buffers import Arena
-from lingconv.kernels import numeric
+from lingconv.kernels import fp8
 from lingconv.storage.output import OutputBlob
 
 ROOT = Path(__file__).parents[1]
@@ -191,15 +191,15 @@ def limits(work: Path, rounds: int) -> list[Line]:
     weights = (rng.standard_normal((512, 2048), np.float32).view(np.uint32) >> 16).astype(np.uint16)
     codes, scales = np.empty(weights.shape, np.uint8), np.empty((4, 16), np.float32)
     back = np.empty_like(weights)
-    quantize = (weights, codes, scales, 128, 128, 0.0, numeric.SCALE_F32, False)
+    quantize = (weights, codes, scales, 128, 128, 0.0, fp8.SCALE_F32, False)
     dequantize = (codes, scales, back, 128, 128, 0)
     nbytes = weights.nbytes
     return [
         Line("direct writes", _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)),
         Line("start-up", f"{statistics.median(starts):.2f} s"),
         Line("memcpy", _speed(lambda: np.copyto(back, weights), nbytes, 200)),
-        Line("quantize", _speed(lambda: numeric.quantize(*quantize), nbytes, 200)),
-        Line("dequantize", _speed(lambda: numeric.dequantize(*dequantize), nbytes, 200)),
+        Line("quantize", _speed(lambda: fp8.quantize(*quantize), nbytes, 200)),
+        Line("dequantize", _speed(lambda: fp8.dequantize(*dequantize), nbytes, 200)),
     ]
 
 

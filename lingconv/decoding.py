@@ -13,7 +13,7 @@ from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
-from lingconv.kernels import ggml_decode, numeric
+from lingconv.kernels import fp8, ggml_decode, numeric
 from lingconv.storage import Blob
 from lingconv.stored import Segment, Stored, side_by_side
 from lingconv.turning import read_rows
@@ -145,7 +145,7 @@ class Decoder:
             inner = (row + done) % height
             count = min(height - inner, len(values) - done)
             part = slice(done, done + count)
-            nonfinite += numeric.dequantize(
+            nonfinite += fp8.dequantize(
                 codes[part],
                 self.scales(source, row + done, count),
                 values[part],

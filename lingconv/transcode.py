@@ -14,7 +14,7 @@ from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite, source_of
 from lingconv.dtypes import DType, GgmlType
 from lingconv.encodings import Fp8, Ggml
 from lingconv.errors import CheckpointError
-from lingconv.kernels import ggml, numeric
+from lingconv.kernels import fp8, ggml, numeric
 from lingconv.plan import Scaling, Source
 from lingconv.storage import Blob
 from lingconv.storage.output import Output
@@ -112,7 +112,7 @@ class Transcoder:
         grid = -(-rows // block_rows), -(-cols // block_cols)
         scales = self._arena.take("scales out", grid, np.float32, like=0)
         scaling = strip.transfer.scaling
-        bad_row = numeric.quantize(
+        bad_row = fp8.quantize(
             values,
             codes,
             scales,
@@ -122,7 +122,7 @@ class Transcoder:
             scale_rounding(encoding, scaling),
             self._allow_nonfinite,
         )
-        if bad_row != numeric.NO_NONFINITE:
+        if bad_row != fp8.NO_NONFINITE:
             self._refuse(_source_of(strip, bad_row))
         raw = encode_scales(scales, encoding.scale_dtype)
         top, _ = encoding.scale_rows(strip.first, rows, target.height)
@@ -157,10 +157,10 @@ def _source_of(strip: RowStrip, row: int) -> Nonfinite:
 
 
 def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:
-    """Return how `numeric.quantize` has to round scales, so that storing them changes nothing."""
+    """Return how `fp8.quantize` has to round scales, so that storing them changes nothing."""
     if scaling.power_of_two:
-        return numeric.SCALE_UE8M0
-    return numeric.SCALE_BF16 if encoding.scale_dtype == DType.BF16 else numeric.SCALE_F32
+        return fp8.SCALE_UE8M0
+    return fp8.SCALE_BF16 if encoding.scale_dtype == DType.BF16 else fp8.SCALE_F32
 
 
 def encode_scales(scales: Array, dtype: DType) -> Array:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingconv.kernels import numeric
+from lingconv.kernels import fp8, numeric
 from lingconv.kernels.random import normal_rows, normal_table
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
@@ -34,14 +34,14 @@ def from_bf16_bits(bits):
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
-def quantize(values, rows, cols, min_amax=0.0, rounding=numeric.SCALE_F32, allow=False):
+def quantize(values, rows, cols, min_amax=0.0, rounding=fp8.SCALE_F32, allow=False):
     """Run the kernel on a torch matrix; return torch codes and scales, and what it returned."""
     source = bf16_bits(values) if values.dtype == torch.bfloat16 else values.numpy()
     cols = cols or values.shape[1]
     codes = np.empty(values.shape, np.uint8)
     grid = (-(-values.shape[0] // rows), -(-values.shape[1] // cols))
     scales = np.empty(grid, np.float32)
-    bad = numeric.quantize(source, codes, scales, rows, cols, min_amax, rounding, allow)
+    bad = fp8.quantize(source, codes, scales, rows, cols, min_amax, rounding, allow)
     return torch.from_numpy(codes).view(E4M3), torch.from_numpy(scales), bad
 
 
@@ -69,7 +69,7 @@ def matrices(draw):
 def test_quantize_equals_torch(rows, cols, values):
     codes, scales, bad = quantize(values, rows, cols)
     expected_codes, expected_scales = reference_quantize(values, rows, cols)
-    assert bad == numeric.NO_NONFINITE
+    assert bad == fp8.NO_NONFINITE
     assert torch.equal(scales, expected_scales)
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
 
@@ -78,8 +78,8 @@ def test_quantize_equals_torch(rows, cols, values):
 @given(values=matrices())
 def test_quantize_with_rounded_scales_equals_torch(values):
     for rounding, options in (
-        (numeric.SCALE_BF16, {"bf16_scale": True}),
-        (numeric.SCALE_UE8M0, {"ue8m0": True}),
+        (fp8.SCALE_BF16, {"bf16_scale": True}),
+        (fp8.SCALE_UE8M0, {"ue8m0": True}),
     ):
         codes, scales, _ = quantize(values, 128, 128, rounding=rounding)
         expected_codes, expected_scales = reference_quantize(values, 128, 128, **options)
@@ -101,7 +101,7 @@ def test_ling_policy_equals_the_formula_of_lings_converter(values):
             scale = scale.maximum(torch.tensor(1e-10)).log2().ceil().exp2()
         expected = (view / scale).clamp(-448, 448).to(E4M3).view_as(padded)
         expected = expected[: values.shape[0], : values.shape[1]].contiguous()
-        rounding = numeric.SCALE_UE8M0 if ue8m0 else numeric.SCALE_F32
+        rounding = fp8.SCALE_UE8M0 if ue8m0 else fp8.SCALE_F32
         codes, scales, _ = quantize(values, 128, 128, 1e-4, rounding)
         assert torch.equal(scales, scale[:, 0, :, 0])
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
@@ -113,6 +113,22 @@ def test_every_bf16_value_becomes_the_e4m3_that_torch_gives():
     codes, scales, _ = quantize(finite, 1, 0)
     assert scales.item() == 1.0
     assert torch.equal(codes.view(torch.uint8), finite.to(E4M3).view(torch.uint8))
+
+
+def test_every_bf16_value_is_scaled_by_every_amax_as_torch_does():
+    """All quotients that a block of BF16 can have: 128 mantissas of amax, 23 binades below it."""
+    amax = torch.arange(0x3F80, 0x4000, dtype=torch.int32)
+    codes = amax[:, None] - torch.arange(23 << 7, dtype=torch.int32)
+    values = codes.to(torch.int16).view(torch.bfloat16)
+    for rounding, options in (
+        (fp8.SCALE_F32, {}),
+        (fp8.SCALE_BF16, {"bf16_scale": True}),
+        (fp8.SCALE_UE8M0, {"ue8m0": True}),
+    ):
+        codes, scales, _ = quantize(values, 1, 0, rounding=rounding)
+        expected, expected_scales = reference_quantize(values, 1, 0, **options)
+        assert torch.equal(scales, expected_scales)
+        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_random_float32_bits_become_the_e4m3_that_torch_gives():
@@ -138,7 +154,7 @@ def test_dequantize_equals_torch(dtype, data):
     first = data.draw(st.integers(0, rows - 1))
     top = first // block_rows
     target = np.empty((rows - first, cols), np.uint16 if dtype == torch.bfloat16 else np.float32)
-    nonfinite = numeric.dequantize(
+    nonfinite = fp8.dequantize(
         codes[first:],
         scales[top:],
         target,
@@ -168,7 +184,7 @@ def test_allowed_nonfinite_saturates_and_leaves_the_rest_of_the_block_alone():
     values = torch.full((128, 128), 0.5, dtype=torch.bfloat16)
     values[0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
     codes, scales, bad = quantize(values, 128, 128, allow=True)
-    assert bad == numeric.NO_NONFINITE
+    assert bad == fp8.NO_NONFINITE
     assert scales.item() == torch.tensor(0.5 / 448.0).item()
     assert codes[0, 0].isnan()
     assert codes.float()[0, 1:4].tolist() == [448.0, -448.0, 448.0]
@@ -177,9 +193,9 @@ def test_allowed_nonfinite_saturates_and_leaves_the_rest_of_the_block_alone():
 def test_dequantize_counts_nan_codes_and_overflow():
     codes = np.full((2, 4), 0x38, np.uint8)
     target = np.empty((2, 4), np.uint16)
-    assert numeric.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 0
+    assert fp8.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 0
     codes[1, 2] = 0xFF
-    assert numeric.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 1
+    assert fp8.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 1
     assert from_bf16_bits(target)[1, 2].isnan()
 
 

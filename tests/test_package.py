@@ -1,23 +1,36 @@
 """What is shipped: the wheel, the public names, the changelog, the layout of the house."""
 
 import ast
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import lingconv
+from lingconv.kernels.prebuilt import LEVELS
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_from_the_sdist_holds_every_format_file(tmp_path):
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist as an installer builds it."""
+    folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
         check=True, capture_output=True,
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_from_the_sdist_holds_every_format_file(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         for path in (ROOT / "formats").rglob("*"):
@@ -37,6 +50,39 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == ["ling2", "ling-1t", "ling-flash-2.0", "ling-mini-2.0", "tiny"]
+
+
+@pytest.mark.skipif(platform.machine() not in LEVELS, reason="no kernels are shipped for it")
+def test_an_installed_wheel_compiles_nothing(wheel, tmp_path, golden):
+    """The first commands of a fresh install find every kernel that they call."""
+    package, cache = tmp_path / "package", tmp_path / "cache"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(package)
+    cache.mkdir()
+
+    def lingconv_from_the_wheel(*words):
+        subprocess.run(
+            [sys.executable, "-m", "lingconv", *map(str, words)],
+            env=os.environ | {"PYTHONPATH": str(package), "NUMBA_CACHE_DIR": str(cache)},
+            cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+
+    lingconv_from_the_wheel("synth", "tiny", "source")
+    lingconv_from_the_wheel("quantize", golden, "fp8", "--fp8")
+    lingconv_from_the_wheel("convert", "fp8", "back", "--dtype", "bf16")
+    lingconv_from_the_wheel("convert", "fp8", "wide", "--dtype", "f32")
+    lingconv_from_the_wheel("quantize", "wide", "fp8-of-f32", "--fp8")
+    lingconv_from_the_wheel("verify", golden, "fp8", "--level", "tensors")
+    lingconv_from_the_wheel("convert", golden, "gguf", "--to", "gguf", "--outtype", "q4_k_m")
+    lingconv_from_the_wheel("convert", "gguf", "from-gguf", "--to", "hf", "--dtype", "bf16")
+    lingconv_from_the_wheel("merge", "checkpoints", golden, "back", "average", "--mean")
+    assert (tmp_path / "package/lingconv/kernels/prebuilt/manifest.json").exists()
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+    # ... and without what came with it, the same commands do compile.
+    shutil.rmtree(package / "lingconv/kernels/prebuilt")
+    lingconv_from_the_wheel("quantize", golden, "again", "--fp8")
+    assert [path for path in cache.rglob("*") if path.is_file()] != []
 
 
 def test_public_names_are_sorted_and_there():

@@ -7,10 +7,22 @@ and each sum rounded to float64: no threads, no lanes and no fast-math change a 
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numpy import float32, float64, uint16, uint32, uint64, uintp
 
+from lingconv.kernels.compiled import (
+    BF16,
+    BF16_LINE,
+    BOOL,
+    F32,
+    F32_LINE,
+    F64_LINE,
+    INT,
+    helper,
+    inlined,
+    kernel,
+)
 from lingconv.kernels.numeric import float_bits, load
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +44,7 @@ _pread: Any = types.ExternalFunction(
 )
 
 
-@njit(inline="always")
+@inlined
 def _add_some(
     terms: Any, first: Any, weights: Any, sums: Any, begin: Any, width: Any
 ) -> None:  # inlined with a constant width, so that the inner loop is unrolled
@@ -43,7 +55,7 @@ def _add_some(
         sums[i] = total
 
 
-@njit(nogil=True, cache=True)
+@kernel(*((terms, INT, F64_LINE, F64_LINE, BOOL) for terms in (BF16, F32)))
 def _add(terms: Array, first: int, weights: Array, sums: Array, begin: bool) -> None:
     """Add the terms from column `first` on."""
     if len(weights) == 8:
@@ -56,7 +68,7 @@ def _add(terms: Array, first: int, weights: Array, sums: Array, begin: bool) -> 
         _add_some(terms, first, weights, sums, begin, 1)
 
 
-@njit
+@helper
 def _to_odd(value: Any) -> Any:
     """Return the bits of float32 next to a float64 towards zero, or whose last bit is odd.
 
@@ -72,7 +84,7 @@ def _to_odd(value: Any) -> Any:
     return uint32(bits + step) if inexact else bits
 
 
-@njit(nogil=True, cache=True)
+@helper
 def _round_bf16(sums: Array, target: Array) -> int:
     worst = uint32(0)
     for i in range(sums.size):
@@ -84,7 +96,7 @@ def _round_bf16(sums: Array, target: Array) -> int:
     return int(worst >= uint32(0x7F80))
 
 
-@njit(nogil=True, cache=True)
+@helper
 def _round_f32(sums: Array, target: Array, to_odd: bool) -> int:
     bits = target.view(np.uint32)
     worst = uint32(0)
@@ -118,7 +130,7 @@ def _round_of(sums: Any, target: Any, to_odd: Any) -> Any:
     return to_bf16 if target.dtype == types.uint16 else to_f32
 
 
-@njit(inline="always")
+@inlined
 def _bf16_in_f32(value: Any) -> Any:
     """Return the bits of the float32 that is `value` rounded to BF16; not for subnormal results."""
     bits = float64(value).view(np.uint64)
@@ -128,13 +140,13 @@ def _bf16_in_f32(value: Any) -> Any:
     return float_bits(float32(exact))
 
 
-@njit(inline="always")
+@inlined
 def _magnitude_below_zero(value: Any) -> Any:
     """Return float64 bits that order like |value|, but for zeros, which come last."""
     return uint64(uint64(float64(value).view(np.uint64) << uint64(1)) - uint64(1))
 
 
-@njit(inline="always")
+@inlined
 def _pairs(terms: Any, weights: Any, target: Any, width: Any) -> Any:
     """Add and round elements, two of them in a word: neighbours need no shuffling that way.
 
@@ -155,7 +167,7 @@ def _pairs(terms: Any, weights: Any, target: Any, width: Any) -> Any:
     return worst, least
 
 
-@njit(nogil=True, cache=True)
+@helper
 def _finish_pairs(terms: Array, weights: Array, target: Array) -> int:
     """Add and round BF16, two in a word; return as `finish` does, or _RARE."""
     if len(weights) == 8:
@@ -190,7 +202,13 @@ def _at_once_of(terms: Any, weights: Any, target: Any) -> Any:
     return as_pairs if bf16 else as_numbers
 
 
-@njit(nogil=True, cache=True)
+@kernel(
+    *(
+        (terms, F64_LINE, F64_LINE, BOOL, target, BOOL)
+        for terms in (BF16, F32)
+        for target in (BF16_LINE, F32_LINE)
+    )
+)
 def finish(
     terms: Array, weights: Array, sums: Array, begin: bool, target: Array, to_odd: bool
 ) -> int:
@@ -214,7 +232,7 @@ def finish(
     return nonfinite
 
 
-@njit(nogil=True, cache=True)
+@helper
 def _read(fd: int, into: Array, offset: int) -> bool:
     """Fill a contiguous array from byte `offset` of an open file; return whether that worked."""
     nbytes = into.size * into.itemsize
@@ -227,7 +245,13 @@ def _read(fd: int, into: Array, offset: int) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True)
+@kernel(
+    *(
+        (types.int32[::1], types.int64[::1], F64_LINE, terms, target, BOOL)
+        for terms in (BF16_LINE, F32_LINE)
+        for target in (BF16_LINE, F32_LINE)
+    )
+)
 def average_files(
     fds: Array, offsets: Array, weights: Array, terms: Array, target: Array, to_odd: bool
 ) -> int:

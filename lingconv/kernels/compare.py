@@ -14,10 +14,11 @@ float64 beyond it; `reassoc` allows lanes, and which bits the sums end with does
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numpy import float32, float64, uint32
 
+from lingconv.kernels.compiled import BF16, BYTES, F32, FLOAT, INT, helper, kernel
 from lingconv.kernels.numeric import Array, float_bits, load
 
 SIGNAL: Final = 0  # sum of left^2
@@ -33,6 +34,7 @@ NUM_SUMS: Final = 9
 
 _MAGNITUDE: Final = 0x7FFFFFFF
 _EXPONENT: Final = 0x7F800000
+_COMPARE: Final = INT, INT, INT, FLOAT, FLOAT, FLOAT, F32, types.float64[:, :, ::1]
 
 
 def _scaled(value: Any, scale: Any) -> Any:
@@ -52,7 +54,10 @@ def _scaled_number(value: Any, scale: Any) -> Any:
     return load(value)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+@kernel(
+    *((left, right, *_COMPARE) for left in (BF16, F32) for right in (BF16, F32, BYTES)),
+    fastmath={"reassoc", "nsz", "contract"},
+)
 def compare(
     left: Array,
     right: Array,
@@ -115,7 +120,7 @@ def compare(
 
 # Slices handed to a function would cost more than the whole line: hence `where`, a place in both
 # matrices and in the grid of blocks (row, first and last column, row and column of the block).
-@njit(nogil=True)
+@helper
 def _count_extremes(left: Array, right: Array, where: Any, highest: Any, sums: Array) -> None:
     """Count what became zero, and what was cut off."""
     row, begin, end, block_row, block_col = where
@@ -127,7 +132,7 @@ def _count_extremes(left: Array, right: Array, where: Any, highest: Any, sums: A
             sums[block_row, block_col, ZEROED] += 1
 
 
-@njit(nogil=True)
+@helper
 def _look_closely(
     left: Array,
     right: Array,
@@ -161,7 +166,7 @@ def _look_closely(
     _count_extremes(left, right, where, highest, sums)
 
 
-@njit(nogil=True, cache=True)
+@kernel(*((left, right) for left in (BF16, F32) for right in (BF16, F32)))
 def count_different(left: Array, right: Array) -> int:
     """Return how many elements differ in their bits as float32: -0 from 0, one NaN from another."""
     rows, cols = left.shape

@@ -13,6 +13,7 @@ import numpy as np
 from numpy import float32, float64, int32, uint8, uint16, uint32
 
 from lingconv.dtypes import GgmlType
+from lingconv.kernels.compiled import BYTES, F32, INT, helper, kernel
 from lingconv.kernels.ggml_search import (
     LANES,
     LEVELS,
@@ -27,7 +28,6 @@ from lingconv.kernels.ggml_search import (
     X,
     clamped,
     iq4_index,
-    kernel,
     load_lanes,
     nearest_int,
     search_scale,
@@ -42,7 +42,7 @@ from lingconv.kernels.numeric import Array, float_bits
 _FP4_VALUES: Final = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
-@kernel
+@helper
 def half_bits(value: Any) -> Any:
     """Round a float32 to F16, to nearest, ties to even; return the bits."""
     bits = float_bits(value)
@@ -62,7 +62,7 @@ def half_bits(value: Any) -> Any:
     return uint16(sign | uint32(rounded >> uint32(13)))
 
 
-@kernel
+@helper
 def half_value(bits: Any) -> Any:
     """Return the float32 of F16 bits."""
     magnitude = uint32(uint32(bits) & uint32(0x7FFF))
@@ -77,7 +77,7 @@ def half_value(bits: Any) -> Any:
     return -value if uint32(bits) & uint32(0x8000) else value
 
 
-@kernel
+@helper
 def _put_half(out: Array, block: int, at: int, value: Any) -> Any:
     """Store a number as F16; return what was stored."""
     bits = half_bits(value)
@@ -86,12 +86,12 @@ def _put_half(out: Array, block: int, at: int, value: Any) -> Any:
     return half_value(bits)
 
 
-@kernel
+@helper
 def _inverse(value: Any) -> Any:
     return float32(1) / value if value != float32(0) else float32(0)
 
 
-@kernel
+@helper
 def _peak(values: Array, block: int) -> Any:
     """Return the largest |value| of a block."""
     bits = uint32(0)
@@ -100,7 +100,7 @@ def _peak(values: Array, block: int) -> Any:
     return uint32(bits).view(np.float32)
 
 
-@kernel
+@helper
 def _extreme(values: Array, block: int) -> Any:
     """Return the first value whose magnitude is the largest of its block; never a negative zero."""
     peak = _peak(values, block)
@@ -110,7 +110,7 @@ def _extreme(values: Array, block: int) -> Any:
     return float32(0)
 
 
-@kernel
+@helper
 def _round_half_away(value: Any) -> Any:
     """Round as C's roundf does: halves away from zero."""
     magnitude = abs(value)
@@ -122,7 +122,7 @@ def _round_half_away(value: Any) -> Any:
 # Blocks of 32 ------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q8_0(values: Array, out: Array) -> None:
     """F16 scale, 32 signed bytes."""
     for block in range(values.shape[0]):
@@ -133,7 +133,7 @@ def quantize_q8_0(values: Array, out: Array) -> None:
             out[block, 2 + i] = uint8(_round_half_away(values[block, i] * inverse))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q4_0(values: Array, out: Array) -> None:
     """F16 scale, 32 levels -8 ... 7 in nibbles: byte j holds elements j and j + 16."""
     for block in range(values.shape[0]):
@@ -146,7 +146,7 @@ def quantize_q4_0(values: Array, out: Array) -> None:
             out[block, 2 + j] = uint8(low | (high << 4))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q5_0(values: Array, out: Array) -> None:
     """F16 scale, 32 fifth bits, nibbles: levels -16 ... 15."""
     for block in range(values.shape[0]):
@@ -155,7 +155,7 @@ def quantize_q5_0(values: Array, out: Array) -> None:
         _put_five_bits(values, out, block, 2, float32(0), _inverse(scale), float32(16.5))
 
 
-@kernel
+@helper
 def _put_five_bits(
     values: Array, out: Array, block: int, at: int, low: Any, inverse: Any, offset: Any
 ) -> None:
@@ -171,7 +171,7 @@ def _put_five_bits(
         out[block, at + byte] = uint8(uint32(fifths >> uint32(8 * byte)) & uint32(0xFF))
 
 
-@kernel
+@helper
 def _put_range(values: Array, out: Array, block: int, levels: int) -> tuple[Any, Any]:
     """Store scale and minimum of a block as F16; return minimum and inverse scale, unrounded."""
     low, high = values[block, 0], values[block, 0]
@@ -183,7 +183,7 @@ def _put_range(values: Array, out: Array, block: int, levels: int) -> tuple[Any,
     return low, _inverse(scale)
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q4_1(values: Array, out: Array) -> None:
     """F16 scale, F16 minimum, nibbles."""
     for block in range(values.shape[0]):
@@ -194,7 +194,7 @@ def quantize_q4_1(values: Array, out: Array) -> None:
             out[block, 4 + j] = uint8(min(int32(15), first) | (min(int32(15), second) << 4))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q5_1(values: Array, out: Array) -> None:
     """F16 scale, F16 minimum, 32 fifth bits, nibbles."""
     for block in range(values.shape[0]):
@@ -202,7 +202,7 @@ def quantize_q5_1(values: Array, out: Array) -> None:
         _put_five_bits(values, out, block, 4, low, inverse, float32(0.5))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_mxfp4(values: Array, out: Array) -> None:
     """A power of two (E8M0), 32 e2m1 numbers in nibbles."""
     for block in range(values.shape[0]):
@@ -223,7 +223,7 @@ def quantize_mxfp4(values: Array, out: Array) -> None:
             out[block, 1 + j] = uint8(low | (high << 4))
 
 
-@kernel
+@helper
 def _nearest_fp4(value: Any, scale: Any) -> Any:
     """Return the index of the nearest e2m1 number, the first one of several."""
     best, index = abs(_FP4_VALUES[0] * scale - value), int32(0)
@@ -234,7 +234,7 @@ def _nearest_fp4(value: Any, scale: Any) -> Any:
     return index
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_iq4_nl(values: Array, out: Array) -> None:
     """F16 scale, 32 indices of IQ4's values in nibbles."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -247,7 +247,7 @@ def quantize_iq4_nl(values: Array, out: Array) -> None:
             _put_iq4(values, first + k, out, first + k, 2, _inverse(scale))
 
 
-@kernel
+@helper
 def _put_iq4(values: Array, row: int, out: Array, block: int, at: int, inverse: Any) -> None:
     """Store the 32 values of a row as indices in nibbles."""
     for j in range(16):
@@ -259,7 +259,7 @@ def _put_iq4(values: Array, row: int, out: Array, block: int, at: int, inverse: 
 # Blocks of 256 -----------------------------------------------------------------------------------
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_iq4_xs(values: Array, out: Array) -> None:
     """F16 scale, 8 scales of 6 bits (high bits, low bits), 256 indices in nibbles."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -287,7 +287,7 @@ def quantize_iq4_xs(values: Array, out: Array) -> None:
             out[block, 3] = uint8(high_bits >> uint32(8))
 
 
-@kernel
+@helper
 def _largest(scales: Array, first: int, count: int) -> Any:
     """Return the first of `count` scales whose magnitude is the largest, or 0."""
     largest = float32(0)
@@ -298,14 +298,14 @@ def _largest(scales: Array, first: int, count: int) -> Any:
     return largest
 
 
-@kernel
+@helper
 def _levels_of(values: Array, block: int, steps: Array, low: int, high: int, levels: Array) -> None:
     """Find the levels of a block of 256, counted from `low`; each x has its own step."""
     for i in range(256):
         levels[i] = uint8(clamped(values[block, i] / steps[i], low, high) - int32(low))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q6_k(values: Array, out: Array) -> None:
     """Low nibbles, high bit pairs, 16 signed scales, F16 scale of scales."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -334,7 +334,7 @@ def quantize_q6_k(values: Array, out: Array) -> None:
             _put_q6_levels(levels, out, block)
 
 
-@kernel
+@helper
 def _keep_q6_levels(
     values: Array, block: int, part: int, state: Array, lane: int, levels: Array
 ) -> None:
@@ -344,7 +344,7 @@ def _keep_q6_levels(
         levels[i] = uint8(0 if state[PEAK + lane] < TINY else level)
 
 
-@kernel
+@helper
 def _put_q6_levels(levels: Array, out: Array, block: int) -> None:
     for part in range(2):
         for i in range(32):
@@ -361,7 +361,7 @@ def _put_q6_levels(levels: Array, out: Array, block: int) -> None:
 _Q3_BLOCKS: Final = 64
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q3_k(values: Array, out: Array) -> None:
     """Third bits, low bit pairs, 16 scales of 6 bits, F16 scale of scales."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -383,7 +383,7 @@ def quantize_q3_k(values: Array, out: Array) -> None:
             _put_q3_levels(levels, out, block)
 
 
-@kernel
+@helper
 def _put_q3_scales(
     scales: Array, first: int, out: Array, block: int, codes: Array, steps: Array
 ) -> None:
@@ -408,7 +408,7 @@ def _put_q3_scales(
         out[block, 104 + j] = uint8(pairs)
 
 
-@kernel
+@helper
 def _keep_q3_levels(sub_block: Array, state: Array, part: int, levels: Array) -> None:
     """Search a sub-block again for the levels themselves, where the rounded scale is 0."""
     load_lanes(sub_block, 0, 16, state)
@@ -418,7 +418,7 @@ def _keep_q3_levels(sub_block: Array, state: Array, part: int, levels: Array) ->
         levels[16 * part + i] = uint8(0 if state[PEAK] < TINY else level)
 
 
-@kernel
+@helper
 def _put_q3_levels(levels: Array, out: Array, block: int) -> None:
     for i in range(32):
         thirds = 0
@@ -429,7 +429,7 @@ def _put_q3_levels(levels: Array, out: Array, block: int) -> None:
     _put_bit_pairs(levels, out, block, 32)
 
 
-@kernel
+@helper
 def _put_bit_pairs(levels: Array, out: Array, block: int, at: int) -> None:
     """Store 256 levels 0 ... 3: byte i of a half holds elements i, i + 32, i + 64, i + 96."""
     for part in range(2):
@@ -440,7 +440,7 @@ def _put_bit_pairs(levels: Array, out: Array, block: int, at: int) -> None:
             out[block, at + 32 * part + i] = uint8(pairs)
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q2_k(values: Array, out: Array) -> None:
     """16 scales and minima in nibbles, bit pairs, F16 scale of scales, F16 scale of minima."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -467,7 +467,7 @@ def quantize_q2_k(values: Array, out: Array) -> None:
             _put_bit_pairs(levels, out, block, 16)
 
 
-@kernel
+@helper
 def _largest_two(state: Array, lane: int, count: int) -> tuple[Any, Any]:
     """Return the largest scale and the largest (negated) minimum of some sub-blocks."""
     top_scale, top_min = float32(0), float32(0)
@@ -477,7 +477,7 @@ def _largest_two(state: Array, lane: int, count: int) -> tuple[Any, Any]:
     return top_scale, top_min
 
 
-@kernel
+@helper
 def _put_levels(
     values: Array,
     block: int,
@@ -501,7 +501,7 @@ def _put_levels(
         levels[begin + i] = uint8(clamped(iscale * (values[block, begin + i] - low), 0, top))
 
 
-@kernel
+@helper
 def _search_k4(parts: Array, first: int, state: Array, top: int, start: Any, steps: int) -> None:
     """Search scales and minima of sub-blocks of 32, each x weighted by rms + |x| (Q4_K, Q5_K)."""
     load_lanes(parts, first, 32, state)
@@ -519,7 +519,7 @@ def _search_k4(parts: Array, first: int, state: Array, top: int, start: Any, ste
     search_scale_min(state, 32, top, start, float32(0.1), steps, False)
 
 
-@kernel
+@helper
 def _put_k4(
     values: Array, block: int, state: Array, lane: int, top: int, out: Array, levels: Array
 ) -> None:
@@ -543,7 +543,7 @@ def _put_k4(
         _put_levels(values, block, 32, j, step, offset, top, state, lane + j, levels)
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q4_k(values: Array, out: Array) -> None:
     """F16 scale of scales and of minima, 8 pairs of 6 bits, 256 nibbles."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -559,7 +559,7 @@ def quantize_q4_k(values: Array, out: Array) -> None:
                     out[block, 16 + 32 * part + i] = uint8(levels[at] | (levels[at + 32] << 4))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_q5_k(values: Array, out: Array) -> None:
     """As Q4_K, with 256 fifth bits before the nibbles."""
     state = np.empty(STATE_SIZE, np.float32)
@@ -580,7 +580,7 @@ def quantize_q5_k(values: Array, out: Array) -> None:
                     out[block, 48 + 32 * part + i] = uint8(low | (high << 4))
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_tq1_0(values: Array, out: Array) -> None:
     """256 levels -1, 0, 1, five to a byte (the last sixteen four to a byte), F16 scale."""
     for block in range(values.shape[0]):
@@ -595,7 +595,7 @@ def quantize_tq1_0(values: Array, out: Array) -> None:
             out[block, 48 + i] = _trits(values, block, 240 + i, 4, 4, inverse)
 
 
-@kernel
+@helper
 def _trits(values: Array, block: int, at: int, step: int, count: int, inverse: Any) -> Any:
     """Pack `count` levels into a byte: a fraction of 3^5, so that multiplying by 3 unpacks it."""
     packed = 0
@@ -607,7 +607,7 @@ def _trits(values: Array, block: int, at: int, step: int, count: int, inverse: A
     return uint8((packed * 256 + 242) // 243)
 
 
-@kernel
+@kernel((F32, BYTES))
 def quantize_tq2_0(values: Array, out: Array) -> None:
     """256 levels -1, 0, 1 in bit pairs, F16 scale."""
     levels = np.empty(256, np.uint8)
@@ -620,7 +620,7 @@ def quantize_tq2_0(values: Array, out: Array) -> None:
         _put_bit_pairs(levels, out, block, 0)
 
 
-@kernel
+@kernel((BYTES, INT))
 def find_infinite_half(blocks: Array, place: int) -> int:
     """Return the first block whose F16 at byte `place` is Inf or NaN, or -1.
 

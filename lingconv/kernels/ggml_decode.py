@@ -12,8 +12,8 @@ import numpy as np
 from numpy import float32, int8, int32, uint8, uint16, uint32
 
 from lingconv.dtypes import GgmlType
+from lingconv.kernels.compiled import BYTES, F32, helper, kernel
 from lingconv.kernels.ggml import half_value
-from lingconv.kernels.ggml_search import kernel
 from lingconv.kernels.numeric import Array
 
 # kvalues_iq4nl of ggml-common.h.
@@ -24,13 +24,13 @@ IQ4_VALUES: Final = np.array(
 _FP4_VALUES: Final = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
-@kernel
+@helper
 def _half(block: Array, place: Any) -> Any:
     """Return the F16 at byte `place` as float32."""
     return half_value(uint16(uint16(block[place]) | uint16(uint16(block[place + 1]) << uint16(8))))
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q8_0(blocks: Array, values: Array) -> None:
     """d; 32 signed bytes: d x q."""
     for number in range(blocks.shape[0]):
@@ -40,7 +40,7 @@ def dequantize_q8_0(blocks: Array, values: Array) -> None:
             out[index] = float32(int8(block[2 + index])) * scale
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q4_0(blocks: Array, values: Array) -> None:
     """d; 16 bytes of two nibbles, 16 elements apart: d x (q - 8)."""
     for number in range(blocks.shape[0]):
@@ -52,7 +52,7 @@ def dequantize_q4_0(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * float32((pair >> 4) - 8)
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q4_1(blocks: Array, values: Array) -> None:
     """d, m; nibbles as in Q4_0: d x q + m."""
     for number in range(blocks.shape[0]):
@@ -64,7 +64,7 @@ def dequantize_q4_1(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * float32(pair >> 4) + low
 
 
-@kernel
+@helper
 def _fifth_bits(block: Array, place: Any) -> Any:
     """Return the 32 bits at byte `place`: bit i belongs to element i."""
     bits = uint32(0)
@@ -73,7 +73,7 @@ def _fifth_bits(block: Array, place: Any) -> Any:
     return bits
 
 
-@kernel
+@helper
 def _five_bits(pair: Any, bits: Any, index: Any) -> Any:
     """Return elements `index` and `index + 16` of a block of five-bit numbers."""
     low = (pair & 15) | (int32((bits >> uint32(index)) & uint32(1)) << 4)
@@ -81,7 +81,7 @@ def _five_bits(pair: Any, bits: Any, index: Any) -> Any:
     return low, high
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q5_0(blocks: Array, values: Array) -> None:
     """d; the fifth bits; nibbles as in Q4_0: d x (q - 16)."""
     for number in range(blocks.shape[0]):
@@ -93,7 +93,7 @@ def dequantize_q5_0(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * float32(high - 16)
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q5_1(blocks: Array, values: Array) -> None:
     """d, m; the fifth bits; nibbles as in Q4_0: d x q + m."""
     for number in range(blocks.shape[0]):
@@ -105,7 +105,7 @@ def dequantize_q5_1(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * float32(high) + least
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q2_k(blocks: Array, values: Array) -> None:
     """16 scales and minima of 4 bits; 64 bytes of four elements; d, dmin: d x s x q - dmin x m."""
     for number in range(blocks.shape[0]):
@@ -121,7 +121,7 @@ def dequantize_q2_k(blocks: Array, values: Array) -> None:
                 out[16 * part + index] = step * float32(q) - low
 
 
-@kernel
+@helper
 def _q3_k_scale(block: Array, part: Any) -> Any:
     """Return the six-bit scale of sixteen elements, from -32 to 31."""
     low = (int32(block[96 + part % 8]) >> (4 * (part // 8))) & 15
@@ -129,7 +129,7 @@ def _q3_k_scale(block: Array, part: Any) -> Any:
     return (low | (high << 4)) - 32
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q3_k(blocks: Array, values: Array) -> None:
     """32 bytes of third bits, 64 of two bits, 12 of scales; d: d x s x (q - 4 where no bit)."""
     for number in range(blocks.shape[0]):
@@ -145,7 +145,7 @@ def dequantize_q3_k(blocks: Array, values: Array) -> None:
                 out[16 * part + index] = step * float32(q - 4 * (1 - third))
 
 
-@kernel
+@helper
 def _scale_and_min(block: Array, part: Any) -> Any:
     """Return the six-bit scale and minimum of 32 elements, packed in 12 bytes from byte 4."""
     if part < 4:
@@ -155,7 +155,7 @@ def _scale_and_min(block: Array, part: Any) -> Any:
     return scale, (both >> 4) | ((int32(block[4 + part]) >> 6) << 4)
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q4_k(blocks: Array, values: Array) -> None:
     """d, dmin; 12 bytes of scales and minima; 128 bytes of nibbles: d x s x q - dmin x m."""
     for number in range(blocks.shape[0]):
@@ -170,7 +170,7 @@ def dequantize_q4_k(blocks: Array, values: Array) -> None:
                 out[32 * part + index] = step * float32(q) - low
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q5_k(blocks: Array, values: Array) -> None:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles."""
     for number in range(blocks.shape[0]):
@@ -186,7 +186,7 @@ def dequantize_q5_k(blocks: Array, values: Array) -> None:
                 out[32 * part + index] = step * float32(q) - low
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_q6_k(blocks: Array, values: Array) -> None:
     """128 bytes of nibbles, 64 of two upper bits, 16 signed scales; d: d x s x (q - 32)."""
     for number in range(blocks.shape[0]):
@@ -203,7 +203,7 @@ def dequantize_q6_k(blocks: Array, values: Array) -> None:
                 out[16 * part + index] = step * float32((low | (high << 4)) - 32)
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_iq4_nl(blocks: Array, values: Array) -> None:
     """d; nibbles as in Q4_0 that index a table: d x table[q]."""
     for number in range(blocks.shape[0]):
@@ -214,7 +214,7 @@ def dequantize_iq4_nl(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * IQ4_VALUES[block[2 + index] >> 4]
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_iq4_xs(blocks: Array, values: Array) -> None:
     """d; eight six-bit scales in 2 + 4 bytes; nibbles as in IQ4_NL: d x (s - 32) x table[q]."""
     for number in range(blocks.shape[0]):
@@ -231,7 +231,7 @@ def dequantize_iq4_xs(blocks: Array, values: Array) -> None:
                 out[32 * part + index + 16] = step * IQ4_VALUES[pair >> 4]
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_mxfp4(blocks: Array, values: Array) -> None:
     """An exponent e; nibbles as in Q4_0 that are e2m1: 2^(e - 128) x 2 x q."""
     for number in range(blocks.shape[0]):
@@ -248,14 +248,14 @@ def dequantize_mxfp4(blocks: Array, values: Array) -> None:
             out[index + 16] = scale * _FP4_VALUES[block[1 + index] >> 4]
 
 
-@kernel
+@helper
 def _trit(byte: Any, power: Any) -> Any:
     """Return a digit of a base-3 fraction of 256, from -1 to 1."""
     digit = (uint16(uint8(uint8(byte) * uint8(power))) * uint16(3)) >> uint16(8)
     return float32(int32(digit) - 1)
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_tq1_0(blocks: Array, values: Array) -> None:
     """48 bytes of five ternary digits, 4 of four; d: d x digit."""
     for number in range(blocks.shape[0]):
@@ -273,7 +273,7 @@ def dequantize_tq1_0(blocks: Array, values: Array) -> None:
             power *= 3
 
 
-@kernel
+@kernel((BYTES, F32))
 def dequantize_tq2_0(blocks: Array, values: Array) -> None:
     """64 bytes of four two-bit digits; d: d x (q - 1)."""
     for number in range(blocks.shape[0]):

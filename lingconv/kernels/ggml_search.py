@@ -15,9 +15,9 @@ LLVM prove that the rows do not overlap.
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy import float32, int32
 
+from lingconv.kernels.compiled import helper
 from lingconv.kernels.numeric import Array, load
 
 LANES: Final = 64
@@ -56,30 +56,28 @@ IQ4_VALUES: Final = np.array(
 IQ4_MIDDLES: Final = (IQ4_VALUES[:-1] + IQ4_VALUES[1:]) / np.float32(2)
 IQ4_STEPS: Final = IQ4_VALUES[1:] - IQ4_VALUES[:-1]
 
-kernel = njit(nogil=True, cache=True, error_model="numpy")
 
-
-@kernel
+@helper
 def nearest_int(value: Any) -> Any:
     """Round to the nearest integer, ties to even; the bits decide, so NaN and Inf have results."""
     bits = float32(value + _ROUNDER).view(np.int32)
     return int32(int32(bits & int32(0x7FFFFF)) - int32(0x400000))
 
 
-@kernel
+@helper
 def clamped(value: Any, low: int, high: int) -> Any:
     """Return the nearest integer within low ... high."""
     return max(int32(low), min(int32(high), nearest_int(value)))
 
 
-@kernel
+@helper
 def rounded(value: Any, low: Any, high: Any) -> Any:
     """Return the nearest integer within low ... high as float32; `value` must be below 2^22."""
     inside = min(max(value, low), high)
     return float32(float32(inside + _ROUNDER) - _ROUNDER)
 
 
-@kernel
+@helper
 def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
     """Put sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
 
@@ -94,7 +92,7 @@ def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
             state[X + i * LANES + k] = float32(0)
 
 
-@kernel
+@helper
 def search_scale_min(
     state: Array, size: int, levels: int, start: Any, step: Any, steps: int, absolute: bool
 ) -> None:
@@ -131,7 +129,7 @@ def search_scale_min(
         state[WON_ISCALE + k] = float32(0) if flat else state[WON_ISCALE + k]
 
 
-@kernel
+@helper
 def _begin_scale_min(state: Array, size: int) -> None:
     """Find smallest (at most 0) and largest x, and the sums of w and w x."""
     for k in range(LANES):
@@ -155,7 +153,7 @@ def _begin_scale_min(state: Array, size: int) -> None:
         state[_FLAT + k] = float32(1) if low == state[PEAK + k] else float32(0)
 
 
-@kernel
+@helper
 def _try_levels(state: Array, size: int, levels: int) -> None:
     """Find the levels that the candidate inverse scale gives, and their sums."""
     for k in range(LANES):
@@ -173,7 +171,7 @@ def _try_levels(state: Array, size: int, levels: int) -> None:
             state[_SUM_XL + k] += weighted * x
 
 
-@kernel
+@helper
 def _solve(state: Array) -> None:
     """Find the least-squares scale and minimum for the levels; the minimum is at most 0."""
     for k in range(LANES):
@@ -188,7 +186,7 @@ def _solve(state: Array) -> None:
         state[_SUM_L + k] = determinant  # its sign decides whether the candidate counts
 
 
-@kernel
+@helper
 def _measure(state: Array, size: int, absolute: bool) -> None:
     """Add up the weighted error of the candidate."""
     for k in range(LANES):
@@ -201,7 +199,7 @@ def _measure(state: Array, size: int, absolute: bool) -> None:
             state[_ERROR + k] += w * gap
 
 
-@kernel
+@helper
 def _keep_better(state: Array) -> None:
     """Keep the candidate in the lanes where its error is smaller."""
     for k in range(LANES):
@@ -214,7 +212,7 @@ def _keep_better(state: Array) -> None:
         state[MIN + k] = state[_TRY_MIN + k] if won else state[MIN + k]
 
 
-@kernel
+@helper
 def _find_extreme(state: Array, size: int) -> None:
     """Find the largest |x| of each lane and the first x that has it."""
     for k in range(LANES):
@@ -228,7 +226,7 @@ def _find_extreme(state: Array, size: int) -> None:
             state[EXTREME + k] = x if larger else state[EXTREME + k]
 
 
-@kernel
+@helper
 def search_scale(state: Array, size: int, half: int) -> None:
     """Find the scale of levels -half ... half - 1 (Q6_K); each x counts as much as its square.
 
@@ -246,7 +244,7 @@ def search_scale(state: Array, size: int, half: int) -> None:
     _zero_tiny(state)
 
 
-@kernel
+@helper
 def _begin_candidate(state: Array, numerator: Any) -> None:
     for k in range(LANES):
         state[_ISCALE + k] = numerator / state[EXTREME + k]
@@ -254,7 +252,7 @@ def _begin_candidate(state: Array, numerator: Any) -> None:
         state[_SUM_L2 + k] = float32(0)
 
 
-@kernel
+@helper
 def _fit_levels(state: Array, size: int, half: int) -> None:
     """Add up w x l and w l^2 for the levels of the candidate; size must be a multiple of 4."""
     low, high = float32(-half), float32(half - 1)
@@ -271,7 +269,7 @@ def _fit_levels(state: Array, size: int, half: int) -> None:
             state[_SUM_L2 + k] = sum_l2
 
 
-@kernel
+@helper
 def _keep_steeper(state: Array, begins: bool) -> None:
     """Keep the candidate where (sum x l)^2 / (sum l^2) is larger."""
     for k in range(LANES):
@@ -286,13 +284,13 @@ def _keep_steeper(state: Array, begins: bool) -> None:
         state[WON_ISCALE + k] = state[_ISCALE + k] if won else state[WON_ISCALE + k]
 
 
-@kernel
+@helper
 def _zero_tiny(state: Array) -> None:
     for k in range(LANES):
         state[SCALE + k] = float32(0) if state[PEAK + k] < TINY else state[SCALE + k]
 
 
-@kernel
+@helper
 def search_scale_moving(state: Array, size: int, half: int) -> None:
     """Find the scale of levels -half ... half - 1 (Q3_K): levels move one by one while that helps.
 
@@ -302,7 +300,7 @@ def search_scale_moving(state: Array, size: int, half: int) -> None:
     _go_on_moving(state, size, half, 5)
 
 
-@kernel
+@helper
 def search_scales_moving(
     parts: Array, size: int, half: int, state: Array, waiting: Array, scales: Array
 ) -> None:
@@ -334,7 +332,7 @@ def search_scales_moving(
     _settle(waiting, size, half, where, count, scales)
 
 
-@kernel
+@helper
 def _copy_lane(source: Array, lane: int, target: Array, to: int, size: int) -> None:
     for i in range(size):
         target[X + i * LANES + to] = source[X + i * LANES + lane]
@@ -344,7 +342,7 @@ def _copy_lane(source: Array, lane: int, target: Array, to: int, size: int) -> N
     target[PEAK + to] = source[PEAK + lane]
 
 
-@kernel
+@helper
 def _settle(state: Array, size: int, half: int, where: Array, count: int, scales: Array) -> None:
     """Move the levels of the first `count` lanes to their end, and put their scales in place."""
     for k in range(count, LANES):
@@ -356,7 +354,7 @@ def _settle(state: Array, size: int, half: int, where: Array, count: int, scales
         scales[where[k]] = state[SCALE + k]
 
 
-@kernel
+@helper
 def _begin_moving(state: Array, size: int, half: int) -> None:
     """Find the levels that the largest |x| calls for, and their sums."""
     _find_extreme(state, size)
@@ -376,7 +374,7 @@ def _begin_moving(state: Array, size: int, half: int) -> None:
             state[_SUM_L2 + k] = sum_l2
 
 
-@kernel
+@helper
 def _go_on_moving(state: Array, size: int, half: int, rounds: int) -> None:
     """Move levels for some rounds, or until all are at rest; then find the scales."""
     for _ in range(rounds):
@@ -385,7 +383,7 @@ def _go_on_moving(state: Array, size: int, half: int, rounds: int) -> None:
     _end_moving(state)
 
 
-@kernel
+@helper
 def _end_moving(state: Array) -> None:
     for k in range(LANES):
         sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
@@ -393,7 +391,7 @@ def _end_moving(state: Array) -> None:
     _zero_tiny(state)
 
 
-@kernel
+@helper
 def _move_levels(state: Array, size: int, half: int) -> bool:
     """Let each level move where that makes the fit better; return whether any one did.
 
@@ -426,7 +424,7 @@ def _move_levels(state: Array, size: int, half: int) -> bool:
     return moved_any
 
 
-@kernel
+@helper
 def search_scale_iq4(state: Array, size: int) -> None:
     """Find the scale of IQ4's sixteen values; each x counts as much as its square.
 
@@ -454,7 +452,7 @@ def search_scale_iq4(state: Array, size: int) -> None:
     _zero_tiny(state)
 
 
-@kernel
+@helper
 def iq4_index(scaled: Any) -> Any:
     """Return which of IQ4's values is nearest, the upper one of two; the last one for NaN."""
     index = 15

@@ -9,9 +9,9 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy import float32, uint32, uint64
 
+from lingconv.kernels.compiled import BF16_LINE, F32_LINE, FLOAT, INT, helper, kernel
 from lingconv.kernels.numeric import float_bits, store
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +31,7 @@ def normal_table() -> Array:
     return np.concatenate([-positive[::-1], positive])
 
 
-@njit
+@helper
 def _mix32(value: Any) -> Any:
     """Finalizer of MurmurHash3 (public domain, Austin Appleby): every bit affects every bit."""
     value = uint32(value ^ uint32(value >> uint32(16)))
@@ -41,18 +41,18 @@ def _mix32(value: Any) -> Any:
     return uint32(value ^ uint32(value >> uint32(16)))
 
 
-@njit
+@helper
 def _row_seed(seed: Any, row: Any) -> Any:
     mixed = uint64(seed) ^ uint64(uint64(row) * uint64(0x9E3779B97F4A7C15))
     return _mix32(uint32(mixed ^ uint64(mixed >> uint64(32))))
 
 
-@njit
+@helper
 def _counter(col: Any) -> Any:
     return uint32(uint32(col) * uint32(0x9E3779B1))
 
 
-@njit(nogil=True)
+@helper
 def _column_deviations(cols: int, seed: int, deviation: float) -> Array:
     """Return the standard deviation of each column: the same for all but the outlier channels."""
     col_seed = _row_seed(seed, -1)
@@ -63,7 +63,7 @@ def _column_deviations(cols: int, seed: int, deviation: float) -> Array:
     return deviations
 
 
-@njit(nogil=True, cache=True)
+@kernel(*((target, INT, INT, INT, F32_LINE, FLOAT, FLOAT) for target in (BF16_LINE, F32_LINE)))
 def normal_rows(
     target: Array, start: int, cols: int, seed: int, table: Array, mean: float, deviation: float
 ) -> None:

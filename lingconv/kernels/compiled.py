@@ -1,0 +1,83 @@
+"""How kernels are compiled, and where compiled ones are kept.
+
+numba compiles a kernel for the types that it is called with. Those that a run calls it with are its
+`signatures`: a wheel is built with their code for common processors (`prebuilt.py`), so that the
+first command of a fresh install, which may be read-only, does not wait for a compiler. What is not
+there, because numba or Python is another one, say, is compiled when it is called, and numba keeps
+that beside the module or in the user's cache, if it can.
+
+A helper is a function that kernels call; it becomes a part of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+from numba import njit, types
+from numba.core.compiler import CompileResult
+
+from lingconv.kernels.prebuilt import Shipped, shipped_for_this_machine
+
+Signature = tuple[Any, ...]
+
+# Contiguous arrays, by dtype and number of axes: what signatures are made of, with numba's numbers.
+BYTES: Final = types.uint8[:, ::1]
+BF16: Final = types.uint16[:, ::1]  # its bits
+F32: Final = types.float32[:, ::1]
+BF16_LINE: Final = types.uint16[::1]
+F32_LINE: Final = types.float32[::1]
+F64_LINE: Final = types.float64[::1]
+INT: Final = types.int64
+FLOAT: Final = types.float64
+BOOL: Final = types.boolean
+
+# A division by zero is an infinity, as in C: looking for it would cost the SIMD lanes.
+_OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
+
+helper: Any = njit(**_OPTIONS)
+inlined: Any = njit(inline="always", **_OPTIONS)
+
+_kernels: list[tuple[Any, tuple[Signature, ...]]] = []
+
+
+class _Shelf:
+    """What came with the package, before numba's own cache of a function."""
+
+    def __init__(self, function: Callable[..., Any], shipped: Shipped, behind: Any) -> None:
+        self._function = function
+        self._shipped = shipped
+        self._behind = behind
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the compiled code for the types `sig`, or None."""
+        payload = self._shipped.load(self._function, sig)
+        if payload is None:
+            return self._behind.load_overload(sig, target_context)
+        target_context.refresh()
+        return CompileResult._rebuild(target_context, *payload)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+
+def kernel(*signatures: Signature, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate an entry point; `signatures` are the types that it is compiled for in advance."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(**(_OPTIONS | options))(function)
+        with suppress(RuntimeError):  # there is no folder to keep anything in
+            dispatcher.enable_caching()
+        shipped = shipped_for_this_machine()
+        if shipped is not None:
+            dispatcher._cache = _Shelf(function, shipped, dispatcher._cache)
+        _kernels.append((dispatcher, signatures))
+        return dispatcher
+
+    return decorate
+
+
+def kernels() -> Iterator[tuple[Any, Signature]]:
+    """Yield every kernel that was imported, once for each of its signatures."""
+    for dispatcher, signatures in _kernels:
+        for signature in signatures:
+            yield dispatcher, signature

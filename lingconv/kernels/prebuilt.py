@@ -1,0 +1,135 @@
+"""Compiled kernels that come with the package.
+
+    lingconv/kernels/prebuilt/manifest.json        what they were made with, and of which sources
+    lingconv/kernels/prebuilt/x86-64-v3/NAME       numba's own form of one kernel for some types
+
+They are made when a wheel is built (`hatch_build.py`), and are used only by the Python and the
+numba that made them, for the very sources that lie beside them.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+_SOURCES: Final = Path(__file__).parent
+_SHIPPED: Final = _SOURCES / "prebuilt"
+_MANIFEST: Final = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A kind of processors as LLVM names it, what they all have, and how to compile for them."""
+
+    cpu: str
+    features: tuple[str, ...]
+    tuning: str = ""
+
+
+_V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse4.2")
+_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+# The best one first. Levels of the x86-64 psABI: https://gitlab.com/x86-psABIs/x86-64-ABI
+LEVELS: Final[Mapping[str, tuple[Level, ...]]] = {
+    "x86_64": (Level("x86-64-v4", _V4, "-prefer-256-bit"), Level("x86-64-v3", _V3)),
+    "aarch64": (Level("generic", ("neon",)),),
+}
+
+
+class Shipped:
+    """The compiled kernels for one level of processors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, function: Callable[..., Any], types: Any) -> Any:
+        """Return what numba makes a compiled function of, or None where it is not there."""
+        try:
+            return pickle.loads((self._folder / _file_name(function, types)).read_bytes())
+        except FileNotFoundError:
+            return None
+
+
+def _file_name(function: Callable[..., Any], types: Any) -> str:
+    digest = hashlib.sha256(str(types).encode()).hexdigest()[:16]
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}-{digest}"
+
+
+@cache
+def shipped_for_this_machine() -> Shipped | None:
+    """Return the compiled kernels that this processor, Python and numba can use, or None."""
+    try:
+        if json.loads((_SHIPPED / _MANIFEST).read_text()) != _manifest():
+            return None
+    except FileNotFoundError:
+        return None
+    from llvmlite.binding import get_host_cpu_features
+
+    has = get_host_cpu_features()
+    for level in LEVELS.get(platform.machine(), ()):
+        if all(has.get(name) for name in level.features):
+            return Shipped(_SHIPPED / level.cpu)
+    return None
+
+
+def _manifest() -> dict[str, str]:
+    import numba
+
+    sources = hashlib.sha256()
+    for path in sorted(_SOURCES.glob("*.py")):
+        sources.update(path.read_bytes())
+    return {
+        "numba": numba.__version__,
+        "python": f"{sys.implementation.cache_tag} {sys.platform}",
+        "sources": sources.hexdigest(),
+    }
+
+
+def build(folder: Path) -> None:
+    """Compile all kernels into `folder`, for every level of this machine's kind of processors.
+
+    Raises CalledProcessError when numba could not compile one.
+    """
+    folder.mkdir(parents=True)
+    levels = LEVELS.get(platform.machine(), ())
+    started = [_start(level, folder) for level in levels]
+    for process in started:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    (folder / _MANIFEST).write_text(json.dumps(_manifest(), indent=1))
+
+
+def _start(level: Level, folder: Path) -> "subprocess.Popen[bytes]":
+    """Begin to compile for one level, in a process because numba knows one processor in each."""
+    features = [*(f"+{name}" for name in level.features), *filter(None, [level.tuning])]
+    target = {"NUMBA_CPU_NAME": level.cpu, "NUMBA_CPU_FEATURES": ",".join(features)}
+    command = [sys.executable, "-m", "lingconv.kernels.prebuilt", str(folder / level.cpu)]
+    return subprocess.Popen(command, env=os.environ | target)
+
+
+def _build_level(folder: Path) -> None:
+    """Compile every kernel for the processor that numba's environment names."""
+    from lingconv.kernels.compiled import kernels
+
+    for path in _SOURCES.glob("*.py"):
+        if path.stem not in ("__init__", "hatch_build"):
+            import_module(f"lingconv.kernels.{path.stem}")
+    folder.mkdir()
+    for dispatcher, types in kernels():
+        dispatcher._cache.disable()
+        dispatcher.compile(types)
+        compiled = dispatcher.overloads[types]
+        path = folder / _file_name(dispatcher.py_func, types)
+        path.write_bytes(pickle.dumps(compiled._reduce()))
+
+
+if __name__ == "__main__":
+    _build_level(Path(sys.argv[1]))
