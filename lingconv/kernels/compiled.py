@@ -11,13 +11,15 @@ A helper is a function that kernels call; it becomes a part of them.
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
-from numba import njit, types
+import numba
+from numba import types
 from numba.core.compiler import CompileResult
 
 from lingconv.kernels.prebuilt import Shipped, shipped_for_this_machine
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Signature = tuple[Any, ...]
 
 # Contiguous arrays, by dtype and number of axes: what signatures are made of, with numba's numbers.
@@ -34,8 +36,9 @@ BOOL: Final = types.boolean
 # A division by zero is an infinity, as in C: looking for it would cost the SIMD lanes.
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
 
-helper: Any = njit(**_OPTIONS)
-inlined: Any = njit(inline="always", **_OPTIONS)
+_njit: Any = numba.njit
+helper: Any = _njit(**_OPTIONS)
+inlined: Any = _njit(inline="always", **_OPTIONS)
 
 _kernels: list[tuple[Any, tuple[Signature, ...]]] = []
 
@@ -54,24 +57,25 @@ class _Shelf:
         if payload is None:
             return self._behind.load_overload(sig, target_context)
         target_context.refresh()
-        return CompileResult._rebuild(target_context, *payload)
+        rebuild: Any = CompileResult._rebuild
+        return rebuild(target_context, *payload)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._behind, name)
 
 
-def kernel(*signatures: Signature, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def kernel(*signatures: Signature, **options: Any) -> Callable[[Function], Function]:
     """Decorate an entry point; `signatures` are the types that it is compiled for in advance."""
 
-    def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(**(_OPTIONS | options))(function)
+    def decorate(function: Function) -> Function:
+        dispatcher = _njit(**(_OPTIONS | options))(function)
         with suppress(RuntimeError):  # there is no folder to keep anything in
             dispatcher.enable_caching()
         shipped = shipped_for_this_machine()
         if shipped is not None:
             dispatcher._cache = _Shelf(function, shipped, dispatcher._cache)
         _kernels.append((dispatcher, signatures))
-        return dispatcher
+        return cast("Function", dispatcher)
 
     return decorate
 

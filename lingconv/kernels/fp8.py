@@ -330,7 +330,7 @@ def dequantize(
 
 
 @helper
-def _has_plain_scales(scales: Array) -> bool:
+def _has_plain_scales(scales: Array) -> Any:
     worst = float32(0)
     for scale in scales:
         worst = max(worst, abs(scale) if scale == scale else float32(np.inf))
@@ -338,7 +338,7 @@ def _has_plain_scales(scales: Array) -> bool:
 
 
 @helper
-def _has_nan(codes: Array) -> bool:
+def _has_nan(codes: Array) -> Any:
     worst = uint8(0)
     for code in codes:
         worst = max(worst, uint8(code & uint8(0x7F)))

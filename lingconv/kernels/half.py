@@ -17,11 +17,12 @@ from numpy import int8, int16, uint16, uint32
 from lingconv.kernels.numeric import float_bits, float_of, load_e4m3, sign_of_e4m3
 
 _CONVERTS_F16: Final = platform.machine() != "x86_64" or bool(get_host_cpu_features().get("f16c"))
+_intrinsic: Any = intrinsic
 # What the result of `finite_e4m3` has to be multiplied by.
 E4M3_GAIN: Final = 2.0**8 if _CONVERTS_F16 else 1.0
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _float_of_half(typing_context: Any, bits: Any) -> Any:
     """Return the float32 of F16 bits."""
 

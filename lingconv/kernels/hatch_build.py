@@ -10,7 +10,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class CompileKernels(BuildHookInterface):
+class CompileKernels(BuildHookInterface[Any]):
     """Puts compiled kernels into wheels. A checkout compiles what it calls, when it calls it."""
 
     PLUGIN_NAME = "custom"
