@@ -247,13 +247,13 @@ def as_markdown(lines: list[Line]) -> str:
     )
 
 
-def publish(table: str, mark: str) -> None:
+def publish(table: str, mark: str, where: str = "") -> None:
     """Put the table between the marks of its name in docs/performance.md."""
     path = ROOT / "docs" / "performance.md"
     begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
     before, _, rest = path.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}{machine()}.\n\n{table}\n{end}{after}")
+    path.write_text(f"{before}{begin}{where or machine()}.\n\n{table}\n{end}{after}")
 
 
 def options(description: str | None) -> argparse.Namespace:

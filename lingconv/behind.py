@@ -4,6 +4,7 @@ Direct writes wait for the disk, and writers of one file for each other; whoever
 better not. Each file has a thread that writes it; a worker takes turns with the buffers that wait.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -19,12 +20,24 @@ class Filled:
     """Stands in for a file while a strip is filled, and remembers what is to be written."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self._parts: list[Part] = []
+        self._later: Callable[[Filled], object] | None = None
 
     def write(self, data: memoryview, offset: int) -> int:
         """Remember bytes for later; return how many they are."""
-        self.parts.append(Part(data, offset))
+        self._parts.append(Part(data, offset))
         return data.nbytes
+
+    def later(self, fill: "Callable[[Filled], object]") -> None:
+        """Have `fill` write to this, as soon as somebody asks for the parts."""
+        self._later = fill
+
+    def parts(self) -> list[Part]:
+        """Return what is to be written; waits for what is still to come."""
+        if self._later is not None:
+            self._later(self)
+            self._later = None
+        return self._parts
 
 
 class Turns:

@@ -1,6 +1,7 @@
 """Reusable buffers: memory costs page faults when it is touched for the first time, so: once."""
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from typing import Any
@@ -14,14 +15,23 @@ Array = np.ndarray[Any, Any]
 _NOT_WRITTEN = -1  # the turn of what does not wait to be written
 
 
+def aligned_buffer(nbytes: int) -> Array:
+    """Return fresh bytes at a page boundary, in huge pages where the system gives them."""
+    pages = mmap.mmap(-1, max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE)
+    with suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
+
+
 class Arena:
     """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O.
 
     What is going to be written has one for each `turn`, so that it may wait while others fill.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], Array] = aligned_buffer) -> None:
         self.turn = 0
+        self._allocate = allocate
         self._buffers: dict[tuple[str, int], Array] = {}
 
     def take(
@@ -37,17 +47,9 @@ class Arena:
         key = purpose, _NOT_WRITTEN if like is None else self.turn
         held = self._buffers.get(key)
         if held is None or held.size < first + nbytes:
-            held = self._buffers[key] = _aligned_buffer(BLOCK_BYTES + nbytes)
+            held = self._buffers[key] = self._allocate(BLOCK_BYTES + nbytes)
         array: Array = held[first : first + nbytes].view(dtype).reshape(shape)
         return array
-
-
-def _aligned_buffer(nbytes: int) -> Array:
-    """Return fresh bytes at a page boundary, in huge pages where the system gives them."""
-    pages = mmap.mmap(-1, max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE)
-    with suppress(OSError, AttributeError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
 
 
 def as_bytes(array: Array) -> memoryview:

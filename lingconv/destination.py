@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingconv import engine
+from lingconv.devices import gpus_of
 from lingconv.engine import Publish, Resources, Result
 from lingconv.errors import DestinationError, UsageError
 from lingconv.hub.address import HubAddress, is_hub, parse_address, staging_folder
@@ -71,6 +72,8 @@ class Destination:
                 f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
             )
         on_ray = self._resources.executor == engine.RAY
+        if not on_ray:  # the nodes of a cluster look for themselves
+            gpus_of(self._resources.device)
         if self._resources.address and not on_ray:
             raise UsageError("`--address` is that of a cluster: add `--executor ray`")
         if on_ray and (self._address is not None or self._resources.part is not None):

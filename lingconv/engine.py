@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.delivery import Kept
+from lingconv.devices import CPU, gpus_of
 from lingconv.errors import LingconvError, ResourceError, resumable
 from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
@@ -53,6 +54,7 @@ class Resources:
     each. `staging` is the folder where files are kept until a repository has them. `part` is the
     share of the files that this run writes; `finish` then makes a checkpoint of all shares. With
     the `executor` RAY it is done by a cluster, the one at `address` or one on this machine.
+    `device` names the GPUs that decode and encode what they have kernels for (`devices.py`).
     """
 
     jobs: int = 0
@@ -63,6 +65,7 @@ class Resources:
     part: Part | None = None
     executor: str = LOCAL
     address: str = ""
+    device: str = CPU
 
     def disk_share(self, *, publishes: bool) -> int:
         """Return what each of the two may take of the disk, files that come and files that go."""
@@ -214,6 +217,7 @@ def _fill(
             publisher or Kept(),
             sparse=sparse,
             ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
+            gpus=gpus_of(resources.device),
         )
         crew.fill(todo, jobs)
 

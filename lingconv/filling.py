@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from lingconv.behind import Filled
 from lingconv.buffers import Arena, as_bytes
 from lingconv.plan import Source
 from lingconv.storage import Blob
@@ -13,6 +14,7 @@ from lingconv.strips import CopyStrip, RowStrip, Strip
 from lingconv.turning import read_rows, turned
 
 if TYPE_CHECKING:
+    from lingconv.offload import Offload
     from lingconv.transcode import Transcoder
 
 
@@ -25,6 +27,7 @@ class Filler:
         sources: Sequence[Source],
         *,
         allow_nonfinite: bool,
+        gpu: str = "",
     ) -> None:
         self._opened = opened
         self._sources = sources
@@ -32,6 +35,7 @@ class Filler:
         self._blobs = opened[-1]
         self._allow_nonfinite = allow_nonfinite
         self._arena = Arena()
+        self._gpu = gpu
 
     @cached_property
     def _transcoder(self) -> "Transcoder":
@@ -41,28 +45,36 @@ class Filler:
             self._arena, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
         )
 
-    def fill(self, strip: Strip, output: Output, turn: int = 0) -> int:
-        """Fill one strip of `output`; return how many bytes were written.
+    @cached_property
+    def _offload(self) -> "Offload":
+        from lingconv.offload import Offload
 
-        What other turns wrote may still be in use.
-        """
+        return Offload(
+            self._gpu, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
+        )
+
+    def fill(self, strip: Strip, output: Filled, turn: int) -> None:
+        """Fill one strip of `output`. What other turns wrote may still be in use."""
         self._arena.turn = turn
         if isinstance(strip, CopyStrip):
-            return self._copy(strip, output)
-        if strip.transfer.copies:
-            return self._assemble(strip, output)
-        return self._transcoder.run(strip, output)
+            self._copy(strip, output)
+        elif strip.transfer.copies:
+            self._assemble(strip, output)
+        elif self._gpu and self._offload.takes(strip):
+            self._offload.run(strip, output, turn)
+        else:
+            self._transcoder.run(strip, output)
 
-    def _copy(self, strip: CopyStrip, output: Output) -> int:
+    def _copy(self, strip: CopyStrip, output: Output) -> None:
         data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
         filled = 0
         for source in strip.sources:
             part = data[filled : filled + source.nbytes]
             self._blobs[source.file].read_into(source.offset, part)
             filled += source.nbytes
-        return output.write(data, strip.offset)
+        output.write(data, strip.offset)
 
-    def _assemble(self, strip: RowStrip, output: Output) -> int:
+    def _assemble(self, strip: RowStrip, output: Output) -> None:
         """Put rows together from windows of others, as bytes."""
         cols = strip.transfer.cols
         target = strip.transfer.target
@@ -80,4 +92,4 @@ class Filler:
                 data[top:bottom, left:right] = rows[:, first : first + right - left]
                 left = right
             top = bottom
-        return output.write(as_bytes(turned(self._arena, strip, data)), strip.offset)
+        output.write(as_bytes(turned(self._arena, strip, data)), strip.offset)

@@ -125,10 +125,8 @@ class Transcoder:
         if bad_row != fp8.NO_NONFINITE:
             self._refuse(_source_of(strip, bad_row))
         raw = encode_scales(scales, encoding.scale_dtype)
-        top, _ = encoding.scale_rows(strip.first, rows, target.height)
-        offset = target.extents[1].offset + top * raw.shape[1] * raw.itemsize
         written = output.write(as_bytes(codes), strip.offset)
-        return written + output.write(as_bytes(raw), offset)
+        return written + output.write(as_bytes(raw), offset_of_scales(strip, encoding, raw))
 
     def _encode_same(self, values: Array, offset: int) -> tuple[Array, int]:
         return values, 0  # whoever decoded them has looked
@@ -161,6 +159,13 @@ def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:
     if scaling.power_of_two:
         return fp8.SCALE_UE8M0
     return fp8.SCALE_BF16 if encoding.scale_dtype == DType.BF16 else fp8.SCALE_F32
+
+
+def offset_of_scales(strip: RowStrip, encoding: Fp8, raw: Array) -> int:
+    """Return where in the target's file the stored scales of a strip begin."""
+    target = strip.transfer.target
+    top, _ = encoding.scale_rows(strip.first, strip.last - strip.first, target.height)
+    return target.extents[1].offset + top * int(raw.shape[1]) * raw.itemsize
 
 
 def encode_scales(scales: Array, dtype: DType) -> Array:

@@ -157,7 +157,9 @@ class Crew:
         *,
         sparse: bool,
         ahead_bytes: int = 0,
+        gpus: Sequence[str] = (),
     ) -> None:
+        self._gpus = gpus
         self._sparse = sparse
         self._plan = plan
         self._storages = storages
@@ -199,7 +201,7 @@ class Crew:
 
     def _work_in_threads(self, jobs: int) -> None:
         workers = range(jobs // 2)
-        threads = [threading.Thread(target=self._work, args=(2,), daemon=True) for _ in workers]
+        threads = [threading.Thread(target=self._work, args=(n, 2), daemon=True) for n in workers]
         threads.append(threading.Thread(target=self._load_transcoder, daemon=True))
         for thread in threads:
             thread.start()
@@ -217,8 +219,8 @@ class Crew:
         if not all(transfer.copies for transfer in self._plan.transfers()):
             import_module("lingconv.transcode")
 
-    def _work(self, behind: int = 0) -> None:
-        """Take strips until there are none, or somebody failed.
+    def _work(self, number: int = 0, behind: int = 0) -> None:
+        """Take strips until there are none, or somebody failed; the GPUs have as many workers each.
 
         While the next one is filled, `behind` of them may wait to be written; with none, all is
         done here.
@@ -226,7 +228,8 @@ class Crew:
         from lingconv.filling import Filler  # with numpy, which nobody who only plans needs
 
         allow_nonfinite = self._plan.options.allow_nonfinite
-        filler = Filler(self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite)
+        gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
+        filler = Filler(self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite, gpu=gpu)
         turns = Turns(max(1, behind))
         file: _OpenFile | None = None
         try:
@@ -244,7 +247,7 @@ class Crew:
 
     def _write(self, file: _OpenFile, task: _Task, filled: Filled) -> None:
         """Write what a worker filled of a strip."""
-        for data, offset in filled.parts:
+        for data, offset in filled.parts():
             written = file.output.write(data, offset)
             self._progress.advance(file.file.name, written)
         self._feed.done(file.file.name, task.strip)

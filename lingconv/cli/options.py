@@ -9,6 +9,7 @@ import typer
 
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
+from lingconv.devices import CPU
 from lingconv.engine import LOCAL, Resources
 from lingconv.errors import UsageError
 from lingconv.options import PublishOptions
@@ -121,6 +122,16 @@ class Limits:
         ),
     ] = ""
 
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            envvar="LINGCONV_DEVICE",
+            help="`cpu`; or GPUs for FP8 and BF16: `cuda`, `cuda:N`, `cuda:all`.",
+            rich_help_panel=RUN,
+        ),
+    ] = CPU
+
     @property
     def resources(self) -> Resources:
         """The limits, as the engine takes them."""
@@ -130,6 +141,7 @@ class Limits:
             part=Part.parse(self.part) if self.part else None,
             executor=self.executor,
             address=self.address,
+            device=self.device,
         )
 
 

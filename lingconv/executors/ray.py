@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lingconv.devices import CPU
 from lingconv.engine import Resources, Result, carry_side_files, execute, unfinished, write_share
 from lingconv.errors import (
     SAME_COMMAND,
@@ -118,7 +119,10 @@ def _run_tasks(
     import ray
 
     threads = resources.jobs or _THREADS
-    write = ray.remote(num_cpus=max(1, threads // 2), max_retries=_RETRIES)(_write_file)
+    gpus = 0 if resources.device == CPU else 1
+    write = ray.remote(num_cpus=max(1, threads // 2), num_gpus=gpus, max_retries=_RETRIES)(
+        _write_file
+    )
     sources: Any = ray.put((plan.sources, dict(identity)))
     own = replace(resources, jobs=threads)
     numbers = {file.name: number for number, file in enumerate(plan.files)}
