@@ -4,8 +4,10 @@ Direct writes wait for the disk, and writers of one file for each other; whoever
 better not. Each file has a thread that writes it; a worker takes turns with the buffers that wait.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import NamedTuple
 
 
@@ -38,6 +40,52 @@ class Filled:
             self._later(self)
             self._later = None
         return self._parts
+
+
+class Writer:
+    """A thread that does what it is handed, one after the other, begun with the first of it.
+
+    An executor of the standard library would do, but all of them share one lock, where dozens of
+    threads meet for every strip.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_stopped = False
+
+    def submit(self, work: Callable[[], None]) -> "Future[None]":
+        """Have `work` done; what is returned ends with it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="write", daemon=True)
+            self._thread.start()
+        done: Future[None] = Future()
+        self._queue.put((done, work))
+        return done
+
+    def end(self) -> None:
+        """Let the thread end with what it has been handed; it may ask for that itself."""
+        self._queue.put(None)
+
+    def stop(self) -> None:
+        """Return when the thread has ended; what it has not begun, it leaves."""
+        self._is_stopped = True
+        self.end()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            done, work = item
+            if self._is_stopped:
+                done.cancel()
+                continue
+            try:
+                work()
+            except BaseException as exc:  # handed to the worker that waits for it
+                done.set_exception(exc)
+            else:
+                done.set_result(None)
 
 
 class Turns:

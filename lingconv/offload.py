@@ -9,6 +9,7 @@ that is not finite, a scale beyond all measure), it says: it does such a strip a
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -35,13 +36,13 @@ class _Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.done: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._device = device
         self._held: dict[str, torch.Tensor] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor for `purpose`; what it held before is gone."""
-        count = int(np.prod(shape))
+        count = prod(shape)
         held = self._held.get(purpose)
         if held is None or held.dtype != dtype or held.numel() < count:
             held = self._held[purpose] = torch.empty(count, dtype=dtype, device=self._device)
@@ -49,11 +50,11 @@ class _Lane:
 
 
 class _Coming(NamedTuple):
-    """What is on its way down: elements, scales if there are some, and whether to look closer."""
+    """What is on its way down, as bytes: elements, and whether to look closer before the scales."""
 
     elements: Array
-    scales: Array | None
-    odd: Array
+    notes: Array
+    grid: tuple[int, ...]
 
 
 class Offload:
@@ -89,10 +90,14 @@ class Offload:
         if turn not in self._lanes:
             self._lanes[turn] = _Lane(self._device)
         lane = self._lanes[turn]
-        with torch.cuda.device(self._device), torch.cuda.stream(lane.stream):
-            odd = lane.take("odd", (1,), torch.int32).zero_()
+        with torch.cuda.stream(lane.stream):
+            grid = _grid_of(strip)
+            notes = lane.take("notes", (1 + prod(grid),), torch.float32)
+            odd, scales = notes[:1].view(torch.int32).zero_(), notes[1:].view(grid)
             values = self._decode(strip, lane, odd)
-            coming = self._encode(strip, values, lane, odd)
+            encoded = self._encode(strip, values, lane, odd, scales)
+            elements = self._down("write", encoded, strip.offset)
+            coming = _Coming(elements, self._down("notes", notes, 0), grid)
             lane.done.record()
         filled.later(lambda output: self._finish(strip, lane, coming, output))
 
@@ -142,31 +147,28 @@ class Offload:
         return held
 
     def _encode(
-        self, strip: RowStrip, values: torch.Tensor, lane: _Lane, odd: torch.Tensor
-    ) -> _Coming:
-        """Queue the encoding of a strip's rows, and their way down."""
+        self,
+        strip: RowStrip,
+        values: torch.Tensor,
+        lane: _Lane,
+        odd: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queue the encoding of a strip's rows, and fill `scales` if it has some."""
         target = strip.transfer.target
         encoding = target.encoding
-        if not isinstance(encoding, Fp8):
-            encoded = values
-            if values.dtype != _dtype_of(encoding):
-                encoded = lane.take("encoded", values.shape, _dtype_of(encoding))
-                cuda.convert(values, encoded, odd)
-            elements = self._down("write", encoded, strip.offset)
-            return _Coming(elements, None, self._down("odd", odd, 0))
-        scaling = strip.transfer.scaling
-        block = encoding.block(target.height, values.shape[1])
-        codes = lane.take("encoded", values.shape, torch.uint8)
-        grid = tuple(-(-n // size) for n, size in zip(values.shape, block, strict=True))
-        scales = lane.take("scales out", grid, torch.float32)
-        rounding = scale_rounding(encoding, scaling)
-        cuda.quantize(values, codes, scales, odd, block, scaling.min_amax, rounding)
-        elements = self._down("write", codes, strip.offset)
-        return _Coming(
-            elements,
-            self._down("scales out", scales, 0).view(np.float32).reshape(grid),
-            self._down("odd", odd, 0),
-        )
+        if isinstance(encoding, Fp8):
+            scaling = strip.transfer.scaling
+            block = encoding.block(target.height, target.cols)
+            codes = lane.take("encoded", values.shape, torch.uint8)
+            rounding = scale_rounding(encoding, scaling)
+            cuda.quantize(values, codes, scales, odd, block, scaling.min_amax, rounding)
+            return codes
+        if values.dtype == _dtype_of(encoding):
+            return values
+        rounded = lane.take("encoded", values.shape, _dtype_of(encoding))
+        cuda.convert(values, rounded, odd)
+        return rounded
 
     def _down(self, purpose: str, tensor: torch.Tensor, like: int) -> Array:
         """Queue a copy to this machine's memory; return the bytes that are going to be there."""
@@ -177,13 +179,14 @@ class Offload:
     def _finish(self, strip: RowStrip, lane: _Lane, coming: _Coming, output: Output) -> None:
         """Wait for what comes down, and write it."""
         lane.done.synchronize()
-        if coming.odd.any():
+        if coming.notes[:4].any():
             self._do_again(strip, output)
             return
         output.write(as_bytes(coming.elements), strip.offset)
-        if coming.scales is not None:
+        if coming.grid[0]:
             encoding = cast("Fp8", strip.transfer.target.encoding)
-            raw = encode_scales(coming.scales, encoding.scale_dtype)
+            scales = coming.notes[4:].view(np.float32).reshape(coming.grid)
+            raw = encode_scales(scales, encoding.scale_dtype)
             output.write(as_bytes(raw), offset_of_scales(strip, encoding, raw))
 
     def _do_again(self, strip: RowStrip, output: Output) -> None:
@@ -191,6 +194,15 @@ class Offload:
         allowed = self._allow_nonfinite
         alone = Transcoder(Arena(), self._opened, self._sources, allow_nonfinite=allowed)
         alone.run(strip, output)
+
+
+def _grid_of(strip: RowStrip) -> tuple[int, int]:
+    """Return how many blocks a strip has each way; none where its target has no scales."""
+    target = strip.transfer.target
+    if not isinstance(target.encoding, Fp8):
+        return 0, 0
+    block_rows, block_cols = target.encoding.block(target.height, target.cols)
+    return -(-(strip.last - strip.first) // block_rows), -(-target.cols // block_cols)
 
 
 def _can_encode(encoding: Encoding, target: Any) -> bool:

@@ -9,14 +9,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from lingconv.behind import Filled, Turns
+from lingconv.behind import Filled, Turns, Writer
 from lingconv.delivery import Delivery
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.feed import Feed, sources_of
@@ -68,7 +67,8 @@ def _tasks(file: OutputFile) -> Iterator[_Task]:
 class _OpenFile:
     """An output file being filled: its strips, and how many are taken but not yet written.
 
-    A piece is a run of strips that write about PIECE_BYTES; those in `done` are left out.
+    A piece is a run of strips that write about PIECE_BYTES; those in `done` are left out. The lock
+    is the file's own, so that workers with other files do not meet here.
     """
 
     def __init__(
@@ -83,8 +83,9 @@ class _OpenFile:
     ) -> None:
         self.file = file
         self.started = time.monotonic()
-        self.writer = ThreadPoolExecutor(1, "write")
+        self.writer = Writer()
         self.held_bytes = 0
+        self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
         feed.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
         self._tasks = feed.ahead(self._missing(done), lambda task: task.strip)
@@ -92,7 +93,7 @@ class _OpenFile:
         # Only archives state checksums of their elements.
         summed = file.container in (Container.TORCH_DIST, Container.TORCH) and not sparse
         self.checksums = Checksums(checksums) if summed else None
-        self.output = OutputBlob(path, file.nbytes, sparse=sparse, checksums=self.checksums)
+        self.output = OutputBlob(path, file.nbytes, checksums=self.checksums)
         try:
             for part in frames(file):
                 self.output.write(memoryview(part.data), part.offset)
@@ -119,33 +120,30 @@ class _OpenFile:
                 yield task
 
     def take(self) -> _Task | None:
-        """Return the next strip."""
-        task, self._next = self._next, next(self._tasks, None)
-        if task is not None:
-            self._in_flight[task.piece] += 1
-        return task
+        """Return the next strip, or None when all are taken."""
+        with self._lock:
+            task, self._next = self._next, next(self._tasks, None)
+            if task is not None:
+                self._in_flight[task.piece] += 1
+            return task
 
-    def release(self, piece: int) -> bool:
-        """Note that a strip of a piece is written; return whether it was the last one of it."""
-        self._in_flight[piece] -= 1
-        if self._in_flight[piece] or (self._next is not None and self._next.piece == piece):
-            return False
-        del self._in_flight[piece]
-        return True
+    def release(self, piece: int) -> tuple[bool, bool]:
+        """Note that a strip is written; return whether its piece is whole now, and the file."""
+        with self._lock:
+            self._in_flight[piece] -= 1
+            if self._in_flight[piece] or (self._next is not None and self._next.piece == piece):
+                return False, False
+            del self._in_flight[piece]
+            return True, self._next is None and not self._in_flight
 
     def close(self) -> None:
         """Close the file, which may be the last thing that its thread does."""
-        self.writer.shutdown(wait=False)
+        self.writer.end()
         self.output.close()
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether everything is written."""
-        return self._next is None and not self._in_flight
 
 
 class Crew:
-    """The threads of one execution and what they share, guarded by one lock."""
+    """The threads of one execution, and what they share: its lock is for whole files only."""
 
     def __init__(
         self,
@@ -193,7 +191,7 @@ class Crew:
                     self._work_in_threads(jobs)
             finally:
                 for file in [*self._open]:  # what its thread is at may be its last
-                    file.writer.shutdown(cancel_futures=True)
+                    file.writer.stop()
                 for file in self._open:
                     file.close()
         if self._error is not None:
@@ -238,7 +236,7 @@ class Crew:
                 filled = Filled()
                 filler.fill(task.strip, filled, turns.free())
                 if behind:
-                    turns.hand_over(file.writer.submit(self._write, file, task, filled))
+                    turns.hand_over(file.writer.submit(partial(self._write, file, task, filled)))
                 else:
                     self._write(file, task, filled)
             turns.wait()
@@ -265,26 +263,36 @@ class Crew:
 
         Waits where the next file has no room before others are delivered.
         """
-        while True:
-            with self._lock:
-                if self._error is not None:
-                    return None
-                if mine is None or not mine.has_strips:
-                    mine = self._begin_file() or next((f for f in self._open if f.has_strips), None)
-                task = mine.take() if mine else None
-                if mine and task:
-                    return mine, task
+        while self._error is None:
+            task = mine.take() if mine else None
+            if mine and task:
+                return mine, task
+            mine = self._begin_file() or self._file_to_help_with()
+            if mine is None:
                 if not self._waiting:
                     return None
-            self._delivery.wait()
+                self._delivery.wait()
+        return None
+
+    def _file_to_help_with(self) -> _OpenFile | None:
+        with self._lock:
+            return next((file for file in self._open if file.has_strips), None)
 
     def _begin_file(self) -> _OpenFile | None:
         """Open the next file, if there is one and there is room for it."""
-        if not self._waiting or not self._delivery.has_room(self._waiting[0]):
-            return None
-        file = self._waiting.popleft()
+        with self._lock:
+            if not self._waiting or not self._delivery.has_room(self._waiting[0]):
+                return None
+            opened = self._open_file(self._waiting.popleft())
+            self._open.append(opened)
+        self._progress.file_begins(opened.file.name, opened.file.nbytes, opened.held_bytes)
+        if not self._sparse:
+            opened.output.reserve()  # others may help already
+        return opened
+
+    def _open_file(self, file: OutputFile) -> _OpenFile:
         done = self._folder.pieces(file.name, file.nbytes)
-        opened = _OpenFile(
+        return _OpenFile(
             file,
             self._folder.partial(file.name),
             done,
@@ -292,15 +300,10 @@ class Crew:
             self._feed,
             sparse=self._sparse,
         )
-        self._open.append(opened)
-        self._progress.file_begins(file.name, file.nbytes, opened.held_bytes)
-        return opened
 
     def _release(self, file: _OpenFile, piece: int) -> None:
         """Note that a strip is written; make what it completes durable."""
-        with self._lock:
-            whole_piece = file.release(piece)
-            whole_file = file.is_filled
+        whole_piece, whole_file = file.release(piece)
         if whole_file:
             self._finish(file)
         elif whole_piece:

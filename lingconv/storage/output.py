@@ -90,8 +90,7 @@ class Output(Protocol):
 class OutputBlob:
     """A file of a known size that is being filled.
 
-    Its disk space is reserved at once, so that a full disk shows before the work and not in its
-    midst; a `sparse` file takes none.
+    Its disk space can be reserved, so that a full disk shows before the work and not in its midst.
     """
 
     def __init__(
@@ -99,9 +98,9 @@ class OutputBlob:
         path: Path,
         nbytes: int,
         *,
-        sparse: bool = False,
         checksums: "Checksums | None" = None,
     ) -> None:
+        self._nbytes = nbytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._checksums = checksums
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -109,17 +108,16 @@ class OutputBlob:
         self._direct_fd = -1
         try:
             os.ftruncate(self._fd, nbytes)
-            if not sparse:
-                self._reserve(nbytes)
             with suppress(OSError):
                 self._direct_fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except BaseException:
             self.close()
             raise
 
-    def _reserve(self, nbytes: int) -> None:
+    def reserve(self) -> None:
+        """Take the disk space of the whole file now; raise OSError where there is not enough."""
         fallocate = _libc_fallocate()
-        if fallocate is not None and fallocate(self._fd, 0, 0, nbytes) != 0:
+        if fallocate is not None and fallocate(self._fd, 0, 0, self._nbytes) != 0:
             code = ctypes.get_errno()
             if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(code, os.strerror(code))
