@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench peers clean
 
 demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, prove it, show the result
 	$(BIN)/python -m lingconv.demo
@@ -28,6 +28,15 @@ bench: $(VENV)/.installed-dev  ## measure side by side with cp; needs about 45 G
 	$(BIN)/python -m benchmarks.megatron
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.hub
+	$(BIN)/python -m benchmarks.estimate
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.cuda --work /dev/shm/lingconv-bench
+
+peers:  ## environments with what else does these jobs, for `make bench` to run beside
+	$(PYTHON) -m venv .peers/llm-compressor
+	.peers/llm-compressor/bin/python -m pip install -q -c constraints.txt llmcompressor
+	$(PYTHON) -m venv .peers/mergekit
+	.peers/mergekit/bin/python -m pip install -q mergekit
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -187,31 +187,44 @@ def limits(work: Path, rounds: int) -> list[Line]:
     for _ in range(rounds):
         starts.append(run([*LINGCONV, "quantize", tiny, work / "out"]).seconds)
         shutil.rmtree(work / "out")
-    rng = np.random.default_rng(0)
-    weights = (rng.standard_normal((512, 2048), np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    codes, scales = np.empty(weights.shape, np.uint8), np.empty((4, 16), np.float32)
-    back = np.empty_like(weights)
-    quantize = (weights, codes, scales, 128, 128, 0.0, fp8.SCALE_F32, False)
-    dequantize = (codes, scales, back, 128, 128, 0)
-    nbytes = weights.nbytes
+    written = _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)
     return [
-        Line("direct writes", _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)),
+        Line("direct writes", f"{written:.1f} GB/s"),
         Line("start-up", f"{statistics.median(starts):.2f} s"),
-        Line("memcpy", _speed(lambda: np.copyto(back, weights), nbytes, 200)),
-        Line("quantize", _speed(lambda: fp8.quantize(*quantize), nbytes, 200)),
-        Line("dequantize", _speed(lambda: fp8.dequantize(*dequantize), nbytes, 200)),
+        *kernels("in cache", 512, 200),
+        *kernels("from memory", 65536, 7),
     ]
 
 
-def _speed(work: Callable[[], object], nbytes: int, rounds: int) -> str:
-    """Return the median speed of `work`, which handles `nbytes`; the first round is for warming."""
+def kernels(where: str, rows: int, rounds: int) -> list[Line]:
+    """Measure FP8's kernels beside memcpy on one thread, in bytes read and written."""
+    bits = np.random.default_rng(0).standard_normal((rows, 2048), np.float32).view(np.uint32)
+    weights = (bits >> 16).astype(np.uint16)
+    codes, scales = np.empty(weights.shape, np.uint8), np.empty((rows // 128, 16), np.float32)
+    back = np.empty_like(weights)
+    quantize = (weights, codes, scales, 128, 128, 0.0, fp8.SCALE_F32, False)
+    dequantize = (codes, scales, back, 128, 128, 0)
+    memcpy = _speed(lambda: np.copyto(back, weights), 4 * weights.size, rounds)
+    lines = []
+    for name, work in (
+        ("quantize", lambda: fp8.quantize(*quantize)),
+        ("dequantize", lambda: fp8.dequantize(*dequantize)),
+    ):
+        speed = _speed(work, 3 * weights.size, rounds)
+        theirs = f"memcpy {memcpy:.1f} GB/s"
+        lines.append(Line(f"{name}, {where}", f"{speed:.1f} GB/s", theirs, f"{speed / memcpy:.2f}"))
+    return lines
+
+
+def _speed(work: Callable[[], object], nbytes: int, rounds: int) -> float:
+    """Return the median speed of `work`, which moves `nbytes`, in GB/s; warmed by a first round."""
     work()
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
-    return f"{nbytes / statistics.median(seconds) / 1e9:.1f} GB/s"
+    return nbytes / statistics.median(seconds) / 1e9
 
 
 def _write(path: Path) -> None:

@@ -23,7 +23,7 @@ from lingconv.storage import Storage
 
 SCHEMA = "lingconv.profile/1"
 SAMPLE_BYTES = 512 << 20
-_WARM_BYTES = 16 << 20
+_SMALL_BYTES = 16 << 20
 _ROWS = 128  # whole blocks of every encoding
 
 
@@ -87,14 +87,21 @@ def calibrate(
     rates, start_s = {}, 0.0
     with tempfile.TemporaryDirectory(prefix=".lingconv-", dir=existing_folder(folder)) as work:
         for number, (kind, (_, transfers)) in enumerate(by_kind(plan).items()):
-            folders = [Path(work, f"{number}-{name}") for name in ("warm", "timed")]
-            for target, wanted in zip(folders, (_WARM_BYTES, SAMPLE_BYTES), strict=True):
-                seconds, nbytes = _timed(plan, transfers, wanted, storages, target, resources)
-                if wanted == _WARM_BYTES:
-                    cold_s, cold_bytes = seconds, nbytes  # with the kernels' loading
-            rates[kind] = nbytes / seconds
-            start_s = max(start_s, cold_s - cold_bytes / rates[kind])
+            # The first of them loads the kernels; the second tells what a run of any size takes.
+            (cold_s, _), (short_s, small), (long_s, large) = (
+                _timed(plan, transfers, nbytes, storages, Path(work, f"{number}-{run}"), resources)
+                for run, nbytes in enumerate((_SMALL_BYTES, _SMALL_BYTES, SAMPLE_BYTES))
+            )
+            rates[kind] = _rate(small, short_s, large, long_s)
+            start_s = max(start_s, cold_s - small / rates[kind])
     return Profile(rates, start_s, peak_resident_bytes())
+
+
+def _rate(small: int, short_s: float, large: int, long_s: float) -> float:
+    """Return bytes a second, without what a run of any size takes."""
+    if large > small and long_s > short_s:
+        return (large - small) / (long_s - short_s)
+    return large / long_s
 
 
 def _timed(

@@ -46,6 +46,8 @@ _ERROR: Final = _ROWS + 15 * LANES
 _FLAT: Final = _ROWS + 16 * LANES
 STATE_SIZE: Final = _ROWS + 17 * LANES
 
+# Elements of a lane that are worked on at once, so that sums stay in registers meanwhile.
+_UNROLLED: Final = 4
 TINY: Final = float32(1e-15)  # GROUP_MAX_EPS: sub-blocks below it are zero
 _ROUNDER: Final = float32(12582912.0)  # 1.5 x 2^23: adding it leaves a rounded integer in the bits
 
@@ -155,20 +157,32 @@ def _begin_scale_min(state: Array, size: int) -> None:
 
 @helper
 def _try_levels(state: Array, size: int, levels: int) -> None:
-    """Find the levels that the candidate inverse scale gives, and their sums."""
+    """Find the levels that the candidate inverse scale gives, and their sums.
+
+    An infinite inverse scale gives only zeros: the bits of Inf and NaN round to that in ggml.
+    """
+    top = float32(levels)
     for k in range(LANES):
         state[_SUM_L + k] = float32(0)
         state[_SUM_L2 + k] = float32(0)
         state[_SUM_XL + k] = float32(0)
-    for i in range(size):
+    for start in range(0, size, _UNROLLED):
         for k in range(LANES):
-            x, w = state[X + i * LANES + k], state[W + i * LANES + k]
-            level = float32(clamped(state[_ISCALE + k] * (x - state[MIN + k]), 0, levels))
-            state[LEVELS + i * LANES + k] = level
-            weighted = w * level
-            state[_SUM_L + k] += weighted
-            state[_SUM_L2 + k] += weighted * level
-            state[_SUM_XL + k] += weighted * x
+            iscale, low = state[_ISCALE + k], state[MIN + k]
+            iscale = iscale if abs(iscale) < float32(np.inf) else float32(0)
+            sum_l, sum_l2, sum_xl = state[_SUM_L + k], state[_SUM_L2 + k], state[_SUM_XL + k]
+            for i in range(_UNROLLED):
+                at = (start + i) * LANES + k
+                x = state[X + at]
+                level = rounded(iscale * (x - low), float32(0), top)
+                state[LEVELS + at] = level
+                weighted = state[W + at] * level
+                sum_l += weighted
+                sum_l2 += weighted * level
+                sum_xl += weighted * x
+            state[_SUM_L + k] = sum_l
+            state[_SUM_L2 + k] = sum_l2
+            state[_SUM_XL + k] = sum_xl
 
 
 @helper
@@ -191,12 +205,15 @@ def _measure(state: Array, size: int, absolute: bool) -> None:
     """Add up the weighted error of the candidate."""
     for k in range(LANES):
         state[_ERROR + k] = float32(0)
-    for i in range(size):
+    for start in range(0, size, _UNROLLED):
         for k in range(LANES):
-            x, w = state[X + i * LANES + k], state[W + i * LANES + k]
-            gap = state[_TRY_SCALE + k] * state[LEVELS + i * LANES + k] + state[_TRY_MIN + k] - x
-            gap = abs(gap) if absolute else gap * gap
-            state[_ERROR + k] += w * gap
+            scale, low, error = state[_TRY_SCALE + k], state[_TRY_MIN + k], state[_ERROR + k]
+            for i in range(_UNROLLED):
+                at = (start + i) * LANES + k
+                gap = scale * state[LEVELS + at] + low - state[X + at]
+                gap = abs(gap) if absolute else gap * gap
+                error += state[W + at] * gap
+            state[_ERROR + k] = error
 
 
 @helper
@@ -254,12 +271,12 @@ def _begin_candidate(state: Array, numerator: Any) -> None:
 
 @helper
 def _fit_levels(state: Array, size: int, half: int) -> None:
-    """Add up w x l and w l^2 for the levels of the candidate; size must be a multiple of 4."""
+    """Add up w x l and w l^2 for the levels of the candidate."""
     low, high = float32(-half), float32(half - 1)
-    for start in range(0, size, 4):
+    for start in range(0, size, _UNROLLED):
         for k in range(LANES):
             sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
-            for i in range(4):  # unrolled, so that the sums stay in registers meanwhile
+            for i in range(_UNROLLED):
                 x = state[X + (start + i) * LANES + k]
                 level = rounded(state[_ISCALE + k] * x, low, high)
                 w = x * x
@@ -360,10 +377,10 @@ def _begin_moving(state: Array, size: int, half: int) -> None:
     _find_extreme(state, size)
     _begin_candidate(state, float32(-half))
     low, high = float32(-half), float32(half - 1)
-    for start in range(0, size, 4):
+    for start in range(0, size, _UNROLLED):
         for k in range(LANES):
             sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
-            for i in range(4):
+            for i in range(_UNROLLED):
                 x = state[X + (start + i) * LANES + k]
                 level = rounded(state[_ISCALE + k] * x, low, high)
                 state[LEVELS + (start + i) * LANES + k] = level
@@ -400,21 +417,25 @@ def _move_levels(state: Array, size: int, half: int) -> bool:
     for k in range(LANES):
         state[_SUM_X + k] = state[_SUM_XL + k]
         state[_SUM_L + k] = state[_SUM_L2 + k]
-    for i in range(size):
+    for start in range(0, size, _UNROLLED):
         for k in range(LANES):
-            x, level = state[X + i * LANES + k], state[LEVELS + i * LANES + k]
             sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
-            w = x * x
-            rest_xl = sum_xl - w * x * level
-            rest_l2 = sum_l2 - w * level * level
-            moved = float32(clamped(x * rest_l2 / rest_xl, -half, half - 1))
-            new_xl = rest_xl + w * x * moved
-            new_l2 = rest_l2 + w * moved * moved
-            better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
-            moves = (rest_xl > float32(0)) & (moved != level) & (new_l2 > float32(0)) & better
-            state[LEVELS + i * LANES + k] = moved if moves else level
-            state[_SUM_XL + k] = new_xl if moves else sum_xl
-            state[_SUM_L2 + k] = new_l2 if moves else sum_l2
+            for i in range(_UNROLLED):
+                at = (start + i) * LANES + k
+                x, level = state[X + at], state[LEVELS + at]
+                w = x * x
+                rest_xl = sum_xl - w * x * level
+                rest_l2 = sum_l2 - w * level * level
+                moved = float32(clamped(x * rest_l2 / rest_xl, -half, half - 1))
+                new_xl = rest_xl + w * x * moved
+                new_l2 = rest_l2 + w * moved * moved
+                better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
+                moves = (rest_xl > float32(0)) & (moved != level) & (new_l2 > float32(0)) & better
+                state[LEVELS + at] = moved if moves else level
+                sum_xl = new_xl if moves else sum_xl
+                sum_l2 = new_l2 if moves else sum_l2
+            state[_SUM_XL + k] = sum_xl
+            state[_SUM_L2 + k] = sum_l2
     moved_any = False
     for k in range(LANES):
         same_xl = state[_SUM_X + k] == state[_SUM_XL + k]
