@@ -91,7 +91,7 @@ def test_profiles(golden, tmp_path):
 )
 def test_calibrating_knows_every_way_and_leaves_nothing(golden, tmp_path, options, monkeypatch):
     monkeypatch.setattr("lingconv.estimate.SAMPLE_BYTES", 200_000)
-    monkeypatch.setattr("lingconv.estimate._WARM_BYTES", 50_000)
+    monkeypatch.setattr("lingconv.estimate._SMALL_BYTES", 50_000)
     model = open_model(golden)
     plan = build_plan(model, options)
     (tmp_path / "disk").mkdir()

@@ -17,7 +17,7 @@ import numba
 from numba import types
 from numba.core.compiler import CompileResult
 
-from lingconv.kernels.prebuilt import Shipped, shipped_for_this_machine
+from lingconv.kernels.prebuilt import Shipped, shipped_for_this_machine, sources_digest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Signature = tuple[Any, ...]
@@ -71,6 +71,8 @@ def kernel(*signatures: Signature, **options: Any) -> Callable[[Function], Funct
         dispatcher = _njit(**(_OPTIONS | options))(function)
         with suppress(RuntimeError):  # there is no folder to keep anything in
             dispatcher.enable_caching()
+            # numba looks at the kernel's own module for changes; its helpers are in others.
+            dispatcher._cache._cache_file._source_stamp = sources_digest()
         shipped = shipped_for_this_machine()
         if shipped is not None:
             dispatcher._cache = _Shelf(function, shipped, dispatcher._cache)

@@ -9,7 +9,8 @@ make_qx_quants, make_q3_quants, quantize_row_iq4_nl_impl). No fast-math: it woul
 All state is one flat float32 array, in rows of LANES numbers: at X the weights of the sub-blocks
 (row i holds element i of every lane), at W how much each one counts, at LEVELS the levels that are
 tried, behind them one row for each quantity below. One array with constant places is what lets
-LLVM prove that the rows do not overlap.
+LLVM prove that the rows do not overlap. What a lane may keep is read before the choice: LLVM makes
+no SIMD of a loop where loads depend on one.
 """
 
 from typing import Any, Final
@@ -126,9 +127,10 @@ def search_scale_min(
         _measure(state, size, absolute)
         _keep_better(state)
     for k in range(LANES):
+        scale, iscale = state[SCALE + k], state[WON_ISCALE + k]
         flat = state[_FLAT + k] != float32(0)
-        state[SCALE + k] = float32(0) if flat else state[SCALE + k]
-        state[WON_ISCALE + k] = float32(0) if flat else state[WON_ISCALE + k]
+        state[SCALE + k] = float32(0) if flat else scale
+        state[WON_ISCALE + k] = float32(0) if flat else iscale
 
 
 @helper
@@ -221,12 +223,15 @@ def _keep_better(state: Array) -> None:
     """Keep the candidate in the lanes where its error is smaller."""
     for k in range(LANES):
         error, best = state[_ERROR + k], state[_BEST + k]
+        scale, low = state[SCALE + k], state[MIN + k]
+        won_iscale, won_min = state[WON_ISCALE + k], state[WON_MIN + k]
+        new_scale, new_low, iscale = state[_TRY_SCALE + k], state[_TRY_MIN + k], state[_ISCALE + k]
         won = (state[_SUM_L + k] > float32(0)) & (error < best)
         state[_BEST + k] = error if won else best
-        state[SCALE + k] = state[_TRY_SCALE + k] if won else state[SCALE + k]
-        state[WON_ISCALE + k] = state[_ISCALE + k] if won else state[WON_ISCALE + k]
-        state[WON_MIN + k] = state[MIN + k] if won else state[WON_MIN + k]
-        state[MIN + k] = state[_TRY_MIN + k] if won else state[MIN + k]
+        state[SCALE + k] = new_scale if won else scale
+        state[WON_ISCALE + k] = iscale if won else won_iscale
+        state[WON_MIN + k] = low if won else won_min
+        state[MIN + k] = new_low if won else low
 
 
 @helper
@@ -237,10 +242,10 @@ def _find_extreme(state: Array, size: int) -> None:
         state[EXTREME + k] = float32(0)
     for i in range(size):
         for k in range(LANES):
-            x, peak = state[X + i * LANES + k], state[PEAK + k]
+            x, peak, extreme = state[X + i * LANES + k], state[PEAK + k], state[EXTREME + k]
             larger = abs(x) > peak
             state[PEAK + k] = abs(x) if larger else peak
-            state[EXTREME + k] = x if larger else state[EXTREME + k]
+            state[EXTREME + k] = x if larger else extreme
 
 
 @helper
@@ -250,14 +255,14 @@ def search_scale(state: Array, size: int, half: int) -> None:
     Candidates are the inverse scales -(half + n / 10) / extreme for n = -9 ... 9.
     """
     _find_extreme(state, size)
-    for n in range(-10, 10):
-        # ggml begins with n = 0, and leaves it out of the search that follows.
-        if n == 0:
-            continue
-        offset = float32(0) if n == -10 else float32(float32(0.1) * float32(n))
-        _begin_candidate(state, -float32(float32(half) + offset))
-        _fit_levels(state, size, half)
-        _keep_steeper(state, n == -10)
+    _begin_candidate(state, -float32(half))
+    _fit_levels(state, size, half)
+    _keep_first(state)
+    for n in range(-9, 10):
+        if n != 0:  # which ggml begins with
+            _begin_candidate(state, -float32(float32(half) + float32(float32(0.1) * float32(n))))
+            _fit_levels(state, size, half)
+            _keep_steeper(state)
     _zero_tiny(state)
 
 
@@ -287,24 +292,35 @@ def _fit_levels(state: Array, size: int, half: int) -> None:
 
 
 @helper
-def _keep_steeper(state: Array, begins: bool) -> None:
+def _keep_first(state: Array) -> None:
+    """Keep the first candidate, whatever it is worth."""
+    for k in range(LANES):
+        sum_xl, sum_l2, iscale = state[_SUM_XL + k], state[_SUM_L2 + k], state[_ISCALE + k]
+        scale = sum_xl / sum_l2
+        scale = float32(0) if sum_l2 == float32(0) else scale
+        state[SCALE + k] = scale
+        state[_BEST + k] = scale * sum_xl
+        state[WON_ISCALE + k] = iscale
+
+
+@helper
+def _keep_steeper(state: Array) -> None:
     """Keep the candidate where (sum x l)^2 / (sum l^2) is larger."""
     for k in range(LANES):
         sum_xl, sum_l2, best = state[_SUM_XL + k], state[_SUM_L2 + k], state[_BEST + k]
-        better = (sum_l2 > float32(0)) & (sum_xl * sum_xl > best * sum_l2)
+        old_scale, old_iscale, iscale = state[SCALE + k], state[WON_ISCALE + k], state[_ISCALE + k]
+        won = (sum_l2 > float32(0)) & (sum_xl * sum_xl > best * sum_l2)
         scale = sum_xl / sum_l2
-        if begins:
-            scale = float32(0) if sum_l2 == float32(0) else scale
-        won = begins | better
-        state[SCALE + k] = scale if won else state[SCALE + k]
+        state[SCALE + k] = scale if won else old_scale
         state[_BEST + k] = scale * sum_xl if won else best
-        state[WON_ISCALE + k] = state[_ISCALE + k] if won else state[WON_ISCALE + k]
+        state[WON_ISCALE + k] = iscale if won else old_iscale
 
 
 @helper
 def _zero_tiny(state: Array) -> None:
     for k in range(LANES):
-        state[SCALE + k] = float32(0) if state[PEAK + k] < TINY else state[SCALE + k]
+        peak, scale = state[PEAK + k], state[SCALE + k]
+        state[SCALE + k] = float32(0) if peak < TINY else scale
 
 
 @helper
@@ -417,25 +433,21 @@ def _move_levels(state: Array, size: int, half: int) -> bool:
     for k in range(LANES):
         state[_SUM_X + k] = state[_SUM_XL + k]
         state[_SUM_L + k] = state[_SUM_L2 + k]
-    for start in range(0, size, _UNROLLED):
+    for i in range(size):
         for k in range(LANES):
+            x, level = state[X + i * LANES + k], state[LEVELS + i * LANES + k]
             sum_xl, sum_l2 = state[_SUM_XL + k], state[_SUM_L2 + k]
-            for i in range(_UNROLLED):
-                at = (start + i) * LANES + k
-                x, level = state[X + at], state[LEVELS + at]
-                w = x * x
-                rest_xl = sum_xl - w * x * level
-                rest_l2 = sum_l2 - w * level * level
-                moved = float32(clamped(x * rest_l2 / rest_xl, -half, half - 1))
-                new_xl = rest_xl + w * x * moved
-                new_l2 = rest_l2 + w * moved * moved
-                better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
-                moves = (rest_xl > float32(0)) & (moved != level) & (new_l2 > float32(0)) & better
-                state[LEVELS + at] = moved if moves else level
-                sum_xl = new_xl if moves else sum_xl
-                sum_l2 = new_l2 if moves else sum_l2
-            state[_SUM_XL + k] = sum_xl
-            state[_SUM_L2 + k] = sum_l2
+            w = x * x
+            rest_xl = sum_xl - w * x * level
+            rest_l2 = sum_l2 - w * level * level
+            moved = float32(clamped(x * rest_l2 / rest_xl, -half, half - 1))
+            new_xl = rest_xl + w * x * moved
+            new_l2 = rest_l2 + w * moved * moved
+            better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
+            moves = (rest_xl > float32(0)) & (moved != level) & (new_l2 > float32(0)) & better
+            state[LEVELS + i * LANES + k] = moved if moves else level
+            state[_SUM_XL + k] = new_xl if moves else sum_xl
+            state[_SUM_L2 + k] = new_l2 if moves else sum_l2
     moved_any = False
     for k in range(LANES):
         same_xl = state[_SUM_X + k] == state[_SUM_XL + k]
@@ -469,7 +481,10 @@ def search_scale_iq4(state: Array, size: int) -> None:
                 w = x * x
                 state[_SUM_XL + k] += w * value * x
                 state[_SUM_L2 + k] += w * value * value
-        _keep_steeper(state, n == -8)
+        if n == -8:
+            _keep_first(state)
+        else:
+            _keep_steeper(state)
     _zero_tiny(state)
 
 

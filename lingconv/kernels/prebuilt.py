@@ -80,16 +80,22 @@ def shipped_for_this_machine() -> Shipped | None:
     return None
 
 
-def _manifest() -> dict[str, str]:
-    import numba
-
+@cache
+def sources_digest() -> str:
+    """Return a digest of all that kernels are compiled from."""
     sources = hashlib.sha256()
     for path in sorted(_SOURCES.glob("*.py")):
         sources.update(path.read_bytes())
+    return sources.hexdigest()
+
+
+def _manifest() -> dict[str, str]:
+    import numba
+
     return {
         "numba": numba.__version__,
         "python": f"{sys.implementation.cache_tag} {sys.platform}",
-        "sources": sources.hexdigest(),
+        "sources": sources_digest(),
     }
 
 
