@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from lingconv.storage.output import OutputBlob
 
 ROOT = Path(__file__).parents[1]
 _DISK_BYTES = 2 << 30
+_RESHARD = "BF16 -> BF16, shards of 2 GB"
 LINGCONV = [sys.executable, "-m", "lingconv"]
 
 
@@ -47,6 +49,14 @@ class Line:
     yardstick: str = ""
     ratio: str = ""
     bound: str = ""
+
+
+class Written(NamedTuple):
+    """What a job wrote, and how long its whole command took."""
+
+    job: str
+    nbytes: int
+    seconds: float
 
 
 def run(command: list[str | Path]) -> Run:
@@ -110,36 +120,47 @@ def compare(job: str, ours: list[Run], theirs: list[Run]) -> list[Line]:
     ]
 
 
-def conveyor(work: Path, rounds: int) -> list[Line]:
-    """Measure the four jobs on a cut of Ling-mini-2.0."""
+def conveyor(work: Path, rounds: int) -> tuple[list[Line], list[Written]]:
+    """Measure the jobs on a cut of Ling-mini-2.0; return lines, and what each job wrote."""
     source, fp8, bf16 = work / "bf16", work / "fp8", work / "bf16-again"
     synth = [*LINGCONV, "synth", "ling-mini-2.0", source, "--layers", "4"]
     run([*synth, "--max-shard-size", "1.4GB"])
     run([*LINGCONV, "quantize", source, fp8, "--fp8"])
-    lines = compare(
-        "BF16 -> FP8 block",
-        *side_by_side(
-            source, source, work, lambda out: [*LINGCONV, "quantize", source, out, "--fp8"], rounds
-        ),
-    )
     run([*LINGCONV, "convert", fp8, bf16, "--dtype", "bf16"])
-    lines += compare(
-        "FP8 -> BF16",
-        *side_by_side(
-            fp8, bf16, work, lambda out: [*LINGCONV, "convert", fp8, out, "--dtype", "bf16"], rounds
-        ),
+    lines, written = [], []
+    jobs: tuple[tuple[str, Path, Path, Path, list[str]], ...] = (
+        ("BF16 -> FP8 block", source, source, fp8, ["quantize", "--fp8"]),
+        ("FP8 -> BF16", fp8, bf16, bf16, ["convert", "--dtype", "bf16"]),
+        (_RESHARD, source, source, source, ["convert", "--max-shard-size", "2GB"]),
     )
+    for job, read, copied, result, (verb, *words) in jobs:
+
+        def command(
+            out: Path, verb: str = verb, read: Path = read, words: list[str] = words
+        ) -> list[str | Path]:
+            return [*LINGCONV, verb, read, out, *words]
+
+        ours, theirs = side_by_side(read, copied, work, command, rounds)
+        lines += compare(job, ours, theirs)
+        nbytes = sum(path.stat().st_size for path in result.iterdir())
+        written.append(Written(job, nbytes, statistics.median(each.seconds for each in ours)))
     shutil.rmtree(bf16)
-    lines += compare(
-        "BF16 -> BF16, shards of 2 GB",
-        *side_by_side(
-            source,
-            source,
-            work,
-            lambda out: [*LINGCONV, "convert", source, out, "--max-shard-size", "2GB"],
-            rounds,
-        ),
-    )
+    return lines, written
+
+
+def beside_the_disk(written: list[Written], disk_bytes_per_s: float, start_s: float) -> list[Line]:
+    """Return how near each job comes to what writing alone takes, once it has started."""
+    lines = []
+    for job, nbytes, seconds in written:
+        disk_s = nbytes / disk_bytes_per_s
+        lines.append(
+            Line(
+                f"{job}, started",
+                f"{seconds - start_s:.2f} s",
+                f"{nbytes / 1e9:.1f} GB of direct writes {disk_s:.2f} s",
+                f"{(seconds - start_s) / disk_s:.2f}",
+            )
+        )
     return lines
 
 
@@ -179,7 +200,7 @@ def planning(work: Path, rounds: int) -> list[Line]:
     ]
 
 
-def limits(work: Path, rounds: int) -> list[Line]:
+def limits(work: Path, rounds: int, written: list[Written]) -> list[Line]:
     """Measure what bounds the jobs: the disk, the kernels, the start-up."""
     tiny = work / "tiny"
     run([*LINGCONV, "synth", "tiny", tiny])
@@ -187,10 +208,12 @@ def limits(work: Path, rounds: int) -> list[Line]:
     for _ in range(rounds):
         starts.append(run([*LINGCONV, "quantize", tiny, work / "out"]).seconds)
         shutil.rmtree(work / "out")
-    written = _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)
+    disk = _speed(lambda: _write(work / "disk"), _DISK_BYTES, rounds)
+    start_s = statistics.median(starts)
     return [
-        Line("direct writes", f"{written:.1f} GB/s"),
-        Line("start-up", f"{statistics.median(starts):.2f} s"),
+        Line("direct writes", f"{disk:.1f} GB/s"),
+        Line("start-up", f"{start_s:.2f} s"),
+        *beside_the_disk(written, disk * 1e9, start_s),
         *kernels("in cache", 512, 200),
         *kernels("from memory", 65536, 7),
     ]
@@ -285,9 +308,9 @@ def main() -> None:
     wanted.work.mkdir(parents=True)
     try:
         lines = planning(wanted.work, wanted.rounds)
-        lines = [*conveyor(wanted.work, wanted.rounds), *lines]
-        lines += large(wanted.work)
-        lines += limits(wanted.work, wanted.rounds)
+        jobs, written = conveyor(wanted.work, wanted.rounds)
+        lines = [*jobs, *lines, *large(wanted.work)]
+        lines += limits(wanted.work, wanted.rounds, written)
     finally:
         shutil.rmtree(wanted.work)
     table = as_markdown(lines)
