@@ -50,4 +50,4 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) dist demo-out .bench
+	rm -rf $(VENV) dist demo-out .bench .peers
