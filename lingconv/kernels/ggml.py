@@ -38,8 +38,8 @@ from lingconv.kernels.ggml_search import (
 )
 from lingconv.kernels.numeric import Array, float_bits
 
-# e2m1 x 2, as MXFP4 orders them (kvalues_fp4).
-_FP4_VALUES: Final = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+# Half-way between e2m1's magnitudes x 2, which are 0, 1, 2, 3, 4, 6, 8 and 12 (kvalues_fp4).
+_FP4_MIDDLES: Final = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
 
 
 @helper
@@ -218,20 +218,23 @@ def quantize_mxfp4(values: Array, out: Array) -> None:
         scale = uint32(bits).view(np.float32)  # 2^(exponent - 128): the values are doubled
         out[block, 0] = uint8(exponent)
         for j in range(16):
-            low = _nearest_fp4(values[block, j], scale)
-            high = _nearest_fp4(values[block, j + 16], scale)
+            low = _fp4_index(values[block, j], scale)
+            high = _fp4_index(values[block, j + 16], scale)
             out[block, 1 + j] = uint8(low | (high << 4))
 
 
 @helper
-def _nearest_fp4(value: Any, scale: Any) -> Any:
-    """Return the index of the nearest e2m1 number, the first one of several."""
-    best, index = abs(_FP4_VALUES[0] * scale - value), int32(0)
-    for i in range(1, 16):
-        error = abs(_FP4_VALUES[i] * scale - value)
-        index = int32(i) if error < best else index
-        best = min(error, best)
-    return index
+def _fp4_index(value: Any, scale: Any) -> Any:
+    """Return the index of the nearest e2m1 number, of two the one nearer to zero, which has one.
+
+    Near a middle both distances are exact, so that nothing but the middle decides, as in ggml.
+    """
+    magnitude = abs(value)
+    index = int32(0)
+    for k in range(7):
+        index += int32(magnitude > _FP4_MIDDLES[k] * scale)
+    sign = int32(8) if value < float32(0) else int32(0)
+    return index | (sign if index > 0 else int32(0))
 
 
 @kernel((F32, BYTES))

@@ -24,6 +24,7 @@ from typing import Any, Final
 _SOURCES: Final = Path(__file__).parent
 _SHIPPED: Final = _SOURCES / "prebuilt"
 _MANIFEST: Final = "manifest.json"
+_OTHERS: Final = ("__init__", "cuda", "hatch_build")  # modules that have nothing for numba
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _build_level(folder: Path) -> None:
     from lingconv.kernels.compiled import kernels
 
     for path in _SOURCES.glob("*.py"):
-        if path.stem not in ("__init__", "hatch_build"):
+        if path.stem not in _OTHERS:
             import_module(f"lingconv.kernels.{path.stem}")
     folder.mkdir()
     for dispatcher, types in kernels():
