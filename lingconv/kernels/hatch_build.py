@@ -20,7 +20,8 @@ class CompileKernels(BuildHookInterface[Any]):
         if version == "editable":
             return
         sys.path.insert(0, self.root)
-        os.environ["PYTHONPATH"] = self.root
+        # Whoever compiles is a process of its own, and has to see what this one was given.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         from lingconv.kernels.prebuilt import build
 
         self._folder = Path(tempfile.mkdtemp()) / "prebuilt"
