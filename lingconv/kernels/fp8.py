@@ -193,14 +193,25 @@ def quantize(
             scale = _round_scale(amax / float32(E4M3_MAX), rounding)
             is_plain &= float32(_LEAST_SCALE) < scale < float32(_MOST_SCALE)
             scales[block_row, block_col] = scale
-            divisors[left:right] = scale
+        line = scales[block_row]
         if is_plain:
-            divisors *= float32(_LIFT)
-            _encode_short(source[first:last], target[first:last], divisors, block_cols)
+            _encode_short(source[first:last], target[first:last], line, block_cols, divisors)
         else:
+            _spread(line, block_cols, float32(1), divisors)
             for row in range(first, last):
                 _encode_long(source[row], target[row], divisors)
     return NO_NONFINITE
+
+
+@helper
+def _spread(scales: Array, block_cols: int, factor: Any, into: Array) -> None:
+    """Give each column the scale of its block, times `factor`."""
+    for block_col in range(scales.size):
+        scale = scales[block_col] * factor
+        left = block_col * block_cols
+        part = into[left : min(left + block_cols, into.size)]
+        for i in range(part.size):  # counted from 0: an index that may be negative stops SIMD
+            part[i] = scale
 
 
 @helper
@@ -212,8 +223,8 @@ def _raise_peaks(line: Array, peaks: Array) -> None:
 @helper
 def _largest(peaks: Array) -> Any:
     largest = peaks[0]
-    for peak in peaks:
-        largest = max(largest, peak)
+    for col in range(peaks.size):
+        largest = max(largest, peaks[col])
     return largest
 
 
@@ -250,26 +261,36 @@ def _short_code(magnitude: Any, divisor: Any) -> Any:
     return uint32(bits + uint32(bits >> uint32(20)))
 
 
-def _encode_short(source: Any, target: Any, divisors: Any, block_cols: Any) -> Any:
+def _encode_short(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> Any:
     """Encode rows that are finite, by scales that are neither huge nor tiny."""
 
 
 @overload(_encode_short)
-def _encode_short_overload(source: Any, target: Any, divisors: Any, block_cols: Any) -> Any:
-    def bf16(source: Any, target: Any, divisors: Any, block_cols: Any) -> None:
+def _encode_short_overload(
+    source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any
+) -> Any:
+    def bf16(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> None:
         if source.shape[1] % 2 or block_cols % 2:
-            for row in range(source.shape[0]):
-                _encode_numbers(source[row], target[row], divisors)
+            _encode_rows(source, target, scales, block_cols, divisors)
         else:
-            halved = divisors[::2].copy()
+            halved = divisors[: source.shape[1] // 2]
+            _spread(scales, block_cols // 2, float32(_LIFT), halved)
             for row in range(source.shape[0]):
                 _encode_pairs(source[row].view(np.uint32), target[row].view(np.uint16), halved)
 
-    def f32(source: Any, target: Any, divisors: Any, block_cols: Any) -> None:
-        for row in range(source.shape[0]):
-            _encode_numbers(source[row], target[row], divisors)
+    def f32(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> None:
+        _encode_rows(source, target, scales, block_cols, divisors)
 
     return bf16 if source.dtype == types.uint16 else f32
+
+
+@helper
+def _encode_rows(
+    source: Array, target: Array, scales: Array, block_cols: int, divisors: Array
+) -> None:
+    _spread(scales, block_cols, float32(_LIFT), divisors)
+    for row in range(source.shape[0]):
+        _encode_numbers(source[row], target[row], divisors)
 
 
 @helper
@@ -314,17 +335,14 @@ def dequantize(
     is_plain = False
     nonfinite = 0
     for row in range(rows):
-        inner = (first_row + row) % block_rows
-        if row == 0 or inner == 0:
-            line = scales[(first_row + row) // block_rows]
+        line = scales[(first_row + row) // block_rows]
+        if row == 0 or (first_row + row) % block_rows == 0:
             is_plain = _has_plain_scales(line)
-            for block_col in range(line.size):
-                left = block_col * block_cols
-                factors[left : min(left + block_cols, cols)] = line[block_col]
-            lifted[:] = factors * float32(E4M3_GAIN)
+            _spread(line, block_cols, float32(E4M3_GAIN), lifted)
         if is_plain and not _has_nan(source[row]):
             _decode_short(source[row], target[row], lifted)
         else:
+            _spread(line, block_cols, float32(1), factors)
             nonfinite += _decode_long(source[row], target[row], factors)
     return nonfinite
 
