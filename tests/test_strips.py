@@ -147,3 +147,13 @@ def test_fp8_blocks_are_copied_with_their_scales(splits, tmp_path):
     assert found == [raw(codes.view(torch.uint8)[rows]), raw(scales[blocks])]
     assert codes.dtype == E4M3
     assert np.frombuffer(found[1], np.float32).shape == (len(blocks) * 2,)
+
+
+def test_a_file_that_is_closed_reserves_nothing_of_the_next_one(tmp_path):
+    """The system gives the number of a closed file to the next one that is opened."""
+    first = OutputBlob(tmp_path / "first", 1 << 20)
+    first.close()
+    second = OutputBlob(tmp_path / "second", 10)
+    first.reserve()
+    second.close()
+    assert (tmp_path / "second").stat().st_size == 10

@@ -101,6 +101,7 @@ class OutputBlob:
         checksums: "Checksums | None" = None,
     ) -> None:
         self._nbytes = nbytes
+        self._open = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._checksums = checksums
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -115,12 +116,18 @@ class OutputBlob:
             raise
 
     def reserve(self) -> None:
-        """Take the disk space of the whole file now; raise OSError where there is not enough."""
+        """Take the disk space of the whole file now; raise OSError where there is not enough.
+
+        Others may write meanwhile, and even close the file: then there is nothing left to reserve.
+        """
         fallocate = _libc_fallocate()
-        if fallocate is not None and fallocate(self._fd, 0, 0, self._nbytes) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(code, os.strerror(code))
+        with self._open:
+            if fallocate is None or self._fd < 0:
+                return
+            if fallocate(self._fd, 0, 0, self._nbytes) != 0:
+                code = ctypes.get_errno()
+                if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise OSError(code, os.strerror(code))
 
     def write(self, data: memoryview, offset: int) -> int:
         """Write all of `data` (bytes) at `offset`; return its size.
@@ -159,9 +166,11 @@ class OutputBlob:
 
     def close(self) -> None:
         """Close the file."""
-        for fd in (self._fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
+        with self._open:
+            for fd in (self._fd, self._direct_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._direct_fd = -1
 
 
 @cache
