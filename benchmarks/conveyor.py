@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -292,31 +293,43 @@ def publish(table: str, mark: str, where: str = "") -> None:
     path.write_text(f"{before}{begin}{where or machine()}.\n\n{table}\n{end}{after}")
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """Return what the command line asks for."""
+def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return what every benchmark may be asked on the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 45 GB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--no-publish", action="store_true")
-    return parser.parse_args()
+    return parser
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """Make an empty folder to measure in; it is gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def tell(lines: list[Line], mark: str, wanted: argparse.Namespace, where: str = "") -> None:
+    """Print a table, and publish it where that is wanted."""
+    table = as_markdown(lines)
+    print(f"{where or machine()}\n\n{table}")
+    if not wanted.no_publish:
+        publish(table, mark, where)
 
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    wanted = arguments(__doc__).parse_args()
+    with workplace(wanted.work):
         lines = planning(wanted.work, wanted.rounds)
         jobs, written = conveyor(wanted.work, wanted.rounds)
         lines = [*jobs, *lines, *large(wanted.work)]
         lines += limits(wanted.work, wanted.rounds, written)
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "bench")
+    tell(lines, "bench", wanted)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench
 
-from benchmarks.conveyor import LINGCONV, Line, as_markdown, machine, options, publish, run
-from lingconv.kernels import cuda, fp8
+from benchmarks.conveyor import LINGCONV, Line, arguments, machine, run, tell, workplace
 
 _ROWS, _COLS = 32768, 8192
 _BLOCK = 128, 128
@@ -30,6 +28,10 @@ _SHARDS = ["--max-shard-size", "500MB"]  # more files than workers, as large mod
 
 def kernels() -> list[Line]:
     """Measure the kernels beside a copy within the GPU's memory."""
+    from triton.testing import do_bench  # where there is no GPU, there is no Triton either
+
+    from lingconv.kernels import cuda, fp8
+
     weights = (torch.randn(_ROWS, _COLS, device="cuda") * 0.02).bfloat16()
     wide = weights.float()
     again, wide_again = torch.empty_like(weights), torch.empty_like(wide)
@@ -145,21 +147,14 @@ def conversions(work: Path, rounds: int) -> list[Line]:
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
+    wanted = arguments(__doc__).parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device here")
         return
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    with workplace(wanted.work):
         lines = [*kernels(), *conversions(wanted.work, wanted.rounds)]
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {machine()}"
-    print(f"{where}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "cuda", where)
+    tell(lines, "cuda", wanted, where)
 
 
 if __name__ == "__main__":

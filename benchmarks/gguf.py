@@ -6,7 +6,6 @@ the xllamacpp wheel, on one thread each; llama-quantize, where it is found on PA
 llama.cpp's way. What is not there is skipped with a word.
 """
 
-import argparse
 import ctypes
 import hashlib
 import importlib.util
@@ -20,15 +19,14 @@ import numpy as np
 
 from benchmarks.conveyor import (
     LINGCONV,
-    ROOT,
     Line,
-    as_markdown,
+    arguments,
     compare,
-    machine,
-    publish,
     run,
     side_by_side,
+    tell,
     warm,
+    workplace,
 )
 from lingconv.dtypes import GgmlType
 from lingconv.kernels.ggml import QUANTIZERS
@@ -172,24 +170,14 @@ def ggml_library() -> Callable[[GgmlType, np.ndarray, np.ndarray], None] | None:
 
 def main() -> None:
     """Measure, print, publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 45 GB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__)
     parser.add_argument("--llama-quantize", default=shutil.which("llama-quantize"))
-    parser.add_argument("--no-publish", action="store_true")
     wanted = parser.parse_args()
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    with workplace(wanted.work):
         lines = conversions(wanted.work, wanted.rounds, wanted.llama_quantize)
         lines += large(wanted.work)
         lines += kernels(wanted.rounds)
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "gguf")
+    tell(lines, "gguf", wanted)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from benchmarks.conveyor import LINGCONV, Line, Run, as_markdown, machine, options, publish, run
+from benchmarks.conveyor import (
+    LINGCONV,
+    Line,
+    Run,
+    arguments,
+    run,
+    tell,
+    workplace,
+)
 from tests.hub_server import Hub
 from tests.hub_support import environment, sampled, weight_bytes
 
@@ -116,17 +124,10 @@ def in_steps(work: Path) -> Run:
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    wanted = arguments(__doc__).parse_args()
+    with workplace(wanted.work):
         lines = hub_to_hub(wanted.work, wanted.rounds)
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "hub")
+    tell(lines, "hub", wanted)
 
 
 if __name__ == "__main__":

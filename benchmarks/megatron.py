@@ -9,13 +9,12 @@ from pathlib import Path
 from benchmarks.conveyor import (
     LINGCONV,
     Line,
-    as_markdown,
+    arguments,
     compare,
-    machine,
-    options,
-    publish,
     run,
     side_by_side,
+    tell,
+    workplace,
 )
 
 
@@ -58,17 +57,10 @@ def large(work: Path) -> list[Line]:
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    wanted = arguments(__doc__).parse_args()
+    with workplace(wanted.work):
         lines = conversions(wanted.work, wanted.rounds) + large(wanted.work)
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "megatron")
+    tell(lines, "megatron", wanted)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from statistics import median
 from benchmarks.conveyor import (
     LINGCONV,
     Line,
-    as_markdown,
+    arguments,
     compare,
-    machine,
-    options,
-    publish,
     run,
     side_by_side,
+    tell,
     warm,
+    workplace,
 )
 from lingconv.formats import presets
 
@@ -128,18 +127,11 @@ def _config(path: Path, preset: str, **changes: int) -> Path:
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    wanted = arguments(__doc__).parse_args()
+    with workplace(wanted.work):
         lines = average(wanted.work, wanted.rounds)
         lines += experts(wanted.work, wanted.rounds) + large(wanted.work)
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "merge")
+    tell(lines, "merge", wanted)
 
 
 if __name__ == "__main__":

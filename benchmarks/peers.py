@@ -7,24 +7,13 @@ a checkout with build/bin/llama-quantize in it. What is not there is skipped wit
 warm for all; ours are whole commands, durable when they end, theirs end as they end.
 """
 
-import argparse
 import shutil
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.conveyor import (
-    LINGCONV,
-    ROOT,
-    Line,
-    Run,
-    as_markdown,
-    machine,
-    publish,
-    run,
-    warm,
-)
+from benchmarks.conveyor import LINGCONV, ROOT, Line, Run, arguments, run, tell, warm, workplace
 
 Command = Callable[[Path], list[str | Path]]
 _CHECKPOINTS = 4
@@ -180,12 +169,9 @@ def _synth(target: Path, layers: str, shard: str) -> list[str | Path]:
 
 def main() -> None:
     """Measure, print, publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="needs 30 GB")
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers")
     parser.add_argument("--llama-cpp", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-publish", action="store_true")
     wanted = parser.parse_args()
     lines: list[Line] = []
     jobs = (
@@ -194,16 +180,10 @@ def main() -> None:
         lambda work: k_quants(work, wanted.rounds, wanted.llama_cpp),
     )
     for measure in jobs:
-        shutil.rmtree(wanted.work, ignore_errors=True)
-        wanted.work.mkdir(parents=True)
-        try:
-            lines += measure(wanted.work)
-        finally:
-            shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
+        with workplace(wanted.work) as work:
+            lines += measure(work)
+    tell(lines, "peers", wanted)
     if not wanted.no_publish:
-        publish(table, "peers")
         draw(_drawn, ROOT / "docs" / "peers.svg")
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.conveyor import LINGCONV, Line, as_markdown, machine, options, publish, run, warm
+from benchmarks.conveyor import LINGCONV, Line, arguments, run, tell, warm, workplace
 
 
 def tensors(work: Path, rounds: int) -> list[Line]:
@@ -62,17 +62,10 @@ def forward(work: Path) -> list[Line]:
 
 def main() -> None:
     """Measure, print, publish."""
-    wanted = options(__doc__)
-    shutil.rmtree(wanted.work, ignore_errors=True)
-    wanted.work.mkdir(parents=True)
-    try:
+    wanted = arguments(__doc__).parse_args()
+    with workplace(wanted.work):
         lines = [*tensors(wanted.work, wanted.rounds), *forward(wanted.work)]
-    finally:
-        shutil.rmtree(wanted.work)
-    table = as_markdown(lines)
-    print(f"{machine()}\n\n{table}")
-    if not wanted.no_publish:
-        publish(table, "proof")
+    tell(lines, "proof", wanted)
 
 
 if __name__ == "__main__":

@@ -140,10 +140,8 @@ class Decoder:
         encoding = cast("Fp8", source.encoding)
         height = source.height
         block_rows, block_cols = encoding.block(height, source.cols)
-        nonfinite = done = 0
-        while done < len(values):  # the blocks of stacked matrices begin anew with each of them
-            inner = (row + done) % height
-            count = min(height - inner, len(values) - done)
+        nonfinite = 0
+        for done, count, inner in encoding.by_matrix(row, len(values), height):
             part = slice(done, done + count)
             nonfinite += fp8.dequantize(
                 codes[part],
@@ -153,7 +151,6 @@ class Decoder:
                 block_cols,
                 inner % block_rows,
             )
-            done += count
         return nonfinite
 
     def _ggml(self, source: Stored, row: int, values: Array) -> int:

@@ -26,7 +26,13 @@ from lingconv.storage import Blob
 from lingconv.storage.output import Output
 from lingconv.stored import Segment
 from lingconv.strips import RowStrip, works_in_f32
-from lingconv.transcode import Transcoder, encode_scales, offset_of_scales, scale_rounding
+from lingconv.transcode import (
+    Transcoder,
+    encode_scales,
+    grid_of_scales,
+    offset_of_scales,
+    scale_rounding,
+)
 
 _TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
 
@@ -91,7 +97,7 @@ class Offload:
             self._lanes[turn] = _Lane(self._device)
         lane = self._lanes[turn]
         with torch.cuda.stream(lane.stream):
-            grid = _grid_of(strip)
+            grid = grid_of_scales(strip)
             notes = lane.take("notes", (1 + prod(grid),), torch.float32)
             odd, scales = notes[:1].view(torch.int32).zero_(), notes[1:].view(grid)
             values = self._decode(strip, lane, odd)
@@ -196,15 +202,6 @@ class Offload:
         alone.run(strip, output)
 
 
-def _grid_of(strip: RowStrip) -> tuple[int, int]:
-    """Return how many blocks a strip has each way; none where its target has no scales."""
-    target = strip.transfer.target
-    if not isinstance(target.encoding, Fp8):
-        return 0, 0
-    block_rows, block_cols = target.encoding.block(target.height, target.cols)
-    return -(-(strip.last - strip.first) // block_rows), -(-target.cols // block_cols)
-
-
 def _can_encode(encoding: Encoding, target: Any) -> bool:
     if isinstance(encoding, Fp8):
         return cuda.can_quantize(*encoding.block(target.height, target.cols))
@@ -231,20 +228,16 @@ def _dequantize(
     into: torch.Tensor,
     odd: torch.Tensor,
 ) -> None:
-    """Queue the decoding of rows; the blocks of stacked matrices begin anew with each of them."""
+    """Queue the decoding of rows."""
     source = segment.source
     encoding = cast("Fp8", source.encoding)
     block = encoding.block(source.height, source.cols)
     above = encoding.scale_rows(segment.first_row, 1, source.height)[0]
-    done = 0
-    while done < segment.num_rows:
-        row = segment.first_row + done
-        inner = row % source.height
-        count = min(source.height - inner, segment.num_rows - done)
+    first = segment.first_row
+    for done, count, inner in encoding.by_matrix(first, segment.num_rows, source.height):
         part = slice(done, done + count)
-        top = encoding.scale_rows(row, count, source.height)[0] - above
+        top = encoding.scale_rows(first + done, count, source.height)[0] - above
         cuda.dequantize(codes[part], scales[top:], into[part], odd, block, inner % block[0])
-        done += count
 
 
 def _up(array: Array, lane: _Lane, purpose: str) -> torch.Tensor:

@@ -105,12 +105,10 @@ class Transcoder:
         return wide
 
     def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: Output) -> int:
-        rows, cols = values.shape
         target = strip.transfer.target
-        block_rows, block_cols = encoding.block(target.height, cols)
+        block_rows, block_cols = encoding.block(target.height, target.cols)
         codes = self._arena.take("write", values.shape, np.uint8, like=strip.offset)
-        grid = -(-rows // block_rows), -(-cols // block_cols)
-        scales = self._arena.take("scales out", grid, np.float32, like=0)
+        scales = self._arena.take("scales out", grid_of_scales(strip), np.float32, like=0)
         scaling = strip.transfer.scaling
         bad_row = fp8.quantize(
             values,
@@ -159,6 +157,15 @@ def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:
     if scaling.power_of_two:
         return fp8.SCALE_UE8M0
     return fp8.SCALE_BF16 if encoding.scale_dtype == DType.BF16 else fp8.SCALE_F32
+
+
+def grid_of_scales(strip: RowStrip) -> tuple[int, int]:
+    """Return how many blocks a strip has each way; none where its target has no scales."""
+    target = strip.transfer.target
+    if not isinstance(target.encoding, Fp8):
+        return 0, 0
+    block_rows, block_cols = target.encoding.block(target.height, target.cols)
+    return -(-(strip.last - strip.first) // block_rows), -(-target.cols // block_cols)
 
 
 def offset_of_scales(strip: RowStrip, encoding: Fp8, raw: Array) -> int:

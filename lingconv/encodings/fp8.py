@@ -11,6 +11,7 @@ its name suggests. A block is (rows, cols); a channel scale is the block (1, all
     compressed-tensors  X.weight_scale            1 x all     BF16 (F32 is read too), [out, 1]
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
@@ -78,6 +79,20 @@ class Fp8:
             top[0] * per_matrix + top[1] // unit,
             bottom[0] * per_matrix + bottom[1] // unit + 1,
         )
+
+    @staticmethod
+    def by_matrix(first: int, num_rows: int, height: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the parts of `num_rows` rows from `first` on that lie in one matrix each.
+
+        Blocks begin anew with every matrix of a stack. Each part is where it begins among the rows,
+        how many they are, and how far below the top of its matrix.
+        """
+        done = 0
+        while done < num_rows:
+            inner = (first + done) % height
+            count = min(height - inner, num_rows - done)
+            yield done, count, inner
+            done += count
 
     def has_whole_blocks(self, first: int, num_rows: int, height: int) -> bool:
         """Return whether `num_rows` rows from `first` on cut no block of stacked matrices."""
