@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lingconv.buffers import Arena
-from lingconv.kernels import fp8
+from lingconv.kernels import fp8, fp8_decode
 from lingconv.storage.output import OutputBlob
 
 ROOT = Path(__file__).parents[1]
@@ -232,7 +232,7 @@ def kernels(where: str, rows: int, rounds: int) -> list[Line]:
     lines = []
     for name, work in (
         ("quantize", lambda: fp8.quantize(*quantize)),
-        ("dequantize", lambda: fp8.dequantize(*dequantize)),
+        ("dequantize", lambda: fp8_decode.dequantize(*dequantize)),
     ):
         speed = _speed(work, 3 * weights.size, rounds)
         theirs = f"memcpy {memcpy:.1f} GB/s"

@@ -13,7 +13,7 @@ from lingconv.buffers import Arena, Array, as_bytes
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
-from lingconv.kernels import fp8, ggml_decode, numeric
+from lingconv.kernels import fp8_decode, ggml_decode, numeric
 from lingconv.storage import Blob
 from lingconv.stored import Segment, Stored, side_by_side
 from lingconv.turning import read_rows
@@ -143,7 +143,7 @@ class Decoder:
         nonfinite = 0
         for done, count, inner in encoding.by_matrix(row, len(values), height):
             part = slice(done, done + count)
-            nonfinite += fp8.dequantize(
+            nonfinite += fp8_decode.dequantize(
                 codes[part],
                 self.scales(source, row + done, count),
                 values[part],

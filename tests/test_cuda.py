@@ -15,7 +15,7 @@ from lingconv import (
     synth,
 )
 from lingconv.devices import gpus_of
-from lingconv.kernels import fp8
+from lingconv.kernels import fp8, fp8_decode
 from tests.support import rewrite, tree_digest
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -97,10 +97,8 @@ def test_dequantize_gives_the_processors_bytes(cuda, shape, block, dtype):
         scales = np.exp2(rng.uniform(-20, -2, grid)).astype(np.float32)
     first = min(shape[0] - 1, 37)
     wide = np.empty((shape[0] - first, shape[1]), np.float32)
-    assert (
-        fp8.dequantize(codes[first:], scales[first // block[0] :], wide, *block, first % block[0])
-        == 0
-    )
+    upper = scales[first // block[0] :]
+    assert fp8_decode.dequantize(codes[first:], upper, wide, *block, first % block[0]) == 0
     found = torch.empty(wide.shape, dtype=dtype, device="cuda")
     odd = torch.zeros(1, dtype=torch.int32, device="cuda")
     on_gpu = torch.from_numpy(codes[first:].copy()).cuda()

@@ -1,12 +1,14 @@
 """Kernels equal plain torch, bit for bit."""
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingconv.kernels import fp8, numeric
+from lingconv.kernels import fp8, fp8_decode, numeric
+from lingconv.kernels.instructions import fused
 from lingconv.kernels.random import normal_rows, normal_table
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
@@ -45,10 +47,14 @@ def quantize(values, rows, cols, min_amax=0.0, rounding=fp8.SCALE_F32, allow=Fal
     return torch.from_numpy(codes).view(E4M3), torch.from_numpy(scales), bad
 
 
+# Kernels have a way of their own for rows of whole chunks of 128 columns.
+WIDTHS = st.integers(1, 300) | st.sampled_from([128, 256, 640])
+
+
 @st.composite
 def matrices(draw):
     """Matrices of odd shapes and wild magnitudes, with zero blocks and special values."""
-    rows, cols = draw(st.integers(1, 300)), draw(st.integers(1, 300))
+    rows, cols = draw(st.integers(1, 300)), draw(WIDTHS)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     exponent = draw(st.integers(-40, 30))
     spread = draw(st.sampled_from([0, 1, 6, 20]))
@@ -63,7 +69,7 @@ def matrices(draw):
     return tensor.to(draw(st.sampled_from([torch.bfloat16, torch.float32])))
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(128, 128), (1, 0), (64, 32)])
+@pytest.mark.parametrize(("rows", "cols"), [(128, 128), (1, 0), (64, 32), (2, 256)])
 @settings(max_examples=60, deadline=None)
 @given(values=matrices())
 def test_quantize_equals_torch(rows, cols, values):
@@ -131,6 +137,51 @@ def test_every_bf16_value_is_scaled_by_every_amax_as_torch_does():
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def wrong_quotients(first, last, found):
+    """Note mantissas of scales and of BF16 whose quotient is not rounded once; return how many."""
+    count = 0
+    for mantissa in range(first, last):
+        scale = numeric.float_of(np.uint32(0x3F800000 + mantissa))
+        reciprocal = np.float32(1) / scale
+        rest = fused(-scale, reciprocal, np.float32(1)) * reciprocal
+        wrong = 0
+        for weight in range(128):
+            value = numeric.float_of(np.uint32(0x3F800000 + (weight << 16)))
+            wrong += fp8._quotient(value, reciprocal, rest) != value / scale
+        if wrong:
+            for weight in range(128):
+                value = numeric.float_of(np.uint32(0x3F800000 + (weight << 16)))
+                if fp8._quotient(value, reciprocal, rest) != value / scale:
+                    found[count] = mantissa, weight
+                    count += 1
+    return count
+
+
+def test_quotients_are_right_for_every_pair_of_mantissas():
+    """2^23 mantissas of a scale, 2^7 of a BF16; exponents change nothing where scales are plain."""
+    found = np.zeros((1000, 2), np.int64)
+    count = wrong_quotients(0, 1 << 23, found)
+    assert count == 11
+    for mantissa, weight in found[:count]:
+        scale = np.uint32(0x3F800000 + mantissa).view(np.float32)
+        quotient = np.uint32(0x3F800000 + (weight << 16)).view(np.float32) / scale
+        # e4m3 rounds at numbers of five bits, and its subnormals at ones of up to four.
+        is_near_a_middle = (int(quotient.view(np.uint32)) + 2) % 2**19 <= 4
+        assert is_near_a_middle == (mantissa == 0x7FFFFF), (mantissa, weight)
+
+
+def test_a_scale_with_a_mantissa_of_ones_takes_the_long_way():
+    scale = np.uint32(0x3F7FFFFF).view(np.float32)
+    values = torch.full((1, 128), 2**-10, dtype=torch.bfloat16)
+    values[0, 1] = -(2**-10)
+    codes, scales, _ = quantize(values, 1, 0, min_amax=float(scale * np.float32(448)))
+    assert scales.item() == scale
+    expected = (values.float() / float(scale)).to(E4M3)
+    assert expected[0, 0].item() == 2**-9  # half-way without the last bit of the quotient
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_random_float32_bits_become_the_e4m3_that_torch_gives():
     bits = np.random.default_rng(7).integers(0, 2**32, 1_000_000, dtype=np.uint32)
     values = torch.from_numpy(bits.view(np.float32).copy()).nan_to_num(0.0).clamp(-448, 448)
@@ -144,17 +195,18 @@ def test_random_float32_bits_become_the_e4m3_that_torch_gives():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_dequantize_equals_torch(dtype, data):
-    rows, cols = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
-    block_rows, block_cols = data.draw(st.sampled_from([(128, 128), (1, 0), (64, 32)]))
+    rows, cols = data.draw(st.integers(1, 300)), data.draw(WIDTHS)
+    block_rows, block_cols = data.draw(st.sampled_from([(128, 128), (1, 0), (64, 32), (2, 256)]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     codes = rng.integers(0, 256, (rows, cols), dtype=np.uint8)
     codes[codes & 0x7F == 0x7F] = 1
     grid = (-(-rows // block_rows), -(-cols // (block_cols or cols)))
-    scales = np.exp2(rng.uniform(-140, 100, grid)).astype(np.float32)
+    highest = data.draw(st.sampled_from([0, 100]))
+    scales = np.exp2(rng.uniform(-140, highest, grid)).astype(np.float32)
     first = data.draw(st.integers(0, rows - 1))
     top = first // block_rows
     target = np.empty((rows - first, cols), np.uint16 if dtype == torch.bfloat16 else np.float32)
-    nonfinite = fp8.dequantize(
+    nonfinite = fp8_decode.dequantize(
         codes[first:],
         scales[top:],
         target,
@@ -190,12 +242,13 @@ def test_allowed_nonfinite_saturates_and_leaves_the_rest_of_the_block_alone():
     assert codes.float()[0, 1:4].tolist() == [448.0, -448.0, 448.0]
 
 
-def test_dequantize_counts_nan_codes_and_overflow():
-    codes = np.full((2, 4), 0x38, np.uint8)
-    target = np.empty((2, 4), np.uint16)
-    assert fp8.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 0
+@pytest.mark.parametrize("cols", [4, 128])
+def test_dequantize_counts_nan_codes_and_overflow(cols):
+    codes = np.full((2, cols), 0x38, np.uint8)
+    target = np.empty((2, cols), np.uint16)
+    assert fp8_decode.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 0
     codes[1, 2] = 0xFF
-    assert fp8.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 1
+    assert fp8_decode.dequantize(codes, np.ones((1, 1), np.float32), target, 128, 128, 0) == 1
     assert from_bf16_bits(target)[1, 2].isnan()
 
 

@@ -90,7 +90,7 @@ def dequantize(
     block: tuple[int, int],
     first_row: int,
 ) -> None:
-    """Write code x scale to `target` [M, N], as `fp8.dequantize` does."""
+    """Write code x scale to `target` [M, N], as `fp8_decode.dequantize` does."""
     rows, cols = codes.shape
     block_rows, block_cols = block
     whole = 1024 if block_cols >= cols else _power_of_two_in(block_cols)

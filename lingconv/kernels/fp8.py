@@ -1,12 +1,12 @@
-"""Matrices of BF16 or float32 to FP8 e4m3 with scales, and back, compiled by numba.
+"""Matrices of BF16 or float32 to FP8 e4m3 with scales, compiled by numba.
 
 Shapes: a matrix is M x N, in blocks of BM x BN, with scales of ceil(M/BM) x ceil(N/BN); edge blocks
 are smaller. BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always.
 Every kernel equals torch bit for bit (tests/test_kernels.py).
 
-Both go through whole rows of all blocks side by side, as memory likes it; the scale of each column
-lies in a line of its own. Almost every row takes the short way: numbers that are finite, scales
-that are neither huge nor tiny. The long way has all the answers.
+The kernel goes through whole rows of all blocks side by side, as memory likes it. Almost everything
+takes the short way: blocks of whole chunks (`chunks.py`), numbers that are finite, scales that are
+neither huge nor tiny. The long way has all the answers.
 """
 
 from typing import Any, Final
@@ -17,17 +17,15 @@ from numba.extending import overload
 from numpy import float32, uint8, uint16, uint32
 
 from lingconv.encodings.fp8 import E4M3_MAX
+from lingconv.kernels.chunks import CHUNK, LINE, PAIRS, chunks_of_block, has_chunks, spread
 from lingconv.kernels.compiled import BF16, BOOL, BYTES, F32, FLOAT, INT, helper, kernel
-from lingconv.kernels.half import E4M3_GAIN, finite_e4m3
+from lingconv.kernels.instructions import fused, prefetch
 from lingconv.kernels.numeric import (
     Array,
     bf16_from_bits,
     float_bits,
     float_of,
     load,
-    load_e4m3,
-    sign_of_e4m3,
-    store,
 )
 
 # How `quantize` rounds a scale before it is used.
@@ -49,8 +47,9 @@ _MAX_FINITE_POWER_BITS: Final = 0x7F000000  # 2^127
 # Scales between these leave room for the factors below and for every product and quotient.
 _LEAST_SCALE: Final = 2.0**-90
 _MOST_SCALE: Final = 2.0**90
-_LIFT: Final = 2.0**13  # see `_short_code`
-_LEAST_LIFTED: Final = (127 - 6 - 13) << 23  # 2^-6, lowered by it
+_ONES: Final = 0x7FFFFF  # a mantissa of ones, see `_quotient`
+_LIFT: Final = 2.0**7  # see `_short_code`
+_LEAST_LIFTED: Final = (127 - 6 + 7) << 23  # 2^-6, lifted
 _NAN_CODE: Final = 0x7F
 
 
@@ -173,14 +172,16 @@ def quantize(
     rows, cols = source.shape
     peaks = _new_magnitudes(source[0])
     divisors = np.empty(cols, np.float32)
+    factors = np.empty((scales.shape[1], 3), np.float32)
     for block_row in range(scales.shape[0]):
         first = block_row * block_rows
         last = min(first + block_rows, rows)
         peaks[:] = 0
         for row in range(first, last):
             _raise_peaks(source[row], peaks)
-        is_plain = True
-        for block_col in range(scales.shape[1]):
+        line = scales[block_row]
+        is_plain = has_chunks(cols, block_cols)
+        for block_col in range(line.size):
             left = block_col * block_cols
             right = min(left + block_cols, cols)
             peak = _largest(peaks[left:right])
@@ -190,28 +191,33 @@ def quantize(
                 is_plain = False
                 peak = _finite_peak(source[first:last, left:right])
             amax = max(_from_magnitude(peak), float32(min_amax))
-            scale = _round_scale(amax / float32(E4M3_MAX), rounding)
-            is_plain &= float32(_LEAST_SCALE) < scale < float32(_MOST_SCALE)
-            scales[block_row, block_col] = scale
-        line = scales[block_row]
+            line[block_col] = _round_scale(amax / float32(E4M3_MAX), rounding)
+            is_plain &= _is_plain_scale(line[block_col])
         if is_plain:
-            _encode_short(source[first:last], target[first:last], line, block_cols, divisors)
+            _set_factors(line, factors)
+            _encode_chunks(source, target, first, last, factors, block_cols)
         else:
-            _spread(line, block_cols, float32(1), divisors)
+            spread(line, block_cols, divisors)
             for row in range(first, last):
                 _encode_long(source[row], target[row], divisors)
     return NO_NONFINITE
 
 
 @helper
-def _spread(scales: Array, block_cols: int, factor: Any, into: Array) -> None:
-    """Give each column the scale of its block, times `factor`."""
-    for block_col in range(scales.size):
-        scale = scales[block_col] * factor
-        left = block_col * block_cols
-        part = into[left : min(left + block_cols, into.size)]
-        for i in range(part.size):  # counted from 0: an index that may be negative stops SIMD
-            part[i] = scale
+def _is_plain_scale(scale: Any) -> Any:
+    has_room = float32(_LEAST_SCALE) < scale < float32(_MOST_SCALE)
+    return has_room and uint32(float_bits(scale) & uint32(_ONES)) != uint32(_ONES)
+
+
+@helper
+def _set_factors(scales: Array, into: Array) -> None:
+    """Give each block its lowered scale, and the two halves of the reciprocal of that."""
+    for block in range(scales.size):
+        scale = scales[block] * float32(1 / _LIFT)
+        reciprocal = float32(1) / scale
+        into[block, 0] = scale
+        into[block, 1] = reciprocal
+        into[block, 2] = fused(-scale, reciprocal, float32(1)) * reciprocal
 
 
 @helper
@@ -248,148 +254,93 @@ def _encode_long(line: Array, out: Array, divisors: Array) -> None:
 
 
 @helper
-def _short_code(magnitude: Any, divisor: Any) -> Any:
-    """Return the e4m3 code of |w| / scale, at most 464, in the low byte; `divisor` is lifted.
+def _quotient(value: Any, reciprocal: Any, rest: Any) -> Any:
+    """Return BF16 value / scale, rounded once, for the two halves of the reciprocal of a scale.
+
+    The product is off by some 2^-47 before it is rounded. Of all pairs of mantissas, eleven are
+    rounded to the wrong neighbour, one of them where e4m3 notices: 1 / (a mantissa of ones), for
+    which reason such a scale is not a plain one. tests/test_kernels.py tries all of them.
+    """
+    return fused(value, reciprocal, value * rest)
+
+
+@helper
+def _short_code(quotient: Any) -> Any:
+    """Return the e4m3 code of |w| / scale, at most 464, in the low byte; `quotient` is lifted.
 
     Adding 2^(e + 20) to a number of exponent e rounds it to e4m3's three bits of mantissa, and
-    leaves them, with the one before them, in the low bits of the sum, whose exponent says e. The
-    lift by 2^13 makes the two, added, the code without a constant more.
+    leaves them, with the one before them, in the low bits of the sum, whose exponent says e. Here
+    the number is lowered by 2^20 instead. The lift by 2^7 makes exponent and mantissa, added, the
+    code without a constant more.
     """
-    quotient = float_of(magnitude) / divisor
     exponent = max(uint32(float_bits(quotient) & uint32(_EXPONENT)), uint32(_LEAST_LIFTED))
-    bits = float_bits(quotient + float_of(uint32(exponent + uint32(20 << 23))))
+    bits = float_bits(fused(quotient, float32(2.0**-20), float_of(exponent)))
     return uint32(bits + uint32(bits >> uint32(20)))
 
 
-def _encode_short(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> Any:
-    """Encode rows that are finite, by scales that are neither huge nor tiny."""
-
-
-@overload(_encode_short)
-def _encode_short_overload(
-    source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any
+def _encode_chunks(
+    source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
 ) -> Any:
-    def bf16(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> None:
-        if source.shape[1] % 2 or block_cols % 2:
-            _encode_rows(source, target, scales, block_cols, divisors)
-        else:
-            halved = divisors[: source.shape[1] // 2]
-            _spread(scales, block_cols // 2, float32(_LIFT), halved)
-            for row in range(source.shape[0]):
-                _encode_pairs(source[row].view(np.uint32), target[row].view(np.uint16), halved)
+    """Encode rows `first` to `last`, one row of blocks, finite and of whole chunks.
 
-    def f32(source: Any, target: Any, scales: Any, block_cols: Any, divisors: Any) -> None:
-        _encode_rows(source, target, scales, block_cols, divisors)
+    Processors read ahead where they are read from; what is read next lies behind these rows, and is
+    asked for here.
+    """
+
+
+# Indices instead of slices: numba counts each slice, which takes longer than some of the rows.
+@overload(_encode_chunks)
+def _encode_chunks_overload(
+    source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
+) -> Any:
+    def bf16(
+        source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
+    ) -> None:
+        rows, chunks = source.shape[0], source.shape[1] // CHUNK
+        words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
+        codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
+        each = chunks_of_block(chunks, block_cols)
+        for row in range(first, last):
+            ahead = min(row + last - first, rows - 1)
+            for block in range(factors.shape[0]):
+                reciprocal, rest = factors[block, 1], factors[block, 2]
+                for chunk in range(block * each, min(block * each + each, chunks)):
+                    for line in range(0, PAIRS, LINE // 4):
+                        prefetch(words, ahead, chunk, line)
+                    for i in range(PAIRS):
+                        word = words[row, chunk, i]
+                        codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
+
+    def f32(source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any) -> None:
+        rows, chunks = source.shape[0], source.shape[1] // CHUNK
+        numbers = source.reshape(rows, chunks, CHUNK)
+        codes = target.reshape(rows, chunks, CHUNK)
+        each = chunks_of_block(chunks, block_cols)
+        for row in range(first, last):
+            for block in range(factors.shape[0]):
+                scale = factors[block, 0]
+                for chunk in range(block * each, min(block * each + each, chunks)):
+                    for i in range(CHUNK):
+                        codes[row, chunk, i] = _code_of(numbers[row, chunk, i], scale)
 
     return bf16 if source.dtype == types.uint16 else f32
 
 
 @helper
-def _encode_rows(
-    source: Array, target: Array, scales: Array, block_cols: int, divisors: Array
-) -> None:
-    _spread(scales, block_cols, float32(_LIFT), divisors)
-    for row in range(source.shape[0]):
-        _encode_numbers(source[row], target[row], divisors)
+def _code_of(number: Any, scale: Any) -> Any:
+    bits = float_bits(number)
+    code = _short_code(float_of(uint32(bits & uint32(_MAGNITUDE))) / scale)
+    sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
+    return uint8(uint32(code & uint32(0x7F)) | sign)
 
 
 @helper
-def _encode_numbers(line: Array, out: Array, divisors: Array) -> None:
-    for col in range(line.size):
-        bits = float_bits(load(line[col]))
-        code = _short_code(uint32(bits & uint32(_MAGNITUDE)), divisors[col])
-        sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
-        out[col] = uint8(uint32(code & uint32(0x7F)) | sign)
-
-
-@helper
-def _encode_pairs(line: Array, out: Array, divisors: Array) -> None:
-    """Encode BF16, two to a word: neighbours need no shuffling that way."""
-    for i in range(line.size):
-        word = line[i]
-        low = _short_code(uint32(uint32(word << uint32(16)) & uint32(_MAGNITUDE)), divisors[i])
-        high = _short_code(uint32(word & uint32(0x7FFF0000)), divisors[i])
-        signs = uint32(uint32(word >> uint32(8)) & uint32(0x80))
-        signs = uint32(signs | uint32(uint32(word >> uint32(16)) & uint32(0x8000)))
-        codes = uint32(uint32(low & uint32(0xFF)) | uint32(high << uint32(8)))
-        out[i] = uint16(codes | signs)
-
-
-@kernel((BYTES, F32, BF16, INT, INT, INT), (BYTES, F32, F32, INT, INT, INT))
-def dequantize(
-    source: Array,
-    scales: Array,
-    target: Array,
-    block_rows: int,
-    block_cols: int,
-    first_row: int,
-) -> int:
-    """Write float32(q) * scale, rounded once to BF16 (uint16) or kept as float32.
-
-    `source` (uint8, M x N) starts `first_row` rows below the top of the first row of `scales`.
-    Returns how many rows have a product that is not finite.
-    """
-    rows, cols = source.shape
-    factors = np.empty(cols, np.float32)
-    lifted = np.empty(cols, np.float32)
-    is_plain = False
-    nonfinite = 0
-    for row in range(rows):
-        line = scales[(first_row + row) // block_rows]
-        if row == 0 or (first_row + row) % block_rows == 0:
-            is_plain = _has_plain_scales(line)
-            _spread(line, block_cols, float32(E4M3_GAIN), lifted)
-        if is_plain and not _has_nan(source[row]):
-            _decode_short(source[row], target[row], lifted)
-        else:
-            _spread(line, block_cols, float32(1), factors)
-            nonfinite += _decode_long(source[row], target[row], factors)
-    return nonfinite
-
-
-@helper
-def _has_plain_scales(scales: Array) -> Any:
-    worst = float32(0)
-    for scale in scales:
-        worst = max(worst, abs(scale) if scale == scale else float32(np.inf))
-    return worst < float32(_MOST_SCALE)
-
-
-@helper
-def _has_nan(codes: Array) -> Any:
-    worst = uint8(0)
-    for code in codes:
-        worst = max(worst, uint8(code & uint8(0x7F)))
-    return worst == uint8(_NAN_CODE)
-
-
-@helper
-def _decode_long(line: Array, out: Array, factors: Array) -> int:
-    worst = uint32(0)
-    for col in range(line.size):
-        bits = float_bits(load_e4m3(line[col]) * factors[col])
-        worst = max(worst, uint32(bits & uint32(_MAGNITUDE)))
-        store(out, col, uint32(bits ^ sign_of_e4m3(line[col])))
-    return int(worst >= uint32(_EXPONENT))
-
-
-@helper
-def _decode_short(line: Array, out: Array, lifted: Array) -> None:
-    for col in range(line.size):
-        _store_finite(out, col, float_bits(finite_e4m3(line[col]) * lifted[col]))
-
-
-def _store_finite(out: Any, index: Any, bits: Any) -> Any:
-    """Store float32 bits as `store` does, but for NaN."""
-
-
-@overload(_store_finite)
-def _store_finite_overload(out: Any, index: Any, bits: Any) -> Any:
-    def bf16(out: Any, index: Any, bits: Any) -> None:
-        odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
-        out[index] = uint16(uint32(uint32(bits + uint32(0x7FFF)) + odd) >> uint32(16))
-
-    def f32(out: Any, index: Any, bits: Any) -> None:
-        out[index] = float_of(bits)
-
-    return bf16 if out.dtype == types.uint16 else f32
+def _pair_of_codes(word: Any, reciprocal: Any, rest: Any) -> Any:
+    """Encode two BF16 in a word: neighbours need no shuffling that way."""
+    left = float_of(uint32(uint32(word << uint32(16)) & uint32(_MAGNITUDE)))
+    right = float_of(uint32(word & uint32(0x7FFF0000)))
+    low = _short_code(_quotient(left, reciprocal, rest))
+    high = _short_code(_quotient(right, reciprocal, rest))
+    codes = uint32(uint32(low & uint32(0xFF)) | uint32(high << uint32(8)))
+    codes = uint32(codes | uint32(uint32(word >> uint32(8)) & uint32(0x80)))
+    return uint16(codes | uint32(uint32(word >> uint32(16)) & uint32(0x8000)))
