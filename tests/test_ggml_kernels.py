@@ -110,11 +110,15 @@ def rows(seed, kind, blocks):
         "faint": lambda: values * 10.0 ** generator.integers(-18, -6, (blocks, 16)).repeat(16, 1),
         "levels": lambda: generator.integers(-3, 4, values.shape).astype(np.float32),
         "zero": lambda: np.zeros_like(values),
+        "zeros of both signs": lambda: abs(values) * (values > 1) * np.sign(values[:, ::-1]),
     }
     return np.ascontiguousarray(makers[kind](), np.float32)
 
 
-CORNERS = ("normal", "heavy", "positive", "sparse", "spread", "faint", "levels", "zero")
+CORNERS = (
+    *("normal", "heavy", "positive", "sparse", "spread", "faint", "levels", "zero"),
+    "zeros of both signs",
+)
 
 
 @pytest.fixture(scope="module")

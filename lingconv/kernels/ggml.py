@@ -36,6 +36,7 @@ from lingconv.kernels.ggml_search import (
     search_scale_moving,
     search_scales_moving,
 )
+from lingconv.kernels.instructions import repeat_16
 from lingconv.kernels.numeric import Array, float_bits
 
 # Half-way between e2m1's magnitudes x 2, which are 0, 1, 2, 3, 4, 6, 8 and 12 (kvalues_fp4).
@@ -136,14 +137,21 @@ def quantize_q8_0(values: Array, out: Array) -> None:
 @kernel((F32, BYTES))
 def quantize_q4_0(values: Array, out: Array) -> None:
     """F16 scale, 32 levels -8 ... 7 in nibbles: byte j holds elements j and j + 16."""
+    half = _half(values)
     for block in range(values.shape[0]):
         scale = _extreme(values, block) / float32(-8)
         inverse = _inverse(scale)
         _put_half(out, block, 0, scale)
-        for j in range(16):
+        for j in range(half):
             low = min(int32(15), int32(values[block, j] * inverse + float32(8.5)))
-            high = min(int32(15), int32(values[block, j + 16] * inverse + float32(8.5)))
+            high = min(int32(15), int32(values[block, j + half] * inverse + float32(8.5)))
             out[block, 2 + j] = uint8(low | (high << 4))
+
+
+@helper
+def _half(values: Array) -> Any:
+    """Return 16, so that LLVM does not know it: a loop of 16 is unrolled before it becomes SIMD."""
+    return values.shape[1] // 2
 
 
 @kernel((F32, BYTES))
@@ -161,22 +169,40 @@ def _put_five_bits(
 ) -> None:
     """Store 32 levels 0 ... 31: four bytes of fifth bits, then nibbles."""
     fifths = uint32(0)
-    for j in range(16):
+    half = _half(values)
+    for j in range(half):
         first = min(int32(31), int32((values[block, j] - low) * inverse + offset))
-        second = min(int32(31), int32((values[block, j + 16] - low) * inverse + offset))
+        second = min(int32(31), int32((values[block, j + half] - low) * inverse + offset))
         out[block, at + 4 + j] = uint8((first & 15) | ((second & 15) << 4))
-        fifths |= uint32(uint32(first >> 4) << uint32(j))
-        fifths |= uint32(uint32(second >> 4) << uint32(j + 16))
+        bits = uint32(uint32(first >> 4) | uint32(uint32(second >> 4) << uint32(16)))
+        fifths |= uint32(bits << uint32(j))
     for byte in range(4):
         out[block, at + byte] = uint8(uint32(fifths >> uint32(8 * byte)) & uint32(0xFF))
 
 
 @helper
+def _ordered(value: Any) -> Any:
+    """Return an integer for a finite float32, in the same order: SIMD finds its least and most."""
+    bits = int32(float_bits(value))
+    return int32(bits ^ int32(int32(bits >> int32(31)) & int32(0x7FFFFFFF)))
+
+
+@helper
+def _from_ordered(key: Any) -> Any:
+    return float32(int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))).view(np.float32))
+
+
+@helper
 def _put_range(values: Array, out: Array, block: int, levels: int) -> tuple[Any, Any]:
     """Store scale and minimum of a block as F16; return minimum and inverse scale, unrounded."""
-    low, high = values[block, 0], values[block, 0]
+    least, most = int32(0x7FFFFFFF), int32(-0x80000000)
     for i in range(values.shape[1]):
-        low, high = min(low, values[block, i]), max(high, values[block, i])
+        key = _ordered(values[block, i])
+        least, most = min(least, key), max(most, key)
+    low, high = _from_ordered(least), _from_ordered(most)
+    if low == float32(0):  # of zeros of both signs, the first one
+        for i in range(values.shape[1] - 1, -1, -1):
+            low = values[block, i] if values[block, i] == low else low
     scale = (high - low) / float32(levels)
     _put_half(out, block, 0, scale)
     _put_half(out, block, 2, low)
@@ -186,11 +212,12 @@ def _put_range(values: Array, out: Array, block: int, levels: int) -> tuple[Any,
 @kernel((F32, BYTES))
 def quantize_q4_1(values: Array, out: Array) -> None:
     """F16 scale, F16 minimum, nibbles."""
+    half = _half(values)
     for block in range(values.shape[0]):
         low, inverse = _put_range(values, out, block, 15)
-        for j in range(16):
+        for j in range(half):
             first = int32((values[block, j] - low) * inverse + float32(0.5))
-            second = int32((values[block, j + 16] - low) * inverse + float32(0.5))
+            second = int32((values[block, j + half] - low) * inverse + float32(0.5))
             out[block, 4 + j] = uint8(min(int32(15), first) | (min(int32(15), second) << 4))
 
 
@@ -293,11 +320,13 @@ def quantize_iq4_xs(values: Array, out: Array) -> None:
 @helper
 def _largest(scales: Array, first: int, count: int) -> Any:
     """Return the first of `count` scales whose magnitude is the largest, or 0."""
-    largest = float32(0)
+    peak = float32(0)
     for j in range(count):
+        peak = max(peak, abs(scales[first + j]))
+    largest = float32(0)
+    for j in range(count - 1, -1, -1):
         scale = scales[first + j]
-        if abs(scale) > abs(largest):
-            largest = scale
+        largest = scale if abs(scale) == peak and peak > float32(0) else largest
     return largest
 
 
@@ -329,7 +358,7 @@ def quantize_q6_k(values: Array, out: Array) -> None:
             for j in range(16):
                 code = min(int32(127), nearest_int(inverse * state[SCALE + lane + j]))
                 out[block, 192 + j] = uint8(code)
-                steps[16 * j : 16 * j + 16] = scale * float32(code)
+                repeat_16(steps, 16 * j, scale * float32(code))
             _levels_of(values, block, steps, -32, 31, levels)
             for j in range(16):
                 if steps[16 * j] == float32(0):
@@ -361,22 +390,21 @@ def _put_q6_levels(levels: Array, out: Array, block: int) -> None:
 
 # Blocks whose sixteen sub-blocks are searched together: enough that those which take longer than
 # the others fill lanes of their own.
-_Q3_BLOCKS: Final = 64
+_Q3_BLOCKS: Final = 256
 
 
 @kernel((F32, BYTES))
 def quantize_q3_k(values: Array, out: Array) -> None:
     """Third bits, low bit pairs, 16 scales of 6 bits, F16 scale of scales."""
     state = np.empty(STATE_SIZE, np.float32)
-    waiting = np.empty(STATE_SIZE, np.float32)
     scales = np.empty(16 * _Q3_BLOCKS, np.float32)
-    codes = np.empty(16, np.uint8)
+    codes = np.empty(16, np.int32)
     steps = np.empty(256, np.float32)
     levels = np.empty(256, np.uint8)
     parts = values.reshape(-1, 16)
     for first in range(0, values.shape[0], _Q3_BLOCKS):
         last = min(first + _Q3_BLOCKS, values.shape[0])
-        search_scales_moving(parts[16 * first : 16 * last], 16, 4, state, waiting, scales)
+        search_scales_moving(parts[16 * first : 16 * last], 16, 4, state, scales)
         for block in range(first, last):
             _put_q3_scales(scales, 16 * (block - first), out, block, codes, steps)
             _levels_of(values, block, steps, -4, 3, levels)
@@ -391,18 +419,17 @@ def _put_q3_scales(
     scales: Array, first: int, out: Array, block: int, codes: Array, steps: Array
 ) -> None:
     """Store the scale of scales and 16 scales of 6 bits; fill `steps` with what they come to."""
-    largest = _largest(scales, first, 16)
+    own = scales[first : first + 16]
+    largest = _largest(own, 0, 16)
     inverse = float32(-32) / largest
     scale = _put_half(
         out, block, 108, float32(1) / inverse if largest != float32(0) else float32(0)
     )
+    is_zero = largest == float32(0)  # ggml leaves the bits of such a block at zero: scale -32
     for j in range(16):
-        codes[j] = uint8(clamped(inverse * scales[first + j], -32, 31) + int32(32))
-    if largest == float32(0):  # ggml leaves the bits of an all-zero block at zero: scale -32
-        for j in range(16):
-            codes[j] = 0
+        codes[j] = int32(0) if is_zero else clamped(inverse * own[j], -32, 31) + int32(32)
     for j in range(16):
-        steps[16 * j : 16 * j + 16] = scale * float32(int32(codes[j]) - int32(32))
+        repeat_16(steps, 16 * j, scale * float32(codes[j] - int32(32)))
     for j in range(8):
         out[block, 96 + j] = uint8((codes[j] & 15) | ((codes[j + 8] & 15) << 4))
     for j in range(4):

@@ -19,7 +19,8 @@ import numpy as np
 from numpy import float32, int32
 
 from lingconv.kernels.compiled import helper
-from lingconv.kernels.numeric import Array, load
+from lingconv.kernels.instructions import transpose_16
+from lingconv.kernels.numeric import Array
 
 LANES: Final = 64
 MAX_SIZE: Final = 32  # elements of the largest sub-block
@@ -49,6 +50,7 @@ STATE_SIZE: Final = _ROWS + 17 * LANES
 
 # Elements of a lane that are worked on at once, so that sums stay in registers meanwhile.
 _UNROLLED: Final = 4
+_STAGES: Final = (1, 2, 5)  # rounds after which sub-blocks at rest are left out
 TINY: Final = float32(1e-15)  # GROUP_MAX_EPS: sub-blocks below it are zero
 _ROUNDER: Final = float32(12582912.0)  # 1.5 x 2^23: adding it leaves a rounded integer in the bits
 
@@ -84,15 +86,23 @@ def rounded(value: Any, low: Any, high: Any) -> Any:
 def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
     """Put sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
 
-    Lanes without a sub-block hold zeros.
+    `size` is a multiple of 16. Lanes without a sub-block hold zeros.
     """
-    count = min(LANES, values.shape[0] - first)
-    for k in range(count):
+    numbers = np.arange(first, min(first + LANES, values.shape[0]))
+    gather_lanes(values, numbers, 0, size, state)
+
+
+@helper
+def gather_lanes(values: Array, numbers: Array, first: int, size: int, state: Array) -> None:
+    """Put those sub-blocks into the lanes that `numbers` names from its item `first` on."""
+    count = min(LANES, numbers.size - first)
+    whole = count // 16 * 16
+    for k in range(0, whole, 16):
+        for i in range(0, size, 16):
+            transpose_16(values, numbers, first + k, i, state, X + i * LANES + k, LANES)
+    for k in range(whole, LANES):
         for i in range(size):
-            state[X + i * LANES + k] = load(values[first + k, i])
-    for k in range(count, LANES):
-        for i in range(size):
-            state[X + i * LANES + k] = float32(0)
+            state[X + i * LANES + k] = values[numbers[first + k], i] if k < count else float32(0)
 
 
 @helper
@@ -334,57 +344,25 @@ def search_scale_moving(state: Array, size: int, half: int) -> None:
 
 
 @helper
-def search_scales_moving(
-    parts: Array, size: int, half: int, state: Array, waiting: Array, scales: Array
-) -> None:
+def search_scales_moving(parts: Array, size: int, half: int, state: Array, scales: Array) -> None:
     """Fill `scales` with what `search_scale_moving` finds for each sub-block of `parts`.
 
-    Most sub-blocks come to rest at once. Those that do not are moved to the lanes of the second
-    state, `waiting`, and go on when there are enough of them.
+    Four of five come to rest after the first round. The others are begun again, among themselves:
+    that takes less time than to carry lanes about.
     """
-    where = np.empty(LANES, np.intp)
-    moving = np.empty(LANES + 1, np.intp)
-    count = 0
-    for first in range(0, parts.shape[0], LANES):
-        load_lanes(parts, first, size, state)
-        _begin_moving(state, size, half)
-        _move_levels(state, size, half)
-        _end_moving(state)
-        num_moving = 0
-        for k in range(min(LANES, parts.shape[0] - first)):
-            scales[first + k] = state[SCALE + k]
-            moving[num_moving] = k
-            num_moving += state[_FLAT + k] != float32(0)
-        if count + num_moving > LANES:
-            _settle(waiting, size, half, where, count, scales)
-            count = 0
-        for number in range(num_moving):
-            _copy_lane(state, moving[number], waiting, count, size)
-            where[count] = first + moving[number]
-            count += 1
-    _settle(waiting, size, half, where, count, scales)
-
-
-@helper
-def _copy_lane(source: Array, lane: int, target: Array, to: int, size: int) -> None:
-    for i in range(size):
-        target[X + i * LANES + to] = source[X + i * LANES + lane]
-        target[LEVELS + i * LANES + to] = source[LEVELS + i * LANES + lane]
-    target[_SUM_XL + to] = source[_SUM_XL + lane]
-    target[_SUM_L2 + to] = source[_SUM_L2 + lane]
-    target[PEAK + to] = source[PEAK + lane]
-
-
-@helper
-def _settle(state: Array, size: int, half: int, where: Array, count: int, scales: Array) -> None:
-    """Move the levels of the first `count` lanes to their end, and put their scales in place."""
-    for k in range(count, LANES):
-        for i in range(size):
-            state[LEVELS + i * LANES + k] = float32(0)
-        state[_SUM_XL + k] = float32(0)  # nothing moves in such a lane
-    _go_on_moving(state, size, half, 4)
-    for k in range(count):
-        scales[where[k]] = state[SCALE + k]
+    numbers = np.arange(parts.shape[0])
+    for rounds in _STAGES:
+        count = 0
+        for first in range(0, numbers.size, LANES):
+            gather_lanes(parts, numbers, first, size, state)
+            _begin_moving(state, size, half)
+            _go_on_moving(state, size, half, rounds)
+            for k in range(min(LANES, numbers.size - first)):
+                number = numbers[first + k]
+                scales[number] = state[SCALE + k]
+                numbers[count] = number
+                count += state[_FLAT + k] != float32(0)
+        numbers = numbers[:count]
 
 
 @helper

@@ -13,6 +13,12 @@ from numba.extending import intrinsic
 _intrinsic: Any = intrinsic
 _unpack: Any = cgutils.unpack_tuple
 
+_FIRST = ir.Constant(ir.IntType(32), 0)
+_BYTE = ir.IntType(8).as_pointer()
+_LANE = ir.IntType(32)
+_INDEX = ir.IntType(64)
+_SIXTEEN = ir.VectorType(ir.FloatType(), 16)
+_NOTHING = ir.Constant(_SIXTEEN, ir.Undefined)
 _FOR_READING, _INTO_ALL_CACHES, _DATA = 0, 3, 1  # as llvm.prefetch counts
 
 
@@ -40,8 +46,81 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
         flag = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
         ask = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        flags = [ir.Constant(flag, x) for x in (_FOR_READING, _INTO_ALL_CACHES, _DATA)]
+        flags = [ir.Constant(flag, x) for x in (_BYTE = ir.IntType(8).as_pointer()
+_LANE = ir.IntType(32)
+_INDEX = ir.IntType(64)
+_SIXTEEN = ir.VectorType(ir.FloatType(), 16)
+_NOTHING = ir.Constant(_SIXTEEN, ir.Undefined)
+_FOR_READING, _INTO_ALL_CACHES, _DATA)]
         builder.call(ask, [place, *flags])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, types.int64), codegen
+
+
+def _order(lanes: Any) -> Any:
+    return ir.Constant(ir.VectorType(_LANE, 16), list(lanes))
+
+
+@_intrinsic
+def repeat_16(typing_context: Any, line: Any, first: Any, value: Any) -> Any:
+    """Store a float32 sixteen times. Of a loop that does so, LLVM makes scattered stores."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        one = builder.insert_element(_NOTHING, args[2], ir.Constant(_LANE, 0))
+        sixteen = builder.shuffle_vector(one, _NOTHING, _order([0] * 16))
+        place = builder.bitcast(builder.gep(array.data, [args[1]]), _SIXTEEN.as_pointer())
+        builder.store(sixteen, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(line, types.int64, types.float32), codegen
+
+
+@_intrinsic
+def transpose_16(
+    typing_context: Any,
+    matrix: Any,
+    numbers: Any,
+    at: Any,
+    col: Any,
+    line: Any,
+    to: Any,
+    stride: Any,
+) -> Any:
+    """Store 16 x 16 float32 of a contiguous matrix, transposed, in rows `stride` apart.
+
+    They begin at `col` of the rows that `numbers` names from its item `at` on. Sixteen rows are
+    interleaved four times, each of the upper half with its partner in the lower.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, numbers, target = (
+            context.make_array(signature.args[n])(context, builder, args[n]) for n in (0, 1, 4)
+        )
+        _, cols = _unpack(builder, source.shape)
+
+        def place(data: Any, row: Any, stride: Any, first: Any) -> Any:
+            index = builder.add(builder.mul(row, stride), first)
+            return builder.bitcast(builder.gep(data, [index]), _SIXTEEN.as_pointer())
+
+        def number(n: int) -> Any:
+            return builder.load(builder.gep(numbers.data, [builder.add(args[2], _INDEX(n))]))
+
+        rows = [
+            builder.load(place(source.data, number(n), cols, args[3]), align=4) for n in range(16)
+        ]
+        lower = _order(lane for k in range(8) for lane in (k, 16 + k))
+        upper = _order(lane for k in range(8, 16) for lane in (k, 16 + k))
+        for _ in range(4):
+            rows = [
+                builder.shuffle_vector(rows[n], rows[8 + n], order)
+                for n in range(8)
+                for order in (lower, upper)
+            ]
+        for n, row in enumerate(rows):
+            builder.store(row, place(target.data, _INDEX(n), args[6], args[5]), align=4)
+        return context.get_dummy_value()
+
+    two = types.int64, types.int64
+    return types.void(matrix, numbers, *two, line, *two), codegen
