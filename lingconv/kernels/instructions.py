@@ -13,7 +13,6 @@ from numba.extending import intrinsic
 _intrinsic: Any = intrinsic
 _unpack: Any = cgutils.unpack_tuple
 
-_FIRST = ir.Constant(ir.IntType(32), 0)
 _BYTE = ir.IntType(8).as_pointer()
 _LANE = ir.IntType(32)
 _INDEX = ir.IntType(64)
@@ -41,17 +40,10 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
         _, middle, inner = _unpack(builder, array.shape)
         row = builder.add(builder.mul(args[1], middle), args[2])
         index = builder.add(builder.mul(row, inner), args[3])
-        byte = ir.IntType(8).as_pointer()
-        place = builder.bitcast(builder.gep(array.data, [index]), byte)
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        flags = [ir.Constant(flag, x) for x in (_BYTE = ir.IntType(8).as_pointer()
-_LANE = ir.IntType(32)
-_INDEX = ir.IntType(64)
-_SIXTEEN = ir.VectorType(ir.FloatType(), 16)
-_NOTHING = ir.Constant(_SIXTEEN, ir.Undefined)
-_FOR_READING, _INTO_ALL_CACHES, _DATA)]
+        place = builder.bitcast(builder.gep(array.data, [index]), _BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE, _LANE, _LANE, _LANE])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE], kind)
+        flags = [ir.Constant(_LANE, x) for x in (_FOR_READING, _INTO_ALL_CACHES, _DATA)]
         builder.call(ask, [place, *flags])
         return context.get_dummy_value()
 
