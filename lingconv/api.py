@@ -12,7 +12,7 @@ from lingconv.destination import Destination
 from lingconv.engine import Resources, Result, execute
 from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
-from lingconv.hub.address import is_hub, parse_address
+from lingconv.hub.address import parse_address
 from lingconv.inspection import Report, inspect_model
 from lingconv.journal import VERDICT_NAME, kept_plan, pinned_commits, place_of, replace_file
 from lingconv.machine import num_processors
@@ -34,6 +34,7 @@ from lingconv.planner import build_average, build_plan
 from lingconv.progress import Progress, Unwatched, Watcher
 from lingconv.readers import open_checkpoint, open_storage
 from lingconv.recognise import Given, recognise
+from lingconv.stores import is_far
 from lingconv.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def estimate(
         rates,
         machines=machines,
         network_bytes_per_s=network_bytes_per_s,
-        reads_far=any(is_hub(source.uri) for source in plan.sources),
-        writes_far=is_hub(destination),
+        reads_far=any(is_far(source.uri) for source in plan.sources),
+        writes_far=is_far(destination),
     )
 
 
@@ -256,7 +257,7 @@ def synth(
     fresh: bool = False,
 ) -> Result:
     """Write a checkpoint of random weights: `config` is a preset or a config.json."""
-    if is_hub(destination):
+    if is_far(destination):
         raise UsageError("random weights are written to a folder", hint="then `lingconv push` it")
     if resources is not None and resources.part is not None:
         raise UsageError("random weights are written by one run: leave `--part` out")

@@ -1,4 +1,4 @@
-"""Where a run writes to: a folder, a GGUF file, or a repository by way of a staging folder."""
+"""Where a run writes to: a folder, a GGUF file, or a store by way of a staging folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,13 @@ from lingconv import engine
 from lingconv.devices import gpus_of
 from lingconv.engine import Publish, Resources, Result
 from lingconv.errors import DestinationError, UsageError
-from lingconv.hub.address import HubAddress, is_hub, parse_address, staging_folder
+from lingconv.hub.address import HubAddress, is_hub, parse_address
 from lingconv.journal import RunFolder, pinned_commits
 from lingconv.model import Model
 from lingconv.options import PublishOptions
 from lingconv.plan import Plan
 from lingconv.progress import Progress
+from lingconv.stores import is_far, is_object, open_store, staging_of
 
 if TYPE_CHECKING:
     from lingconv.hub.publisher import Publisher
@@ -34,17 +35,12 @@ class Destination:
         self._fresh = fresh
         self._options = publish or PublishOptions()
         self._options.check()
-        self._address: HubAddress | None = None
-        if is_hub(destination):
-            self._address = parse_address(str(destination))
-            self._folder = staging_folder(self._address, self._resources.staging)
+        self._store = str(destination) if is_far(destination) else ""
+        if self._store:
+            self._folder = staging_of(self._store, self._resources.staging)
         else:
             self._folder = Path(destination)
-            if self._options != PublishOptions():
-                raise UsageError(
-                    "`--create`, `--public`, `--pr` and `--replace` are for repositories",
-                    hint="let DST be `hf://org/name`",
-                )
+        self._check_options()
         self._earlier = {} if fresh else pinned_commits(self._folder)
         self._commits: dict[str, str] = {}
         self._check_executor()
@@ -64,6 +60,18 @@ class Destination:
         self._commits[name] = commit
         return str(address._replace(revision=commit))
 
+    def _check_options(self) -> None:
+        """Raise UsageError for options that are for other kinds of targets."""
+        replaces = self._options == PublishOptions(replace=True)
+        if is_hub(self._store) or self._options == PublishOptions():
+            return
+        if not (replaces and self._store):
+            raise UsageError(
+                "`--create`, `--public` and `--pr` are for repositories, `--replace` for them and"
+                " object stores",
+                hint="let DST be `hf://org/name`",
+            )
+
     def _check_executor(self) -> None:
         """Raise UsageError for an executor that is none, or cannot do what is asked."""
         known = (engine.LOCAL, engine.RAY)
@@ -76,18 +84,15 @@ class Destination:
             gpus_of(self._resources.device)
         if self._resources.address and not on_ray:
             raise UsageError("`--address` is that of a cluster: add `--executor ray`")
-        if on_ray and (self._address is not None or self._resources.part is not None):
-            raise UsageError(
-                "a cluster writes whole targets to a folder that all its nodes see",
-                hint="leave `--part` out; to publish, `lingconv push` the folder",
-            )
+        if on_ray and self._resources.part is not None:
+            raise UsageError("a cluster writes whole targets", hint="leave `--part` out")
 
     def _refuse_in_parts(self, *, fresh: bool) -> None:
         """Refuse what parts of a run cannot do."""
-        if self._address is not None:
+        if self._store:
             raise UsageError(
-                "`--part` writes to a folder that all machines see, not to a repository",
-                hint="then `lingconv finish` and `lingconv push` it",
+                "`--part` writes to a folder that all machines see, not to a store",
+                hint="then `lingconv finish` and `lingconv push` it; or take `--executor ray`",
             )
         if fresh:
             raise UsageError(
@@ -97,7 +102,12 @@ class Destination:
 
     def _refuse_overlap(self, source: str) -> None:
         """Refuse to write into a source."""
-        if is_hub(source) or self._address is not None:
+        if is_far(source) or self._store:
+            inside = is_object(source) and f"{self._store}/".startswith(source.rstrip("/") + "/")
+            if inside:
+                raise DestinationError(
+                    f"{self._store} is inside the source {source}", hint="choose another folder"
+                )
             return
         inner, outer = self._folder.resolve(), Path(source).resolve()
         if inner == outer or outer in inner.parents:
@@ -107,7 +117,7 @@ class Destination:
 
     def disk(self, plan: Plan) -> tuple[Path, int]:
         """Return the folder where a run keeps what it writes, and the most bytes there."""
-        publishes = self._address is not None
+        publishes = bool(self._store)
         return self._folder, engine.disk_needed(plan, self._resources, publishes=publishes)
 
     def execute(
@@ -129,6 +139,8 @@ class Destination:
                 progress=progress,
                 fresh=self._fresh,
                 commits=self._commits,
+                publish=self._publish(plan),
+                store=(self._store, self._options) if self._store else None,
             )
         return engine.execute(
             plan,
@@ -142,14 +154,15 @@ class Destination:
         )
 
     def _publish(self, plan: Plan) -> Publish | None:
-        address, share = self._address, self._resources.disk_share(publishes=True)
-        if address is None:
+        if not self._store:
             return None
+        share = self._resources.disk_share(publishes=True)
 
         def begin(folder: RunFolder, progress: Progress) -> "Publisher":
-            from lingconv.hub.publisher import Publisher  # with huggingface_hub
+            from lingconv.hub.publisher import Publisher
 
-            return Publisher(address, self._options, plan, folder, progress, share)
+            store = open_store(self._store, self._options)
+            return Publisher(store, self._options, plan, folder, progress, share)
 
         return begin
 

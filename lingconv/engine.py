@@ -34,7 +34,7 @@ from lingconv.workers import Crew, check_unchanged
 
 if TYPE_CHECKING:
     from lingconv.hub.publisher import Publisher
-    from lingconv.hub.repository import Commit
+    from lingconv.stores import Commit
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 LOCAL, RAY = "local", "ray"

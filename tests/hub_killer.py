@@ -100,15 +100,15 @@ def main(source, work, rounds):
         import lingconv.api
         import lingconv.hub.client
         import lingconv.hub.publisher
-        import lingconv.storage.hub
+        import lingconv.storage.ranges
         import lingconv.transcode
         import lingconv.workers
 
         client_http.time = HURRIED
         lingconv.hub.client.FIRST_WAIT_S = 0.01
-        lingconv.storage.hub.SMALL_BYTES = 1000
-        lingconv.storage.hub.BLOCK_BYTES = 4096
-        lingconv.storage.hub.REQUEST_BYTES = 100_000
+        lingconv.storage.ranges.SMALL_BYTES = 1000
+        lingconv.storage.ranges.BLOCK_BYTES = 4096
+        lingconv.storage.ranges.REQUEST_BYTES = 100_000
         lingconv.workers.PIECE_BYTES = 100_000
         hub.add(SOURCE, {path.name: path.read_bytes() for path in source.iterdir()})
         # Compiles the kernels, and says how long a run takes and what comes of it.

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import httpx
 
 import lingconv
-import lingconv.storage.hub as hub_storage
+import lingconv.storage.ranges as ranges
 from lingconv import (
     CheckpointError,
     ConvertOptions,
@@ -43,9 +43,9 @@ def contents(folder):
 @pytest.fixture
 def hub(monkeypatch, tmp_path, golden):
     """A Hub that has the tiny model as org/tiny-ling-v2; ranges are small enough to be many."""
-    monkeypatch.setattr(hub_storage, "SMALL_BYTES", 1000)
-    monkeypatch.setattr(hub_storage, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(hub_storage, "REQUEST_BYTES", 100_000)
+    monkeypatch.setattr(ranges, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(ranges, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(ranges, "REQUEST_BYTES", 100_000)
     with Hub() as server:
         point_client_at(monkeypatch, server.endpoint, tmp_path / "home")
         server.add("org/tiny-ling-v2", contents(golden))

@@ -7,16 +7,26 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 import lingconv
-from lingconv import ConvertOptions, DestinationError, GgufOptions, Resources, UsageError, convert
+from lingconv import (
+    ConvertOptions,
+    DestinationError,
+    GgufOptions,
+    PublishOptions,
+    Resources,
+    UsageError,
+    convert,
+)
 from lingconv.progress import Silent
 from tests.hub_server import Hub
-from tests.hub_support import environment, point_client_at
+from tests.hub_support import environment, point_client_at, weight_bytes
+from tests.s3_server import BUCKET, client, listing, s3
 from tests.support import copy_checkpoint, edit_json, tree_digest
 from tests.test_hub_read import assert_same_weights, contents
 
@@ -38,8 +48,19 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def cluster(hub, tmp_path_factory):
-    """Three nodes with a processor each; their workers can reach the Hub."""
+def bucket():
+    """Return the environment in which an S3 is found, and an empty bucket in it."""
+    with s3() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        client().mkdir(BUCKET)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(hub, bucket, tmp_path_factory):
+    """Three nodes with a processor each; their workers can reach the Hub and the store."""
     before = dict(os.environ)
     os.environ.update(environment(hub.endpoint, tmp_path_factory.mktemp("home")))
     started = Cluster(
@@ -61,6 +82,21 @@ def workers():
         for process in psutil.process_iter(["cmdline"])
         if "ray::_write_file" in " ".join(process.info["cmdline"] or [])
     ]
+
+
+def shown(folder):
+    """Return the files of a target, without the state of its run."""
+    return {k: v for k, v in contents(folder).items() if not k.startswith(".")}
+
+
+def kill_workers():
+    """Kill all that write right now; there is a moment between one task and the next."""
+    deadline = time.monotonic() + 20
+    while not (found := workers()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in found:
+        process.kill()
+    return len(found)
 
 
 class After(Silent):
@@ -100,12 +136,6 @@ def test_workers_and_a_node_are_lost(cluster, hub, golden, tmp_path, monkeypatch
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
     hub.add("org/tiny-ling-v2", contents(golden))
     hub.slow_s = 0.15
-
-    def kill_workers():
-        found = workers()
-        for process in found:
-            process.kill()
-        return len(found)
 
     def remove_node():
         started.remove_node(nodes.pop(), allow_graceful=False)
@@ -157,6 +187,72 @@ def test_the_driver_dies(cluster, hub, golden, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "local", target)
 
 
+def test_a_store_is_written_to_from_all_nodes(cluster, hub, golden, tmp_path, monkeypatch):
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.add("org/tiny-ling-v2", contents(golden))
+    hub.slow_s = 0.15
+    source, target = "hf://org/tiny-ling-v2", f"s3://{BUCKET}/out"
+    trouble = After(file2=kill_workers, file6=kill_workers)
+    result = convert(source, target, MANY, resources=ON_RAY, progress=trouble)
+    assert trouble.count == result.files_written == 14
+    assert all(trouble.done), trouble.done
+    convert(golden, tmp_path / "local", MANY)
+    found = listing("out")
+    wanted = shown(tmp_path / "local")
+    assert found.pop("lingconv.json")
+    assert found == {k: v for k, v in wanted.items() if k != "lingconv.json"}
+    assert weight_bytes(tmp_path / "home") == 0
+    again = convert(source, target, MANY, resources=ON_RAY)
+    assert (again.files_written, again.files_found_finished) == (0, 14)
+
+
+def test_the_driver_of_a_store_dies(cluster, bucket, hub, golden, tmp_path, monkeypatch):
+    started, _ = cluster
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.add("org/tiny-ling-v2", contents(golden))
+    hub.slow_s = 0.15
+    source, target = "hf://org/tiny-ling-v2", f"s3://{BUCKET}/after"
+    own = environment(hub.endpoint, tmp_path / "home") | bucket
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, source, target, started.address], cwd=ROOT,
+        env=own, stdout=subprocess.PIPE,
+    ) as driver:  # fmt: skip
+        for _ in range(3):
+            assert driver.stdout.readline() == b"one\n"
+        driver.send_signal(signal.SIGKILL)
+    assert "config.json" not in listing("after")
+    result = convert(source, target, MANY, resources=ON_RAY)
+    assert result.files_found_finished >= 2  # the third may not have been noted
+    convert(golden, tmp_path / "local", MANY)
+    assert listing("after").keys() == shown(tmp_path / "local").keys()
+
+
+@pytest.mark.parametrize(
+    "options", [PublishOptions(create=True), PublishOptions(pull_request=True)]
+)
+def test_a_repository_is_written_to_from_all_nodes(
+    cluster, hub, golden, tmp_path, monkeypatch, options
+):
+    point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
+    hub.slow_s = 0.05
+    name = f"org/from-nodes-{options.pull_request}"
+    if options.pull_request:
+        hub.add(name, {})
+    trouble = After(file3=kill_workers)
+    result = convert(
+        golden, f"hf://{name}", MANY, resources=ON_RAY, progress=trouble, publish=options
+    )
+    assert result.files_written == trouble.count == 14
+    assert all(trouble.done), trouble.done
+    convert(golden, tmp_path / "local", MANY)
+    revision = "refs/pr/1" if options.pull_request else "main"
+    found, wanted = hub.tree(name, revision), shown(tmp_path / "local")
+    assert found.keys() - {"README.md", ".gitattributes"} == wanted.keys() - {"README.md"}
+    for each in wanted.keys() - {"lingconv.json", "README.md"}:
+        assert found[each] == wanted[each], each
+    assert weight_bytes(tmp_path / "home") == 0
+
+
 def test_interrupting_cancels_the_tasks(cluster, hub, golden, tmp_path, monkeypatch):
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
     hub.add("org/tiny-ling-v2", contents(golden))
@@ -202,9 +298,9 @@ def test_what_a_cluster_may_not_do(golden, tmp_path):
     ]:
         with pytest.raises(UsageError, match=text):
             convert(golden, tmp_path / "out", MANY, resources=resources)
-    with pytest.raises(UsageError, match="whole targets") as caught:
-        convert(golden, "hf://org/out", MANY, resources=ON_RAY)
-    assert "lingconv push" in caught.value.hint
+    in_parts = Resources(executor="ray", part=lingconv.Part(1, 2))
+    with pytest.raises(UsageError, match="whole targets"):
+        convert(golden, tmp_path / "out", MANY, resources=in_parts)
     convert(golden, tmp_path / "out", MANY)
     with pytest.raises(DestinationError, match="holds another conversion"):
         convert(golden, tmp_path / "out", ConvertOptions(), resources=ON_RAY)

@@ -22,13 +22,15 @@ HUB = "Hub"
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="Checkpoint to read: a folder, a .gguf file, or hf://org/name[@rev]."
+        metavar="SRC",
+        help="Checkpoint to read: a folder, a .gguf file, hf://org/name[@rev], or s3://bucket/folder.",
     ),
 ]
 Destination = Annotated[
     str,
     typer.Argument(
-        metavar="DST", help="Folder to write, NAME.gguf, or hf://org/name[@branch][/NAME.gguf]."
+        metavar="DST",
+        help="Folder to write, NAME.gguf, hf://org/name[@branch][/NAME.gguf], or s3://bucket/folder.",
     ),
 ]
 Formats = Annotated[

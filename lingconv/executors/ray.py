@@ -4,19 +4,31 @@ The driver claims the target and carries the small files; a task writes one weig
 largest first, with a lock and a journal of its own; the driver makes a checkpoint of them at the
 end. What a lost worker or a whole lost node was at is done again by another, from where it was on
 disk. When the driver dies, its tasks do too, and the same command goes on.
+
+Where the target is a store, a repository or an object store, a task sends its file from the disk of
+its node, and the driver notes what the store then has: no folder has to be seen by all nodes.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lingconv.devices import CPU
-from lingconv.engine import Resources, Result, carry_side_files, execute, unfinished, write_share
+from lingconv.engine import (
+    Publish,
+    Resources,
+    Result,
+    carry_side_files,
+    execute,
+    unfinished,
+    write_share,
+)
 from lingconv.errors import (
     SAME_COMMAND,
     LingconvError,
@@ -25,12 +37,15 @@ from lingconv.errors import (
     UsageError,
     resumable,
 )
+from lingconv.hub.address import HubFile
 from lingconv.journal import RunFolder, place_of, run_identity
+from lingconv.options import PublishOptions
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress, Silent
 from lingconv.readers import open_storage
 from lingconv.storage import Storage
 from lingconv.storage.output import explained_writing
+from lingconv.stores import open_store
 from lingconv.version import __version__
 
 _THREADS = 2  # of a task: one fills, one writes
@@ -38,6 +53,22 @@ _RETRIES = 5
 _LOOK_EVERY_S = 0.5
 # A worker that was lost may hold its lock a little longer, on a file system of many machines.
 _LOCK_PATIENCE_S = 120.0
+
+
+class _Sending(NamedTuple):
+    """The store that a task sends its file to, and the pull request where there is one."""
+
+    uri: str
+    options: PublishOptions
+    pull_request: int
+    total: int
+
+
+class _Done(NamedTuple):
+    """What a task took, and what the store that it sent its file to has now."""
+
+    seconds: float
+    sent: HubFile | None = None
 
 
 def execute_on_ray(
@@ -49,8 +80,12 @@ def execute_on_ray(
     progress: Progress | None = None,
     fresh: bool = False,
     commits: Mapping[str, str] | None = None,
+    publish: Publish | None = None,
+    store: tuple[str, PublishOptions] | None = None,
 ) -> Result:
     """Carry out `plan` on a cluster, as `engine.execute` does here; the bytes are the same.
+
+    `store` is where `publish` sends to: its address, and how it is written to.
 
     Raises UsageError where Ray is not installed or not to be reached, and what tasks raise.
     """
@@ -62,14 +97,22 @@ def execute_on_ray(
         if fresh:
             with RunFolder(place, identity, fresh=True):
                 pass  # alone, nobody may be writing what is removed
-        with RunFolder(place, identity, fresh=False, share="driver") as folder:
+        with (
+            RunFolder(place, identity, fresh=False, share="driver") as folder,
+            ExitStack() as stack,
+        ):
+            publisher = stack.enter_context(publish(folder, progress)) if publish else None
+            todo = publisher.begin() if publisher else unfinished(plan.files, folder)
             carry_side_files(plan, storages, folder)
-            todo = unfinished(plan.files, folder)
-    progress.begin(plan, len(plan.files) - len(todo), len(todo))
-    if todo:
-        with resumable(), _cluster(resources.address):
-            _run_tasks(plan, todo, identity, destination, resources, progress)
-    done = execute(plan, storages, destination, commits=commits)
+            progress.begin(plan, len(plan.files) - len(todo), len(todo))
+            sending = None
+            if publisher and store:
+                sending = _Sending(*store, publisher.pull_request, len(plan.files))
+            if todo:
+                stack.enter_context(resumable())
+                stack.enter_context(_cluster(resources.address))
+                _run_tasks(plan, todo, identity, folder, destination, resources, progress, sending)
+    done = execute(plan, storages, destination, commits=commits, publish=publish)
     return replace(
         done,
         files_written=len(todo),
@@ -111,11 +154,13 @@ def _run_tasks(
     plan: Plan,
     todo: Sequence[OutputFile],
     identity: Mapping[str, Any],
+    folder: RunFolder,
     destination: Path,
     resources: Resources,
     progress: Progress,
+    sending: _Sending | None,
 ) -> None:
-    """Have all files written; the first error stops everything."""
+    """Have all files written, and sent where that is asked; the first error stops everything."""
     import ray
 
     threads = resources.jobs or _THREADS
@@ -123,36 +168,39 @@ def _run_tasks(
     write = ray.remote(num_cpus=max(1, threads // 2), num_gpus=gpus, max_retries=_RETRIES)(
         _write_file
     )
-    sources: Any = ray.put((plan.sources, dict(identity)))
+    shared: Any = ray.put((plan.sources, dict(identity), sending))
     own = replace(resources, jobs=threads)
     numbers = {file.name: number for number, file in enumerate(plan.files)}
     bare = replace(plan, files=(), sources=(), dropped=(), side_files={}, warnings=())
     waiting = {}
     for file in sorted(todo, key=lambda file: -file.nbytes):
         share = f"file-{numbers[file.name]}"
-        task = write.remote(replace(bare, files=(file,)), sources, str(destination), share, own)
+        task = write.remote(replace(bare, files=(file,)), shared, str(destination), share, own)
         waiting[task] = file
     try:
         while waiting:
             ready, _ = ray.wait([*waiting], timeout=_LOOK_EVERY_S)
             for task in ready:
                 file = waiting.pop(task)
-                seconds = _result_of(task, file)
+                done = _result_of(task, file)
                 progress.file_begins(file.name, file.nbytes, 0)
                 progress.advance(file.name, file.nbytes)
-                progress.file_ends(file.name, file.nbytes, seconds)
+                progress.file_ends(file.name, file.nbytes, done.seconds)
+                if done.sent is not None:
+                    folder.finish_sending(file.name, done.sent)
+                    progress.file_sent(file.name, file.nbytes, done.seconds)
     finally:
         for task in waiting:
             with suppress(ray.exceptions.RayError, ValueError):
                 ray.cancel(task, force=True)
 
 
-def _result_of(task: Any, file: OutputFile) -> float:
-    """Return the seconds that a task took; raise what it raised."""
+def _result_of(task: Any, file: OutputFile) -> _Done:
+    """Return what a task returned; raise what it raised."""
     import ray
 
     try:
-        return float(ray.get(task))
+        return _Done(*ray.get(task))
     except ray.exceptions.RayTaskError as exc:
         cause = exc.cause
         raise (cause if isinstance(cause, LingconvError) else exc) from exc
@@ -166,22 +214,44 @@ def _result_of(task: Any, file: OutputFile) -> float:
 
 def _write_file(
     plan: Plan,
-    shared: tuple[Any, Mapping[str, Any]],
+    shared: tuple[Any, Mapping[str, Any], _Sending | None],
     destination: str,
     share: str,
     resources: Resources,
-) -> float:
-    """Write the file of `plan`, on whatever node this is; return the seconds that it took."""
+) -> _Done:
+    """Write the file of `plan`, on whatever node this is, and send it where that is asked."""
     started = time.monotonic()
-    sources, identity = shared
+    sources, identity, sending = shared
     storages = [open_storage(source.uri)[0] for source in sources]
     whole = replace(plan, sources=sources)
+    own = _own(Path(destination), share) if sending else Path(destination)
     while True:
         try:
-            write_share(whole, identity, storages, Path(destination), share, resources)
+            write_share(whole, identity, storages, own, share, resources)
         except Locked:
             if time.monotonic() - started > _LOCK_PATIENCE_S:
                 raise
             time.sleep(1.0)
         else:
-            return time.monotonic() - started
+            break
+    sent = _send(plan.files[0], place_of(own).folder, sending) if sending else None
+    return _Done(time.monotonic() - started, sent)
+
+
+def _own(destination: Path, share: str) -> Path:
+    """Return where a task keeps its file until it is sent."""
+    folder, name = place_of(destination)
+    return folder / share / name if name else folder / share
+
+
+def _send(file: OutputFile, folder: Path, sending: _Sending) -> HubFile:
+    """Send a finished file and remove it here; return what the store lists of it."""
+    store = open_store(sending.uri, sending.options)
+    store.prepare(sending.pull_request)
+    number = int(folder.name.rpartition("-")[2])
+    listed = store.add_weights({file.name: folder / file.name}, number, sending.total)
+    gone = folder.with_name(f"{folder.name}-sent")  # at once: half a folder would be a stranger's
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+    return listed[file.name]

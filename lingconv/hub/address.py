@@ -63,7 +63,6 @@ def staging_folder(address: HubAddress, staging: Path | None) -> Path:
 
     Below `staging`, or the user's cache. An address may end with the name of a GGUF file.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lingconv"
     revision = address.revision.replace("/", "--")
     name = address.repository.replace("/", "--") + (f"@{revision}" if revision else "")
     if address.path and (not address.path.endswith(".gguf") or "/" in address.path):
@@ -71,4 +70,10 @@ def staging_folder(address: HubAddress, staging: Path | None) -> Path:
             f"{address}: only whole repositories are written",
             hint="leave the path out, or name a GGUF file",
         )
-    return (staging or base / "staging") / name / address.path
+    return staging_base(staging) / name / address.path
+
+
+def staging_base(staging: Path | None) -> Path:
+    """Return the folder of all such folders: `staging`, or one in the user's cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lingconv"
+    return staging or base / "staging"

@@ -1,7 +1,9 @@
-"""Publishing while converting: finished files are sent and deleted while the next are written.
+"""Sending while converting: finished files are sent and deleted while the next are written.
 
     finished -> sent -> committed -> noted in the journal -> deleted        weights, a few at a time
     index, config, card and the small files                                 the last commit
+
+That is for the Hub; in an object store it is the same, without commits.
 
 At most `max_disk_bytes` of weights are on disk at any time. Uploads are slower than conversions, so
 whatever is finished while one batch is on its way goes with the next. A repository without an index
@@ -17,14 +19,13 @@ from typing import Any, Self
 
 from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.errors import ResourceError
-from lingconv.hub.address import HubAddress
 from lingconv.hub.card import Described, model_card, published_record
-from lingconv.hub.repository import Commit, Repository, check_size
 from lingconv.journal import RunFolder, replace_file
 from lingconv.options import PublishOptions
 from lingconv.plan import OutputFile, Plan
 from lingconv.progress import Progress
 from lingconv.sidecars import last_names, record_of
+from lingconv.stores import Commit, Store
 from lingconv.version import __version__
 
 _TURN_S = 0.1
@@ -35,24 +36,25 @@ _AT_ONCE = 2  # one is written while another is sent
 
 
 class Publisher:
-    """A Delivery that sends files to a repository. Lives as long as its RunFolder is held."""
+    """A Delivery that sends files to a store. Lives as long as its RunFolder is held."""
 
     def __init__(
         self,
-        address: HubAddress,
+        store: Store,
         options: PublishOptions,
         plan: Plan,
         folder: RunFolder,
         progress: Progress,
         max_disk_bytes: int,
     ) -> None:
-        self._repository = Repository(address, options)
+        self._store = store
+        self.pull_request = 0
         self._options = options
         self._plan = plan
         self._folder = folder
         self._progress = progress
         largest = max(file.nbytes for file in plan.files)
-        check_size(max(plan.files, key=lambda file: file.nbytes).name, largest)
+        store.check_size(max(plan.files, key=lambda file: file.nbytes).name, largest)
         self.room = max_disk_bytes or _AT_ONCE * largest
         if largest > self.room:
             raise ResourceError(
@@ -66,20 +68,21 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
 
     def begin(self) -> list[OutputFile]:
-        """Look at the repository; return the weight files that are still to be written.
+        """Look at the store; return the weight files that are still to be written.
 
         Raises DestinationError when it holds another model.
         """
         note = self._folder.state / _STATE_NAME
         number = int(note.read_text()) if note.exists() else 0
-        opened = self._repository.prepare(number)
+        opened = self._store.prepare(number)
         if opened and opened != number:
             replace_file(note, [f"{opened}\n".encode()])
+        self.pull_request = opened
         self._refuse_foreign()
         todo = []
         for file in self._plan.files:
             sent = self._folder.sent.get(file.name)
-            if sent is not None and self._repository.files.get(file.name) == sent:
+            if sent is not None and self._store.files.get(file.name) == sent:
                 self._folder.remove(file.name)  # a kill may have come before that
                 continue
             self._folder.sent.pop(file.name, None)
@@ -97,13 +100,13 @@ class Publisher:
         ours = {file.name for file in self._plan.files}
         foreign = [
             name
-            for name in self._repository.files
+            for name in self._store.files
             if name.endswith(_SHARDS) and name not in ours and name not in self._folder.sent
         ]
         if not self._folder.sent:  # what says that a checkpoint is complete is not from this run
-            foreign += [n for n in last_names(self._plan) if n in self._repository.files]
+            foreign += [n for n in last_names(self._plan) if n in self._store.files]
         foreign = [name for name in foreign if name != CARD_NAME]
-        self._repository.make_room(foreign, replace=self._options.replace)
+        self._store.make_room(foreign, replace=self._options.replace)
 
     def has_room(self, file: OutputFile) -> bool:
         """Take the disk that a file needs, if there is so much of it."""
@@ -147,7 +150,7 @@ class Publisher:
         started = time.monotonic()
         paths = {file.name: self._folder.root / file.name for file in batch}
         before, total = len(self._folder.sent), len(self._plan.files)
-        sent = self._repository.add_weights(paths, before, total)
+        sent = self._store.add_weights(paths, before, total)
         for name, listed in sent.items():
             self._folder.finish_sending(name, listed)
         nbytes = sum(file.nbytes for file in batch)
@@ -175,20 +178,22 @@ class Publisher:
             raise self._error
         carried = {name: self._folder.root / name for name in self._plan.side_files}
         small: dict[str, Path | bytes] = {**carried, **last}
-        small.pop(CARD_NAME, None)
         record = record_of(self._plan, source_record, __version__)
         if RECORD_NAME in small:
             small[RECORD_NAME] = published_record(record)
-        if self._repository.may_replace_card():
-            small[CARD_NAME] = self._card(record, base_card)
-        return self._repository.complete(small, self._folder.sent)
+        repository = self._store.card_for()
+        if repository is not None:
+            small.pop(CARD_NAME, None)
+        if repository:
+            small[CARD_NAME] = self._card(record, base_card, repository)
+        return self._store.complete(small, self._folder.sent)
 
-    def _card(self, record: Mapping[str, Any], base_card: str) -> bytes:
+    def _card(self, record: Mapping[str, Any], base_card: str, repository: str) -> bytes:
         described = Described(
             record,
             self._plan.config,
             base_card,
-            self._repository.address.repository,
+            repository,
             self._plan.files[0].name,
         )
         return model_card(described).encode()

@@ -16,7 +16,7 @@ from lingconv.containers import gguf, safetensors
 from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
 from lingconv.hub.address import HubAddress, HubFile
 from lingconv.hub.card import Described, model_card, published_record
-from lingconv.hub.repository import Commit, Repository, check_size
+from lingconv.hub.repository import Repository
 from lingconv.journal import JOURNALS, PARTIAL_SUFFIX, STATE_NAME, VERDICT_NAME
 from lingconv.options import PublishOptions
 from lingconv.progress import Progress, Silent
@@ -25,6 +25,7 @@ from lingconv.readers.gguf import GgufReader, models_in
 from lingconv.readers.safetensors import OTHER_WEIGHTS
 from lingconv.storage.hub import HubStorage
 from lingconv.storage.local import LocalStorage
+from lingconv.stores import Commit
 from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
 
 _WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
@@ -77,15 +78,15 @@ def push(
     options.check()
     files = _finished_files(folder)
     weights = {name: folder / name for name in files if name.endswith(_WEIGHTS)}
-    for name, path in weights.items():
-        check_size(name, path.stat().st_size)
     repository = Repository(address, options)
+    for name, path in weights.items():
+        repository.check_size(name, path.stat().st_size)
     repository.prepare()
     described = _describe(folder, address.repository, sorted(weights), proof)
     small: dict[str, Path | bytes] = {n: folder / n for n in files if n not in weights}
     if proof.report is not None:
         small[REPORT_NAME] = proof.report
-    if described is not None and repository.may_replace_card():
+    if described is not None and repository.card_for():
         small[CARD_NAME] = model_card(described).encode()
     record = _read_json(folder / RECORD_NAME)
     if record:
@@ -197,7 +198,7 @@ def add_proof(address: HubAddress, proof: Proof) -> Commit | None:
     """
     repository = Repository(address, PublishOptions())
     repository.prepare()
-    if RECORD_NAME not in repository.files or not repository.may_replace_card():
+    if RECORD_NAME not in repository.files or not repository.card_for():
         return None
     storage = HubStorage(address._replace(revision=repository.head), repository.files)
     has_card = CARD_NAME in repository.files

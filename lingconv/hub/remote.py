@@ -78,6 +78,11 @@ class RemoteFile:
         self._lock = threading.Lock()
         self._link: _Link | None = None
 
+    @property
+    def size(self) -> int:
+        """Its bytes, as they were listed."""
+        return self.file.size
+
     def fetch(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset`; what arrived before a failure stays."""
         end = offset + len(buffer)

@@ -8,7 +8,6 @@ files of others are left alone, and ours are never put in their place unseen.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoFile
@@ -27,6 +26,7 @@ from lingconv.hub.card import MARK
 from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
 from lingconv.hub.remote import RemoteFile, as_listed, find_commit, list_files
 from lingconv.options import PublishOptions
+from lingconv.stores import Commit
 from lingconv.version import __version__
 
 MAIN = "main"
@@ -35,14 +35,6 @@ _MOVED = (409, 412)
 
 # https://huggingface.co/docs/hub/storage-limits: no file may be larger.
 LARGEST_FILE_BYTES = 500_000_000_000
-
-
-class Commit(NamedTuple):
-    """A commit of a repository: its address, where to look at it, and what it is the newest of."""
-
-    address: str
-    url: str
-    branch: str
 
 
 class Repository:
@@ -130,15 +122,15 @@ class Repository:
             return False
         return held == described(content, is_large=held.is_large)
 
-    def may_replace_card(self) -> bool:
-        """Return whether there is no card, or one that lingconv wrote."""
+    def card_for(self) -> str:
+        """Return the repository's name, or nothing where its card is somebody else's."""
         held = self.files.get(CARD_NAME)
         if held is None:
-            return True
+            return self.address.repository
         where = self.address._replace(revision=self.head, path=CARD_NAME)
         card = bytearray(held.size)
         RemoteFile(where, held).fetch(0, memoryview(card))
-        return MARK.encode() in card
+        return self.address.repository if MARK.encode() in card else ""
 
     def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, HubFile]:
         """Put files into the repository in one commit; return what it has now for each of them.
@@ -162,6 +154,14 @@ class Repository:
         there = self.commit(small, f"Complete the checkpoint (lingconv {__version__})")
         self.check({**sent, **there})
         return self.commit_now
+
+    def check_size(self, name: str, nbytes: int) -> None:
+        """Raise UsageError for a file that the Hub would refuse after all of it was sent."""
+        if nbytes > LARGEST_FILE_BYTES:
+            raise UsageError(
+                f"{name} has {nbytes:,} bytes, the Hub takes files of {LARGEST_FILE_BYTES:,}",
+                hint="make smaller ones, for example `--max-shard-size 50GB`",
+            )
 
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
         """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
@@ -237,15 +237,6 @@ class Repository:
         """The newest commit that was seen."""
         url = f"{self._api.endpoint}/{self.address.repository}/commit/{self.head}"
         return Commit(str(self.address._replace(revision=self.head)), url, str(self.address))
-
-
-def check_size(name: str, nbytes: int) -> None:
-    """Raise UsageError for a file that the Hub would refuse after all of it was sent."""
-    if nbytes > LARGEST_FILE_BYTES:
-        raise UsageError(
-            f"{name} has {nbytes:,} bytes, the Hub takes files of {LARGEST_FILE_BYTES:,}",
-            hint="make smaller ones, for example `--max-shard-size 50GB`",
-        )
 
 
 def _is_done(

@@ -17,6 +17,7 @@ from lingconv.readers.megatron import find_iteration, read_megatron
 from lingconv.readers.safetensors import SafetensorsReader
 from lingconv.storage import Storage
 from lingconv.storage.local import LocalStorage
+from lingconv.stores import is_object
 
 
 def open_checkpoint(source: str | Path, *, main_params: bool = False) -> Checkpoint:
@@ -42,6 +43,12 @@ def open_storage(source: str | Path) -> tuple[Storage, str]:
         from lingconv.storage import hub  # with huggingface_hub, which local work does not need
 
         return hub.open_address(str(source), gguf.SUFFIX)
+    if is_object(source):
+        from lingconv.storage.objects import ObjectStorage  # with fsspec and its client
+
+        folder, _, name = str(source).rpartition("/")
+        is_file = name.endswith(gguf.SUFFIX)
+        return ObjectStorage(folder if is_file else str(source)), name if is_file else ""
     root = Path(source)
     if root.is_file() and root.suffix == gguf.SUFFIX:
         return LocalStorage(root.parent, str(source)), root.name
