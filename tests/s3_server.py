@@ -1,6 +1,7 @@
 """An S3 on this machine, moto's, and what clients need in their environment to find it."""
 
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import fsspec
 from moto.server import ThreadedMotoServer
@@ -15,8 +16,11 @@ def s3():
     server.start()
     try:
         host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        # What an earlier server of this process held would still be there.
+        urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         yield {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": "somebody",
             "AWS_SECRET_ACCESS_KEY": "with-a-secret",
             "AWS_DEFAULT_REGION": "us-east-1",
