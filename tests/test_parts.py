@@ -126,7 +126,7 @@ def test_what_parts_may_not_do(golden, tmp_path):
         convert(golden, target, other, resources=in_part(2, 2))
     with pytest.raises(UsageError, match="--fresh"):
         convert(golden, target, MANY, resources=in_part(2, 2), fresh=True)
-    with pytest.raises(UsageError, match="not to a repository"):
+    with pytest.raises(UsageError, match="not to a store"):
         convert(golden, "hf://org/out", MANY, resources=in_part(2, 2))
     with pytest.raises(UsageError, match="one run"):
         lingconv.synth("tiny", tmp_path / "synth", resources=in_part(1, 2))
