@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from lingconv.errors import CheckpointError, DestinationError
+from lingconv.errors import CheckpointError
 from lingconv.hub.address import HubFile
 from lingconv.storage.objects import asked, list_objects, open_file_system, stat_of
-from lingconv.stores import Commit
+from lingconv.stores import Commit, refuse_different, refuse_foreign
 
 
 class Bucket:
@@ -33,12 +33,8 @@ class Bucket:
 
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
         """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
-        if foreign and not replace:
-            raise DestinationError(
-                f"{self._uri} holds another checkpoint",
-                details=foreign,
-                hint="choose another folder, or remove what it holds: `--replace`",
-            )
+        if not replace:
+            refuse_foreign(self._uri, foreign, kinds="folder")
         for name in foreign:
             asked(f"{self._uri}/{name}", partial(self._system.rm_file, self._path(name)))
 
@@ -53,16 +49,7 @@ class Bucket:
         """Add small files in their order, and compare all with what is listed."""
         expected = {**sent, **{name: self._put(name, content) for name, content in small.items()}}
         self.prepare()
-        wrong = [
-            f"{name}: {self.files.get(name, 'not there')}, expected {file}"
-            for name, file in expected.items()
-            if self.files.get(name) != file
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{self._uri} does not hold what was sent", details=wrong,
-                hint="somebody else may be writing it; run the same command again",
-            )  # fmt: skip
+        refuse_different(self._uri, self.files, expected)
         return Commit(self._uri)
 
     def _path(self, name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lingconv.containers.gguf import SUFFIX
+from lingconv.errors import CheckpointError, DestinationError
 from lingconv.hub.address import HubFile, is_hub, parse_address, staging_base, staging_folder
 from lingconv.options import PublishOptions
 
@@ -50,6 +51,32 @@ class Store(Protocol):
 
     def complete(self, small: Mapping[str, Path | bytes], sent: Mapping[str, HubFile]) -> Commit:
         """Add small files in their order, and compare all with what is listed."""
+
+
+def refuse_foreign(place: object, foreign: Sequence[str], *, kinds: str) -> None:
+    """Raise DestinationError for files of another checkpoint; `kinds` are places to choose from."""
+    if foreign:
+        raise DestinationError(
+            f"{place} holds another checkpoint",
+            details=foreign,
+            hint=f"choose another {kinds}, or remove what it holds: `--replace`",
+        )
+
+
+def refuse_different(
+    place: object, listed: Mapping[str, HubFile], expected: Mapping[str, HubFile]
+) -> None:
+    """Raise CheckpointError unless these files are listed, byte for byte."""
+    wrong = [
+        f"{name}: {listed.get(name, 'not there')}, expected {file}"
+        for name, file in expected.items()
+        if listed.get(name) != file
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{place} does not hold what was sent", details=wrong,
+            hint="somebody else may be writing it; run the same command again",
+        )  # fmt: skip
 
 
 def is_object(place: object) -> bool:

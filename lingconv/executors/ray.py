@@ -174,8 +174,8 @@ def _run_tasks(
     bare = replace(plan, files=(), sources=(), dropped=(), side_files={}, warnings=())
     waiting = {}
     for file in sorted(todo, key=lambda file: -file.nbytes):
-        share = f"file-{numbers[file.name]}"
-        task = write.remote(replace(bare, files=(file,)), shared, str(destination), share, own)
+        one, number = replace(bare, files=(file,)), numbers[file.name]
+        task = write.remote(one, shared, str(destination), number, own)
         waiting[task] = file
     try:
         while waiting:
@@ -216,11 +216,12 @@ def _write_file(
     plan: Plan,
     shared: tuple[Any, Mapping[str, Any], _Sending | None],
     destination: str,
-    share: str,
+    number: int,
     resources: Resources,
 ) -> _Done:
     """Write the file of `plan`, on whatever node this is, and send it where that is asked."""
     started = time.monotonic()
+    share = f"file-{number}"
     sources, identity, sending = shared
     storages = [open_storage(source.uri)[0] for source in sources]
     whole = replace(plan, sources=sources)
@@ -234,7 +235,9 @@ def _write_file(
             time.sleep(1.0)
         else:
             break
-    sent = _send(plan.files[0], place_of(own).folder, sending) if sending else None
+    sent = None
+    if sending:
+        sent = _send(plan.files[0], place_of(own).folder, number, sending)
     return _Done(time.monotonic() - started, sent)
 
 
@@ -244,11 +247,10 @@ def _own(destination: Path, share: str) -> Path:
     return folder / share / name if name else folder / share
 
 
-def _send(file: OutputFile, folder: Path, sending: _Sending) -> HubFile:
+def _send(file: OutputFile, folder: Path, number: int, sending: _Sending) -> HubFile:
     """Send a finished file and remove it here; return what the store lists of it."""
     store = open_store(sending.uri, sending.options)
     store.prepare(sending.pull_request)
-    number = int(folder.name.rpartition("-")[2])
     listed = store.add_weights({file.name: folder / file.name}, number, sending.total)
     gone = folder.with_name(f"{folder.name}-sent")  # at once: half a folder would be a stranger's
     shutil.rmtree(gone, ignore_errors=True)

@@ -15,7 +15,6 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lingconv.checkpoint import CARD_NAME
 from lingconv.errors import (
-    CheckpointError,
     DestinationError,
     LingconvError,
     PermissionDenied,
@@ -26,7 +25,7 @@ from lingconv.hub.card import MARK
 from lingconv.hub.client import Backoff, hub_api, patiently, status_of, translated
 from lingconv.hub.remote import RemoteFile, as_listed, find_commit, list_files
 from lingconv.options import PublishOptions
-from lingconv.stores import Commit
+from lingconv.stores import Commit, refuse_different, refuse_foreign
 from lingconv.version import __version__
 
 MAIN = "main"
@@ -165,12 +164,8 @@ class Repository:
 
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
         """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
-        if foreign and not replace:
-            raise DestinationError(
-                f"{self.address} holds another checkpoint",
-                details=foreign,
-                hint="choose another repository or branch, or remove what it holds: `--replace`",
-            )
+        if not replace:
+            refuse_foreign(self.address, foreign, kinds="repository or branch")
         self.delete(foreign, "Make room for another checkpoint")
 
     def delete(self, names: Sequence[str], message: str) -> None:
@@ -221,16 +216,7 @@ class Repository:
     def check(self, expected: Mapping[str, HubFile]) -> None:
         """Raise CheckpointError unless the repository lists these files, byte for byte."""
         self.look()
-        wrong = [
-            f"{name}: {self.files.get(name, 'not there')}, expected {file}"
-            for name, file in expected.items()
-            if self.files.get(name) != file
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{self.address} does not hold what was sent", details=wrong,
-                hint="somebody else may be writing it; run the same command again",
-            )  # fmt: skip
+        refuse_different(self.address, self.files, expected)
 
     @property
     def commit_now(self) -> Commit:
