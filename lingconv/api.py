@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from lingconv.containers.gguf import SUFFIX
 from lingconv.destination import Destination
-from lingconv.engine import Resources, Result, execute
+from lingconv.engine import Result, execute
 from lingconv.errors import DestinationError, UsageError
 from lingconv.formats import load_families
+from lingconv.given import Given
 from lingconv.hub.address import parse_address
 from lingconv.inspection import Report, inspect_model
 from lingconv.journal import VERDICT_NAME, kept_plan, pinned_commits, place_of, replace_file
@@ -29,11 +30,12 @@ from lingconv.options import (
     VerifyOptions,
 )
 from lingconv.origins import Average
-from lingconv.plan import Plan
 from lingconv.planner import build_average, build_plan
+from lingconv.plans import Plan
 from lingconv.progress import Progress, Unwatched, Watcher
 from lingconv.readers import open_checkpoint, open_storage
-from lingconv.recognise import Given, recognise
+from lingconv.recognise import recognise
+from lingconv.resources import Resources
 from lingconv.stores import is_far
 from lingconv.weighting import Weighting
 

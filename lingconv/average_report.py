@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingconv import pages
-from lingconv.plan import Plan
+from lingconv.plans import Plan
 from lingconv.version import __version__
 from lingconv.weighting import decay_of
 

@@ -11,7 +11,7 @@ from lingconv.decoding import BF16_BITS, F32, Decoder, Nonfinite, source_of
 from lingconv.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.kernels import average as kernel
-from lingconv.plan import Term
+from lingconv.plans import Term
 from lingconv.strips import RowStrip
 
 

@@ -31,7 +31,7 @@ from lingconv.options import (
     TargetDType,
 )
 from lingconv.patterns import Pattern
-from lingconv.plan import Scaling, Term
+from lingconv.plans import Scaling, Term
 from lingconv.stored import Segment
 
 _PLAIN_SCALING = Scaling(0.0, power_of_two=False)

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from lingconv.plan import OutputFile
+from lingconv.plans import OutputFile
 
 
 class Delivery(Protocol):

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from lingconv import engine
 from lingconv.devices import gpus_of
-from lingconv.engine import Publish, Resources, Result
+from lingconv.engine import Publish, Result
 from lingconv.errors import DestinationError, UsageError
 from lingconv.hub.address import HubAddress, is_hub, parse_address
 from lingconv.journal import RunFolder, pinned_commits
 from lingconv.model import Model
 from lingconv.options import PublishOptions
-from lingconv.plan import Plan
+from lingconv.plans import Plan
 from lingconv.progress import Progress
+from lingconv.resources import LOCAL, RAY, Resources
 from lingconv.stores import is_far, is_object, open_store, staging_of
 
 if TYPE_CHECKING:
@@ -74,12 +75,12 @@ class Destination:
 
     def _check_executor(self) -> None:
         """Raise UsageError for an executor that is none, or cannot do what is asked."""
-        known = (engine.LOCAL, engine.RAY)
+        known = (LOCAL, RAY)
         if self._resources.executor not in known:
             raise UsageError(
                 f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
             )
-        on_ray = self._resources.executor == engine.RAY
+        on_ray = self._resources.executor == RAY
         if not on_ray:  # the nodes of a cluster look for themselves
             gpus_of(self._resources.device)
         if self._resources.address and not on_ray:
@@ -128,7 +129,7 @@ class Destination:
     ) -> Result:
         """Carry out a plan that reads `models`."""
         storages = [model.checkpoint.storage for model in models]
-        if self._resources.executor == engine.RAY:
+        if self._resources.executor == RAY:
             from lingconv.executors.ray import execute_on_ray
 
             return execute_on_ray(

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from lingconv.checkpoint import CARD_NAME, RECORD_NAME
 from lingconv.delivery import Kept
-from lingconv.devices import CPU, gpus_of
+from lingconv.devices import gpus_of
 from lingconv.errors import LingconvError, ResourceError, resumable
 from lingconv.feed import sources_of
 from lingconv.journal import RunFolder, place_of, replace_file, run_identity
-from lingconv.machine import allow_open_files, free_bytes, num_processors
+from lingconv.machine import allow_open_files, free_bytes
 from lingconv.options import Target
-from lingconv.part import Part
-from lingconv.plan import OutputFile, Plan
+from lingconv.plans import OutputFile, Plan
 from lingconv.progress import Progress, Silent
+from lingconv.resources import Resources
 from lingconv.sidecars import last_files, record_json
 from lingconv.storage import Storage
 from lingconv.storage.output import explained_writing
@@ -36,45 +36,11 @@ if TYPE_CHECKING:
     from lingconv.hub.publisher import Publisher
     from lingconv.stores import Commit
 
-DEFAULT_MEMORY_BYTES = 1 << 30
-LOCAL, RAY = "local", "ray"
 _CHUNK_BYTES = 4 << 20
 _MOST_AHEAD_BYTES = 512 << 20
 _AT_ONCE = 2  # files that are fetched whole: one is read while the next one comes
 
 Publish = Callable[[RunFolder, Progress], "Publisher"]
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What a run may use; none of it changes a byte of the output.
-
-    `max_disk_bytes` bounds the weights that are on disk only for a while: files on their way to a
-    repository, and whole files of one where `download` asks for them. 0 is two of the largest of
-    each. `staging` is the folder where files are kept until a repository has them. `part` is the
-    share of the files that this run writes; `finish` then makes a checkpoint of all shares. With
-    the `executor` RAY it is done by a cluster, the one at `address` or one on this machine.
-    `device` names the GPUs that decode and encode what they have kernels for (`devices.py`).
-    """
-
-    jobs: int = 0
-    max_memory_bytes: int = DEFAULT_MEMORY_BYTES
-    max_disk_bytes: int = 0
-    download: bool = False
-    staging: Path | None = None
-    part: Part | None = None
-    executor: str = LOCAL
-    address: str = ""
-    device: str = CPU
-
-    def disk_share(self, *, publishes: bool) -> int:
-        """Return what each of the two may take of the disk, files that come and files that go."""
-        return self.max_disk_bytes // (2 if self.download and publishes else 1)
-
-    @property
-    def resolved_jobs(self) -> int:
-        """Threads: as many as asked for, else two for each processor: half of them write."""
-        return self.jobs or 2 * num_processors()
 
 
 @dataclass(frozen=True, slots=True)

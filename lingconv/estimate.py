@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lingconv.engine import Resources, write_share
+from lingconv.engine import write_share
 from lingconv.errors import UsageError
 from lingconv.machine import existing_folder, peak_resident_bytes
 from lingconv.packing import pack_safetensors
-from lingconv.plan import OutputFile, Plan, Transfer, in_term_runs
+from lingconv.plans import OutputFile, Plan, Transfer, in_term_runs
+from lingconv.resources import Resources
 from lingconv.storage import Storage
 
 SCHEMA = "lingconv.profile/1"

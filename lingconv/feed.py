@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from lingconv.plan import OutputFile
+from lingconv.plans import OutputFile
 from lingconv.storage import Blob, Storage
 from lingconv.stored import Extent
 from lingconv.strips import CopyStrip, Strip, rows_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lingconv.behind import Filled
 from lingconv.buffers import Arena, as_bytes
-from lingconv.plan import Source
+from lingconv.plans import Source
 from lingconv.storage import Blob
 from lingconv.storage.output import Output
 from lingconv.stored import side_by_side

@@ -8,7 +8,7 @@ from lingconv.containers.pickles import dumps, tensor
 from lingconv.containers.torch_archive import Archive, Checked, Part, build_archive, patches
 from lingconv.dtypes import DTYPES, DType
 from lingconv.metadata.megatron import common_state
-from lingconv.plan import Container, OutputFile
+from lingconv.plans import Container, OutputFile
 
 
 def frames(file: OutputFile) -> Iterator[Part]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 from lingconv.containers.gguf import SUFFIX as GGUF_SUFFIX
 from lingconv.errors import DestinationError, Locked
 from lingconv.hub.address import HubFile
-from lingconv.plan import Plan
+from lingconv.plans import Plan
 from lingconv.sidecars import last_names
 from lingconv.version import __version__
 

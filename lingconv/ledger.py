@@ -6,7 +6,7 @@ from lingconv.family import PhysicalName
 from lingconv.layout import Layout
 from lingconv.model import Model
 from lingconv.origins import Origin
-from lingconv.plan import Dropped, Transfer
+from lingconv.plans import Dropped, Transfer
 from lingconv.stored import Segment
 
 

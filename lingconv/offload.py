@@ -21,7 +21,7 @@ from lingconv.decoding import Decoder
 from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Plain
 from lingconv.kernels import cuda
-from lingconv.plan import Source
+from lingconv.plans import Source
 from lingconv.storage import Blob
 from lingconv.storage.output import Output
 from lingconv.stored import Segment

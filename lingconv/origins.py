@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lingconv.errors import CheckpointError, Fault
 from lingconv.layout import PhysicalTensor
 from lingconv.model import Model, refuse_faults
-from lingconv.plan import Source, Term
+from lingconv.plans import Source, Term
 from lingconv.stored import Locator
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from lingconv.containers import TensorSpec, gguf, safetensors, torch_dist
 from lingconv.dtypes import DTYPES, DType
 from lingconv.framing import chunk_archive, rank_archive
-from lingconv.plan import Container, OutputFile, Transfer, in_term_runs
+from lingconv.plans import Container, OutputFile, Transfer, in_term_runs
 from lingconv.stored import Extent, Stored
 
 # A chunk of torch_dist is read whole by whoever loads a part of it: one expert of Ling-1T.

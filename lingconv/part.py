@@ -3,9 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lingconv.errors import UsageError
-from lingconv.plan import OutputFile
+
+if TYPE_CHECKING:
+    from lingconv.plans import OutputFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Part:
         """Return the part as it stands in the names of its files."""
         return f"{self.index}-of-{self.count}"
 
-    def of(self, files: Sequence[OutputFile]) -> list[OutputFile]:
+    def of(self, files: "Sequence[OutputFile]") -> "list[OutputFile]":
         """Return the files of the share: neighbours, about as many bytes as the others have.
 
         Each file belongs to the share that holds its middle byte.

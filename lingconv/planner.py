@@ -22,7 +22,7 @@ from lingconv.options import DEFAULT_SHARD_BYTES, DISTCP_BYTES, ConvertOptions, 
 from lingconv.origins import Average, Origins, refuse_all_faults
 from lingconv.packing import pack_gguf, pack_safetensors, pack_torch_dist
 from lingconv.patterns import Pattern
-from lingconv.plan import Dropped, OutputFile, Plan, Term, Transfer
+from lingconv.plans import Dropped, OutputFile, Plan, Term, Transfer
 from lingconv.rules import megatron_notes
 from lingconv.sidecars import ITERATION_FOLDER
 from lingconv.spreading import spread

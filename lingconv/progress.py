@@ -1,14 +1,15 @@
 """Who wants to know how a run goes on."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lingconv.plan import Plan
+if TYPE_CHECKING:
+    from lingconv.plans import Plan
 
 
 class Progress(Protocol):
     """Hears how a run goes on; called from several threads."""
 
-    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+    def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """A run starts; `done` files were finished by an earlier one."""
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:
@@ -50,7 +51,7 @@ class Unwatched:
 class Silent:
     """Progress that nobody watches."""
 
-    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+    def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Ignore."""
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:

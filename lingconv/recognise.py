@@ -6,7 +6,7 @@ becomes a Fault, and `inspect` prints what was found.
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from lingconv.checkpoint import CONFIG_NAME, Checkpoint
@@ -15,6 +15,7 @@ from lingconv.dtypes import DTYPES, DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.family import Family, PhysicalName
 from lingconv.gathering import gather
+from lingconv.given import Given
 from lingconv.layout import GGUF, HF, MEGATRON, Layout, build_layout
 from lingconv.matching import Matcher
 from lingconv.metadata.rebuild import (
@@ -30,18 +31,6 @@ from lingconv.naming import merged, refined, with_mtp_apart
 from lingconv.storage.overlay import Overlay
 
 ARGS_NAME = "Megatron's arguments"
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What the user says of a checkpoint: a config in place of its own, and single keys of it.
-
-    `main_params` asks for the optimizer's FP32 weights.
-    """
-
-    config: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    main_params: bool = False
 
 
 def recognise(

@@ -24,7 +24,7 @@ from lingconv.dtypes import DTYPES
 from lingconv.framing import archives
 from lingconv.metadata.megatron import ITERATION, common_state
 from lingconv.options import Target
-from lingconv.plan import Plan
+from lingconv.plans import Plan
 from lingconv.readers.megatron import TRACKER_NAME
 
 ITERATION_FOLDER = f"iter_{ITERATION:07d}/"

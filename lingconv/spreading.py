@@ -9,7 +9,7 @@ from lingconv.layout import PhysicalTensor, build_layout
 from lingconv.metadata.megatron import VOCABULARY, rank_modules
 from lingconv.options import MegatronOptions, Spec
 from lingconv.packing import pack_rank
-from lingconv.plan import OutputFile, Transfer
+from lingconv.plans import OutputFile, Transfer
 from lingconv.ranks import FILE_NAME, all_ranks, parts
 from lingconv.sidecars import ITERATION_FOLDER
 

@@ -11,7 +11,7 @@ from lingconv.dtypes import DType
 from lingconv.encodings import Encoding, Fp8, Ggml, Plain
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
-from lingconv.plan import OutputFile, Plan, Term, Transfer, in_term_runs
+from lingconv.plans import OutputFile, Plan, Term, Transfer, in_term_runs
 from lingconv.stored import Extent, Segment
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.

@@ -15,7 +15,7 @@ from lingconv.dtypes import DType, GgmlType
 from lingconv.encodings import Fp8, Ggml
 from lingconv.errors import CheckpointError
 from lingconv.kernels import fp8, ggml, numeric
-from lingconv.plan import Scaling, Source
+from lingconv.plans import Scaling, Source
 from lingconv.storage import Blob
 from lingconv.storage.output import Output
 from lingconv.strips import RowStrip, works_in_f32

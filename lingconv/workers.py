@@ -21,7 +21,7 @@ from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.feed import Feed, sources_of
 from lingconv.framing import frames, seals
 from lingconv.journal import RunFolder
-from lingconv.plan import Container, OutputFile, Plan
+from lingconv.plans import Container, OutputFile, Plan
 from lingconv.progress import Progress
 from lingconv.storage import Storage
 from lingconv.storage.opened import OpenedFiles

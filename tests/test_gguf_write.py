@@ -24,8 +24,8 @@ from lingconv.framing import header
 from lingconv.kernels.ggml import QUANTIZERS
 from lingconv.metadata.tokenizer import CHECK_TEXT
 from lingconv.options import ConvertOptions, GgufOptions
-from lingconv.plan import Plan
 from lingconv.planner import build_plan
+from lingconv.plans import Plan
 from lingconv.workers import Crew
 from tests.conftest import DATA
 from tests.support import copy_checkpoint, edit_json, rewrite

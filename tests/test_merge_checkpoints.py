@@ -18,7 +18,7 @@ from lingconv import ConvertOptions, Fp8Options, GgufOptions, Resources, weighti
 from lingconv.api import merge_checkpoints, plan_average
 from lingconv.errors import CheckpointError, DestinationError, ResourceError, UsageError
 from lingconv.kernels import average as kernel
-from lingconv.plan import Plan
+from lingconv.plans import Plan
 from lingconv.weighting import Decay, Weighting
 from tests.support import (
     assert_same_model,

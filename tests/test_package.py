@@ -88,6 +88,22 @@ def test_an_installed_wheel_compiles_nothing(wheel, tmp_path, golden):
 def test_public_names_are_sorted_and_there():
     assert lingconv.__all__ == sorted(lingconv.__all__)
     assert all(hasattr(lingconv, name) for name in lingconv.__all__)
+    assert lingconv.plan is lingconv.api.plan  # and nothing else that has the name
+    with pytest.raises(AttributeError, match="no attribute 'spell'"):
+        _ = lingconv.spell
+
+
+def test_importing_lingconv_imports_nothing_that_nobody_asked_for():
+    code = (
+        "import lingconv, sys\n"
+        "before = {name for name in sys.modules if name.startswith('lingconv')}\n"
+        "assert before == {'lingconv', 'lingconv.version'}, before\n"
+        "from lingconv import CheckpointError\n"
+        "assert 'lingconv.api' not in sys.modules\n"
+        "from lingconv import *\n"
+        "assert convert is lingconv.api.convert and plan is lingconv.api.plan"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_changelog_knows_this_version():
@@ -105,20 +121,20 @@ def test_no_family_stands_in_the_code():
 
 # Who may import whom: a module of the left may import none of the right.
 FORBIDDEN = {
-    "plan": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
+    "plans": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
     "packing": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.workers"),
     "planner": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
-    "family": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
-    "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plan"),
-    "model": ("numpy", "numba", "torch", "lingconv.plan", "lingconv.engine"),
+    "family": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plans"),
+    "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plans"),
+    "model": ("numpy", "numba", "torch", "lingconv.plans", "lingconv.engine"),
     "strips": ("numpy", "numba", "torch", "lingconv.engine"),
-    "decoding": ("torch", "lingconv.plan", "lingconv.engine", "lingconv.transcode"),
+    "decoding": ("torch", "lingconv.plans", "lingconv.engine", "lingconv.transcode"),
     "reference/ling2": ("numpy", "numba", "lingconv.model", "lingconv.reference.weights"),
-    "reference/forward": ("lingconv.plan", "lingconv.engine", "lingconv.verification.run"),
-    "verification/pairing": ("numpy", "numba", "torch", "lingconv.plan", "lingconv.engine"),
+    "reference/forward": ("lingconv.plans", "lingconv.engine", "lingconv.verification.run"),
+    "verification/pairing": ("numpy", "numba", "torch", "lingconv.plans", "lingconv.engine"),
     "verification/verdict": ("numpy", "numba", "torch", "lingconv.model", "matplotlib"),
-    "verification/tensors": ("torch", "lingconv.plan", "lingconv.engine"),
-    "kernels/numeric": ("lingconv.plan", "lingconv.model", "lingconv.storage", "torch"),
+    "verification/tensors": ("torch", "lingconv.plans", "lingconv.engine"),
+    "kernels/numeric": ("lingconv.plans", "lingconv.model", "lingconv.storage", "torch"),
 }
 
 

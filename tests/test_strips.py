@@ -10,7 +10,7 @@ import lingconv.strips
 from lingconv.buffers import Arena
 from lingconv.dtypes import DType
 from lingconv.encodings import Fp8, Plain
-from lingconv.plan import OutputFile, Scaling, Source, Term, Transfer
+from lingconv.plans import OutputFile, Scaling, Source, Term, Transfer
 from lingconv.storage.output import OutputBlob
 from lingconv.stored import Extent, Stored
 from lingconv.strips import CopyStrip, lower

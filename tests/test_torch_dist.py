@@ -24,8 +24,8 @@ from lingconv.chunks import Gap, stored_in_boxes, with_bands
 from lingconv.containers import Box, HeaderError, StoredTensor, pickles, torch_dist
 from lingconv.dtypes import DType
 from lingconv.encodings.plain import PLAIN
+from lingconv.given import Given
 from lingconv.options import ConvertOptions, MegatronOptions
-from lingconv.recognise import Given
 from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]

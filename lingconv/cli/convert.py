@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli import plan as plan_command
 from lingconv.cli import verify as verify_command
 from lingconv.cli.grouped import grouped
@@ -25,12 +25,13 @@ from lingconv.cli.output import output
 from lingconv.cli.progress import make_progress, make_watcher
 from lingconv.cli.targets import Asked
 from lingconv.cli.units import file_size
-from lingconv.engine import Resources, Result
 from lingconv.errors import UsageError
+from lingconv.given import Given
 from lingconv.options import ConvertOptions, PublishOptions, VerifyOptions
-from lingconv.recognise import Given
+from lingconv.resources import Resources
 
 if TYPE_CHECKING:
+    from lingconv.engine import Result
     from lingconv.verification.verdict import Verdict
 
 SCHEMA = "lingconv.convert/1"
@@ -62,7 +63,9 @@ def convert(
     """
     options, given = asked.options(destination), said.given(main_params=from_main_params)
     if dry_run:
-        built = api.plan(source, options, destination=destination, formats=formats, given=given)
+        built = lingconv.api.plan(
+            source, options, destination=destination, formats=formats, given=given
+        )
         plan_command.show(built, destination, hub.resources(limits), verbose=printed.verbose)
         return
     run(
@@ -94,7 +97,7 @@ def run(
     if verify and limits.part:
         raise UsageError("`--verify` is for a whole run", hint="`lingconv verify` when all is done")
     with make_progress() as progress:
-        result = api.convert(
+        result = lingconv.api.convert(
             source,
             destination,
             options,
@@ -108,7 +111,7 @@ def run(
     verdict = None
     if verify:
         with make_watcher("verify") as watcher:
-            verdict = api.verify(
+            verdict = lingconv.api.verify(
                 source,
                 result.destination,
                 VerifyOptions(mtp=options.mtp),
@@ -117,13 +120,13 @@ def run(
                 jobs=limits.jobs,
                 watcher=watcher,
             )
-        if not api.keep_verdict(result, verdict):
+        if not lingconv.api.keep_verdict(result, verdict):
             output.note("the card of the repository stays as it is: it has no table of the proof")
     show(result, verdict)
 
 
 def show(
-    result: Result, verdict: "Verdict | None" = None, more: Mapping[str, Any] | None = None
+    result: "Result", verdict: "Verdict | None" = None, more: Mapping[str, Any] | None = None
 ) -> None:
     """Print what a run did and what came of it; exit with 1 when the proof failed.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Jobs, Printed
 from lingconv.cli.output import output
@@ -33,7 +33,7 @@ def diff(
     it means. Exit code 0 when nothing differs, else 1. Example: `lingconv diff old new --no-values`
     """
     with make_watcher("diff") as watcher:
-        found = api.diff(a, b, values=values, jobs=jobs, watcher=watcher)
+        found = lingconv.api.diff(a, b, values=values, jobs=jobs, watcher=watcher)
     shown = found.differences if printed.verbose else found.differences[:_MAX_SHOWN]
     kinds = Counter(difference.kind for difference in found.differences)
     lines = [f"{each.kind:<10} {each.name}  {each.message}" for each in shown]

@@ -1,7 +1,6 @@
 """`lingconv env`: what a bug report needs. No secrets, no paths."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Printed
@@ -26,6 +25,8 @@ def env(printed: Printed) -> None:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow, and for this only
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """`lingconv finish`: a checkpoint of what parts have written."""
 
-from lingconv import api
+import lingconv
 from lingconv.cli import convert
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Destination, Printed
@@ -15,5 +15,5 @@ def finish(destination: Destination, *, printed: Printed) -> None:
     --part I/16` for each I, on as many machines
     """
     with make_progress() as progress:
-        result = api.finish(destination, progress=progress)
+        result = lingconv.api.finish(destination, progress=progress)
     convert.show(result)

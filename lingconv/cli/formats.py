@@ -3,12 +3,13 @@
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Formats, Printed
 from lingconv.cli.output import columns, output
-from lingconv.formats import load_families, presets
 
 
 @grouped
 def formats(formats: Formats = None, *, printed: Printed) -> None:
     """List the model families, their architectures and the presets for `synth`."""
+    from lingconv.formats import load_families, presets  # what `--help` does without
+
     families = load_families(formats)
     lines: list[str] = []
     for family in families:

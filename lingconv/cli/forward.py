@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Formats, Printed, Said, Source
 from lingconv.cli.output import columns, output
@@ -95,7 +95,7 @@ def forward(
         raise UsageError(f"{out}: results are stored as .safetensors")
     options = ForwardOptions(compute.value, activations.value, device, mtp)
     with make_watcher("forward") as watcher:
-        trace = api.forward(
+        trace = lingconv.api.forward(
             source,
             options,
             prompt=prompt,
@@ -107,7 +107,7 @@ def forward(
         )
     if out is not None:
         trace.save(out)
-    show(trace, api.next_tokens(source, trace), out)
+    show(trace, lingconv.api.next_tokens(source, trace), out)
 
 
 def show(trace: "Trace", candidates: Sequence["NextToken"], out: Path | None) -> None:

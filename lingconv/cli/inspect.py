@@ -1,12 +1,16 @@
 """`lingconv inspect`: what is this checkpoint?"""
 
-from lingconv import api
+from typing import TYPE_CHECKING
+
+import lingconv
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Formats, Printed, Said, Source
 from lingconv.cli.output import columns, output
 from lingconv.cli.units import count, file_size
 from lingconv.errors import CheckpointError, Fault
-from lingconv.inspection import Report
+
+if TYPE_CHECKING:
+    from lingconv.inspection import Report
 
 _MAX_FAULTS = 10
 
@@ -23,7 +27,7 @@ def inspect(
 
     Example: `lingconv inspect Ling-mini-2.0`
     """
-    report = api.inspect(source, formats=formats, given=said.given())
+    report = lingconv.api.inspect(source, formats=formats, given=said.given())
     output.result(_lines(report, verbose=printed.verbose), report.to_json(), report.architecture)
     if not report.sound:
         fatal = [fault for fault in report.faults if fault.fatal]
@@ -35,7 +39,7 @@ def _hint(faults: list[Fault]) -> str:
     return hints[0] if hints else "mend or fetch again what is named above"
 
 
-def _lines(report: Report, *, verbose: bool) -> list[str]:
+def _lines(report: "Report", *, verbose: bool) -> list[str]:
     moe_layers = report.layers - report.dense_layers
     quantization = report.quantization or {}
     return [
@@ -74,14 +78,14 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     ]
 
 
-def _left_out(report: Report) -> str:
+def _left_out(report: "Report") -> str:
     return ", ".join(
         f"{kind} {file_size(held.nbytes)} in {held.entries:,} entries"
         for kind, held in report.left_out.items()
     )
 
 
-def _fault_lines(report: Report, *, verbose: bool) -> list[str]:
+def _fault_lines(report: "Report", *, verbose: bool) -> list[str]:
     if not report.faults:
         return ["  nothing odd"]
     shown = report.faults if verbose else report.faults[:_MAX_FAULTS]

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lingconv import api, weighting
+import lingconv
+from lingconv import weighting
 from lingconv.cli import convert
 from lingconv.cli import plan as plan_command
 from lingconv.cli.grouped import grouped
@@ -220,19 +221,19 @@ def checkpoints(
     chosen = by.chosen(sources)
     weights = by.weighting(len(chosen))
     if report is not None:
-        api.check_report()
+        lingconv.api.check_report()
     options = replace(asked.options(destination), exclude=tuple(exclude or ()))
     given = said.given(main_params=from_main_params)
     for line in _weight_lines(chosen, weights):
         output.note(line)
     if dry_run:
-        built, _ = api.plan_average(
+        built, _ = lingconv.api.plan_average(
             chosen, weights, options, destination=destination, formats=formats, given=given
         )
         plan_command.show(built, destination, hub.resources(limits), verbose=printed.verbose)
         return
     with make_progress() as progress:
-        result = api.merge_checkpoints(
+        result = lingconv.api.merge_checkpoints(
             chosen,
             destination,
             weights,

@@ -10,11 +10,11 @@ import typer
 from lingconv.cli.output import output
 from lingconv.cli.units import parse_size
 from lingconv.devices import CPU
-from lingconv.engine import LOCAL, Resources
 from lingconv.errors import UsageError
+from lingconv.given import Given
 from lingconv.options import PublishOptions
 from lingconv.part import Part
-from lingconv.recognise import Given
+from lingconv.resources import LOCAL, Resources
 
 RUN = "Run"
 HUB = "Hub"

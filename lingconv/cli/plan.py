@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingconv import api
-from lingconv import destination as targets
+import lingconv
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import (
     Destination,
@@ -23,14 +22,13 @@ from lingconv.cli.options import (
 from lingconv.cli.output import columns, output
 from lingconv.cli.targets import Asked
 from lingconv.cli.units import duration, file_size, memory_size, parse_rate
-from lingconv.engine import Resources
 from lingconv.errors import UsageError
 from lingconv.machine import free_bytes
-from lingconv.plan import Plan
-from lingconv.strips import peak_memory
+from lingconv.resources import Resources
 
 if TYPE_CHECKING:
     from lingconv.estimate import Estimate
+    from lingconv.plans import Plan
 
 _MAX_FILES = 10
 SCHEMA = "lingconv.dry-run/1"
@@ -76,11 +74,11 @@ class EstimateWords:
         ),
     ] = None
 
-    def asked(self, plan: Plan, destination: str, resources: Resources) -> "Estimate | None":
+    def asked(self, plan: "Plan", destination: str, resources: Resources) -> "Estimate | None":
         """Return the estimate, if one is asked for."""
         if not (self.estimate or self.profile):
             return None
-        return api.estimate(
+        return lingconv.api.estimate(
             plan,
             destination,
             resources,
@@ -111,7 +109,7 @@ def plan(
 
     Example: `lingconv plan Ling-1T Ling-1T-FP8 --dtype fp8`
     """
-    built = api.plan(
+    built = lingconv.api.plan(
         source,
         asked.options(destination),
         destination=destination,
@@ -130,7 +128,7 @@ def plan(
     )
 
 
-def save(plan: Plan, path: Path) -> None:
+def save(plan: "Plan", path: Path) -> None:
     """Write a plan as JSON."""
     try:
         path.write_text(jsonlib.dumps(plan.to_json()) + "\n", "utf-8")
@@ -139,7 +137,7 @@ def save(plan: Plan, path: Path) -> None:
 
 
 def show(
-    plan: Plan,
+    plan: "Plan",
     destination: str,
     limits: Resources,
     *,
@@ -147,8 +145,11 @@ def show(
     estimate: "Estimate | None" = None,
 ) -> None:
     """Print a plan for people or as JSON."""
+    from lingconv.destination import Destination  # what reads and writes, `--help` does without
+    from lingconv.strips import peak_memory
+
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
-    folder, needed_bytes = targets.Destination(destination, limits).disk(plan)
+    folder, needed_bytes = Destination(destination, limits).disk(plan)
     summary = {
         "schema": SCHEMA,
         "source": plan.source,
@@ -176,7 +177,7 @@ def show(
         output.warning(warning)
 
 
-def _lines(plan: Plan, summary: dict[str, Any], *, verbose: bool) -> list[str]:
+def _lines(plan: "Plan", summary: dict[str, Any], *, verbose: bool) -> list[str]:
     enough = summary["free_bytes"] >= summary["disk_bytes"]
     shown = plan.files if verbose else plan.files[:_MAX_FILES]
     lines = [
@@ -230,7 +231,7 @@ def _estimate_lines(estimate: "Estimate") -> list[str]:
     )
 
 
-def _dropped_lines(plan: Plan) -> list[str]:
+def _dropped_lines(plan: "Plan") -> list[str]:
     if not plan.dropped:
         return ["  nothing is left out"]
     reasons: dict[str, list[int]] = {}

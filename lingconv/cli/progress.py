@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -31,8 +31,10 @@ from rich.text import Text
 from lingconv.cli.output import output, wants_colour
 from lingconv.cli.units import file_size, memory_size
 from lingconv.machine import peak_resident_bytes
-from lingconv.plan import Plan
 from lingconv.progress import Progress, Silent, Unwatched, Watcher
+
+if TYPE_CHECKING:
+    from lingconv.plans import Plan
 
 _LOG_EVERY_S = 30.0
 _EVENT_EVERY_S = 1.0
@@ -61,7 +63,7 @@ class _Amount(ProgressColumn):
 class _Rates:
     """What a run does to the machine right now: memory, and the last seconds' speeds."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: "Plan") -> None:
         self._read_per_written = plan.read_bytes / max(1, plan.write_bytes)
         self._samples = deque([(time.monotonic(), 0)], maxlen=_SAMPLES)
         self._written = 0
@@ -127,7 +129,7 @@ class Bars(Silent):
     ) -> None:
         self._bars.stop()
 
-    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+    def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Show the row of the whole run."""
         if done:
             self._bars.console.print(_resuming(plan, done), highlight=False)
@@ -185,7 +187,7 @@ class Lines(Silent):
     ) -> None:
         """Nothing to put away."""
 
-    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+    def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Note how much there is to do."""
         self._total = sum(file.nbytes for file in plan.files) - _bytes_done(plan, done)
         output.note(_headline(plan))
@@ -235,7 +237,7 @@ class Events(Silent):
         self._spoken = time.monotonic()
         self._written = 0
 
-    def begin(self, plan: Plan, done: int, jobs: int) -> None:
+    def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Say what is going to be done."""
         total = sum(file.nbytes for file in plan.files)
         output.event("begin", source=plan.source, files=len(plan.files), bytes=total, done=done)
@@ -268,7 +270,7 @@ class Events(Silent):
         output.event("file_sent", file=name, bytes=nbytes, seconds=round(seconds, 3))
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: "Plan") -> str:
     return f"{plan.source} -> {plan.options.layout}: {', '.join(plan.encodings())}"
 
 
@@ -281,11 +283,11 @@ def _sent(name: str, nbytes: int, seconds: float) -> str:
     return f"sent {_finished(name, nbytes, seconds)}"
 
 
-def _resuming(plan: Plan, done: int) -> str:
+def _resuming(plan: "Plan", done: int) -> str:
     return f"resuming: {done} of {len(plan.files)} files are finished"
 
 
-def _bytes_done(plan: Plan, done: int) -> int:
+def _bytes_done(plan: "Plan", done: int) -> int:
     """Return about how many bytes `done` files hold; which ones they are does not matter here."""
     return sum(file.nbytes for file in plan.files[:done])
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import HUB, Printed, PublishWords
 from lingconv.cli.output import output
@@ -46,7 +46,7 @@ def push(
     Example: `lingconv push Ling-mini-2.0-FP8 hf://me/Ling-mini-2.0-FP8 --create`
     """
     with make_progress() as progress:
-        pushed = api.push(
+        pushed = lingconv.api.push(
             folder,
             repository,
             publish.options,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli.convert import show
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Destination, Formats, Fresh, Limits, Printed
@@ -54,7 +54,7 @@ def synth(
     `lingconv synth ling-1t plan-only --headers-only`
     """
     with make_progress() as progress:
-        result = api.synth(
+        result = lingconv.api.synth(
             config,
             destination,
             ConvertOptions(

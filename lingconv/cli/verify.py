@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lingconv import api
+import lingconv
 from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
 from lingconv.cli.grouped import grouped
 from lingconv.cli.options import Formats, Jobs, Printed, Said, Source
@@ -99,9 +99,9 @@ def verify(
         max_mean_kld=max_mean_kld,
     )
     if report is not None:
-        api.check_report()
+        lingconv.api.check_report()
     with make_watcher("verify") as watcher:
-        verdict = api.verify(
+        verdict = lingconv.api.verify(
             source,
             target,
             options,
@@ -120,7 +120,7 @@ def conclude(verdict: "Verdict", report: Path | None, *, verbose: bool) -> None:
     """Print a verdict, write the report, and exit with 1 when the answer is no."""
     output.result(lines(verdict, verbose=verbose), verdict.to_json(), "yes" if verdict.ok else "no")
     if report is not None:
-        api.write_report(verdict, report)
+        lingconv.api.write_report(verdict, report)
         output.note(f"report: {report}")
     if not verdict.ok:
         raise typer.Exit(ANSWER_IS_NO)

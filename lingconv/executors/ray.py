@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from lingconv.devices import CPU
 from lingconv.engine import (
     Publish,
-    Resources,
     Result,
     carry_side_files,
     execute,
@@ -40,9 +39,10 @@ from lingconv.errors import (
 from lingconv.hub.address import HubFile
 from lingconv.journal import RunFolder, place_of, run_identity
 from lingconv.options import PublishOptions
-from lingconv.plan import OutputFile, Plan
+from lingconv.plans import OutputFile, Plan
 from lingconv.progress import Progress, Silent
 from lingconv.readers import open_storage
+from lingconv.resources import Resources
 from lingconv.storage import Storage
 from lingconv.storage.output import explained_writing
 from lingconv.stores import open_store

@@ -22,7 +22,7 @@ from lingconv.errors import ResourceError
 from lingconv.hub.card import Described, model_card, published_record
 from lingconv.journal import RunFolder, replace_file
 from lingconv.options import PublishOptions
-from lingconv.plan import OutputFile, Plan
+from lingconv.plans import OutputFile, Plan
 from lingconv.progress import Progress
 from lingconv.sidecars import last_names, record_of
 from lingconv.stores import Commit, Store

@@ -8,7 +8,7 @@ from lingconv.family import PhysicalName
 from lingconv.layout import HF, Layout
 from lingconv.model import Model
 from lingconv.options import ConvertOptions, Mtp, TargetDType
-from lingconv.plan import Transfer
+from lingconv.plans import Transfer
 
 _DTYPES = {
     TargetDType.BF16: "bfloat16",
