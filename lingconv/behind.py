@@ -5,10 +5,27 @@ better not. Each file has a thread that writes it; a worker takes turns with the
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import NamedTuple
+
+from lingconv.containers import BLOCK_BYTES
+from lingconv.storage.output import OutputBlob
+
+
+class Clone(NamedTuple):
+    """Bytes of an open file that need not be read to be in the target: `nbytes` from `start` on."""
+
+    source: int
+    start: int
+    nbytes: int
+    offset: int
+
+    @property
+    def is_whole_blocks(self) -> bool:
+        """Whether disk blocks hold nothing else, here and there."""
+        return not (self.start | self.nbytes | self.offset) % BLOCK_BYTES
 
 
 class Part(NamedTuple):
@@ -21,7 +38,9 @@ class Part(NamedTuple):
 class Filled:
     """Stands in for a file while a strip is filled, and remembers what is to be written."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: OutputBlob) -> None:
+        self.cloned_bytes = 0
+        self._file = file
         self._parts: list[Part] = []
         self._later: Callable[[Filled], object] | None = None
 
@@ -29,6 +48,14 @@ class Filled:
         """Remember bytes for later; return how many they are."""
         self._parts.append(Part(data, offset))
         return data.nbytes
+
+    def clone(self, clones: Sequence[Clone]) -> bool:
+        """Have the file share what others have on disk, at once; return whether all of it does."""
+        whole = bool(clones) and all(clone.is_whole_blocks for clone in clones)
+        if not whole or not all(self._file.clone(*clone) for clone in clones):
+            return False
+        self.cloned_bytes += sum(clone.nbytes for clone in clones)
+        return True
 
     def later(self, fill: "Callable[[Filled], object]") -> None:
         """Have `fill` write to this, as soon as somebody asks for the parts."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lingconv.behind import Filled
+from lingconv.behind import Clone, Filled
 from lingconv.buffers import Arena, as_bytes
 from lingconv.plans import Source
 from lingconv.storage import Blob
@@ -65,7 +65,9 @@ class Filler:
         else:
             self._transcoder.run(strip, output)
 
-    def _copy(self, strip: CopyStrip, output: Output) -> None:
+    def _copy(self, strip: CopyStrip, output: Filled) -> None:
+        if output.clone(self._clones(strip)):
+            return
         data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
         filled = 0
         for source in strip.sources:
@@ -73,6 +75,17 @@ class Filler:
             self._blobs[source.file].read_into(source.offset, part)
             filled += source.nbytes
         output.write(data, strip.offset)
+
+    def _clones(self, strip: CopyStrip) -> list[Clone]:
+        """Return what of a strip lies in files of this machine, and where it is to go."""
+        clones, offset = [], strip.offset
+        for source in strip.sources:
+            descriptor = self._blobs[source.file].descriptor
+            if descriptor is None:
+                return []
+            clones.append(Clone(descriptor, source.offset, source.nbytes, offset))
+            offset += source.nbytes
+        return clones
 
     def _assemble(self, strip: RowStrip, output: Output) -> None:
         """Put rows together from windows of others, as bytes."""

@@ -233,7 +233,7 @@ class Crew:
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
-                filled = Filled()
+                filled = Filled(file.output)
                 filler.fill(task.strip, filled, turns.free())
                 if behind:
                     turns.hand_over(file.writer.submit(partial(self._write, file, task, filled)))
@@ -248,6 +248,8 @@ class Crew:
         for data, offset in filled.parts():
             written = file.output.write(data, offset)
             self._progress.advance(file.file.name, written)
+        if filled.cloned_bytes:
+            self._progress.advance(file.file.name, filled.cloned_bytes)
         self._feed.done(file.file.name, task.strip)
         self._release(file, task.piece)
 

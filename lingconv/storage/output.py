@@ -4,11 +4,17 @@ Whole disk blocks bypass the page cache (O_DIRECT). A conversion writes each byt
 none of them back; through the cache, the same bytes cost a copy, fresh pages (dear on virtual
 machines) and the whole write-back again before the rename. What is not aligned, or not supported,
 goes through the cache as usual; the two never share a page, because only whole pages go direct.
+
+What is only moved need not be written where the file system can share the blocks of two files (XFS,
+Btrfs, bcachefs, ZFS, NFS 4.2 on top of them): a later write to either takes fresh ones.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,6 +48,17 @@ def explained_writing(destination: Path) -> Iterator[None]:
 
 
 _ZEROS = bytes(1 << 20)
+# struct file_clone_range of linux/fs.h: descriptor, start, bytes, place.
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("=qQQQ")
+_CANNOT_CLONE = (
+    errno.EINVAL,  # other block sizes, or a file of another kind
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+)
 
 
 class Checksums:
@@ -104,6 +121,8 @@ class OutputBlob:
         self._open = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._checksums = checksums
+        # Who knows no bytes has no checksums of them.
+        self._can_clone = sys.platform == "linux" and checksums is None
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o644)
         self._direct_fd = -1
@@ -159,6 +178,22 @@ class OutputBlob:
             if exc.errno != errno.EINVAL:
                 raise
             return 0  # a buffer that is not aligned, or a file system without direct I/O
+
+    def clone(self, source: int, start: int, nbytes: int, offset: int) -> bool:
+        """Share whole blocks of the file that is open as `source`; return whether that was done.
+
+        Where it cannot be, nothing is tried again for this file.
+        """
+        if not self._can_clone:
+            return False
+        try:
+            wanted = _CLONE_RANGE.pack(source, start, nbytes, offset)
+            fcntl.ioctl(self._fd, _FICLONERANGE, wanted)
+        except OSError as exc:
+            if exc.errno not in _CANNOT_CLONE:
+                raise
+            self._can_clone = False
+        return self._can_clone
 
     def sync(self) -> None:
         """Return when everything is on disk."""
