@@ -23,6 +23,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
 
 bench: $(VENV)/.installed-dev  ## measure side by side with cp; needs about 45 GB of disk and 20 minutes
 	$(BIN)/python -m benchmarks.conveyor
+	$(BIN)/python -m benchmarks.disk
 	$(BIN)/python -m benchmarks.proof
 	$(BIN)/python -m benchmarks.gguf
 	$(BIN)/python -m benchmarks.megatron

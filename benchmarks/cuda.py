@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.conveyor import LINGCONV, Line, arguments, machine, run, tell, workplace
+from benchmarks.harness import LINGCONV, Line, arguments, machine, run, tell, workplace
 
 _ROWS, _COLS = 32768, 8192
 _BLOCK = 128, 128

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.conveyor import (
+from benchmarks.harness import (
     LINGCONV,
     Line,
     arguments,

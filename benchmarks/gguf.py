@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.conveyor import (
+from benchmarks.harness import (
     LINGCONV,
     Line,
+    Words,
     arguments,
-    compare,
+    beside_cp,
     run,
-    side_by_side,
+    synthetic,
     tell,
     warm,
     workplace,
@@ -39,18 +40,15 @@ _BOUNDS = {"Q2_K": 6, "Q3_K": 6, "Q4_K": 6, "Q5_K": 6, "Q6_K": 6, "IQ4_XS": 4}
 
 def conversions(work: Path, rounds: int, llama_quantize: str | None) -> list[Line]:
     """Measure the jobs on a cut of Ling-mini-2.0."""
-    source = work / "bf16"
-    run([*LINGCONV, "synth", "ling-mini-2.0", source, "--layers", "4"])
+    sources = synthetic(work)
     lines = []
     for outtype in ("bf16", "q8_0"):
 
-        def command(out: Path, outtype: str = outtype) -> list[str | Path]:
+        def command(source: Path, out: Path, outtype: str = outtype) -> Words:
             return [*LINGCONV, "convert", source, out / "x.gguf", "--outtype", outtype]
 
-        lines += compare(
-            f"HF -> GGUF {outtype}", *side_by_side(source, source, work, command, rounds)
-        )
-    return lines + k_quants(source, work, rounds, llama_quantize)
+        lines += beside_cp(f"HF -> GGUF {outtype}", sources, command, rounds)
+    return lines + k_quants(sources.large, work, rounds, llama_quantize)
 
 
 def k_quants(source: Path, work: Path, rounds: int, llama_quantize: str | None) -> list[Line]:

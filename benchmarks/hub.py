@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from benchmarks.conveyor import (
+from benchmarks.harness import (
     LINGCONV,
     Line,
     Run,

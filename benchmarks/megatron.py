@@ -6,13 +6,14 @@ Run by `make bench`, after the conveyor's.
 import shutil
 from pathlib import Path
 
-from benchmarks.conveyor import (
+from benchmarks.harness import (
     LINGCONV,
     Line,
+    Words,
     arguments,
-    compare,
+    beside_cp,
     run,
-    side_by_side,
+    synthetic,
     tell,
     workplace,
 )
@@ -20,38 +21,40 @@ from benchmarks.conveyor import (
 
 def conversions(work: Path, rounds: int) -> list[Line]:
     """Measure both ways on a cut of Ling-mini-2.0."""
-    hf, megatron = work / "bf16", work / "torch_dist"
-    run([*LINGCONV, "synth", "ling-mini-2.0", hf, "--layers", "4"])
-    run([*LINGCONV, "convert", hf, megatron, "--to", "megatron"])
-
-    def there(out: Path) -> list[str | Path]:
-        return [*LINGCONV, "convert", hf, out, "--to", "megatron"]
-
-    def back(out: Path) -> list[str | Path]:
-        return [*LINGCONV, "convert", megatron, out]
-
+    hf = synthetic(work)
+    megatron = hf.made("torch_dist", there)
     lines = [
-        *compare("HF -> torch_dist", *side_by_side(hf, hf, work, there, rounds)),
-        *compare("torch_dist -> HF", *side_by_side(megatron, megatron, work, back, rounds)),
+        *beside_cp("HF -> torch_dist", hf, there, rounds),
+        *beside_cp("torch_dist -> HF", megatron, back, rounds),
     ]
-    for folder in (hf, megatron):
-        shutil.rmtree(folder)
+    hf.remove()
+    megatron.remove()
     return lines
+
+
+def there(source: Path, out: Path) -> Words:
+    """Return the command for Hugging Face to torch_dist."""
+    return [*LINGCONV, "convert", source, out, "--to", "megatron"]
+
+
+def back(source: Path, out: Path) -> Words:
+    """Return the command for torch_dist to Hugging Face."""
+    return [*LINGCONV, "convert", source, out]
 
 
 def large(work: Path) -> list[Line]:
     """Measure memory on one dense and one MoE layer of Ling-1T: a stack of 17 GB."""
     hf, megatron = work / "ling-1t-cut", work / "ling-1t-dist"
     run([*LINGCONV, "synth", "ling-1t", hf, "--layers", "2", "--dense-layers", "1"])
-    there = run([*LINGCONV, "convert", hf, megatron, "--to", "megatron"])
+    written = run(there(hf, megatron))
     shutil.rmtree(hf)
-    back = run([*LINGCONV, "convert", megatron, hf])
+    read = run(back(megatron, hf))
     shutil.rmtree(megatron)
     shutil.rmtree(hf)
     return [
         Line(f"peak RSS, 2 layers of Ling-1T {way}", f"{each.peak_rss_bytes / 2**20:.0f} MiB",
              bound="1.2 GiB")
-        for way, each in (("to torch_dist", there), ("and back", back))
+        for way, each in (("to torch_dist", written), ("and back", read))
     ]  # fmt: skip
 
 

@@ -12,13 +12,15 @@ import subprocess
 from pathlib import Path
 from statistics import median
 
-from benchmarks.conveyor import (
+from benchmarks.conveyor import quantize
+from benchmarks.harness import (
     LINGCONV,
     Line,
+    Words,
     arguments,
-    compare,
+    beside_cp,
     run,
-    side_by_side,
+    synthetic,
     tell,
     warm,
     workplace,
@@ -31,25 +33,26 @@ TINY = Path(__file__).parents[1] / "tests/data/tiny-ling-v2"
 
 def experts(work: Path, rounds: int) -> list[Line]:
     """Measure both ways on a cut of Ling-mini-2.0, and FP8 one way."""
-    bf16, fp8, merged = work / "bf16", work / "fp8", work / "merged"
-    run([*LINGCONV, "synth", "ling-mini-2.0", bf16, "--layers", "4"])
-    run([*LINGCONV, "quantize", bf16, fp8])
-    run([*LINGCONV, "merge", "experts", bf16, merged])
-
-    def stack(source: Path, out: Path) -> list[str | Path]:
-        return [*LINGCONV, "merge", "experts", source, out]
-
+    bf16 = synthetic(work)
+    fp8, merged = bf16.made("fp8", quantize), bf16.made("merged", stack)
     lines = [
-        *compare("experts stacked, BF16", *side_by_side(
-            bf16, bf16, work, lambda out: stack(bf16, out), rounds)),
-        *compare("experts split, BF16", *side_by_side(
-            merged, merged, work, lambda out: [*stack(merged, out), "--split"], rounds)),
-        *compare("experts stacked, FP8", *side_by_side(
-            fp8, fp8, work, lambda out: stack(fp8, out), rounds)),
-    ]  # fmt: skip
-    for folder in (bf16, fp8, merged):
-        shutil.rmtree(folder)
+        *beside_cp("experts stacked, BF16", bf16, stack, rounds),
+        *beside_cp("experts split, BF16", merged, split, rounds),
+        *beside_cp("experts stacked, FP8", fp8, stack, rounds),
+    ]
+    for sources in (bf16, fp8, merged):
+        sources.remove()
     return lines
+
+
+def stack(source: Path, out: Path) -> Words:
+    """Return the command that stacks experts."""
+    return [*LINGCONV, "merge", "experts", source, out]
+
+
+def split(source: Path, out: Path) -> Words:
+    """Return the command that splits what is stacked."""
+    return [*stack(source, out), "--split"]
 
 
 def large(work: Path) -> list[Line]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.conveyor import LINGCONV, ROOT, Line, Run, arguments, run, tell, warm, workplace
+from benchmarks.harness import LINGCONV, ROOT, Line, Run, arguments, run, tell, warm, workplace
 
 Command = Callable[[Path], list[str | Path]]
 _CHECKPOINTS = 4

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.conveyor import LINGCONV, Line, arguments, run, tell, warm, workplace
+from benchmarks.harness import LINGCONV, Line, arguments, run, tell, warm, workplace
 
 
 def tensors(work: Path, rounds: int) -> list[Line]:
