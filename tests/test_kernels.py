@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingconv.kernels import fp8, fp8_decode, numeric
+from lingconv.kernels import fp8, fp8_decode, numeric, octaves
 from lingconv.kernels.instructions import fused
 from lingconv.kernels.random import normal_rows, normal_table
 from tests.support import E4M3, reference_dequantize, reference_quantize
@@ -135,6 +135,38 @@ def test_every_bf16_value_is_scaled_by_every_amax_as_torch_does():
         expected, expected_scales = reference_quantize(values, 1, 0, **options)
         assert torch.equal(scales, expected_scales)
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def by_product(values, codes, scales):
+    fp8.encode_bf16_by_product(values, codes, 0, 1, scales, values.shape[1], fp8.room_for(1))
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def by_table(values, codes, scales):
+    fp8.encode_bf16_by_table(values, codes, 0, 1, scales, values.shape[1], fp8.room_for(1))
+
+
+@pytest.mark.parametrize("encode", [by_product, by_table])
+def test_both_ways_to_encode_give_the_e4m3_that_torch_gives(encode):
+    """Every BF16 of both signs that a scale brings below 448, for scales of all sorts."""
+    if encode is by_table and not octaves.can_look_up():
+        pytest.skip("the processor has no AVX512-VBMI")
+    rng = np.random.default_rng(0)
+    mantissas = [0, 1, 0x7FFFFE, 0x400000, 0x200000, *rng.integers(0, 0x7FFFFF, 300)]
+    for mantissa in mantissas:
+        exponent = int(rng.choice([40, 100, 127, 160, 215]))
+        scale = np.array([exponent << 23 | int(mantissa)], np.uint32).view(np.float32)
+        largest = int((scale * np.float32(448)).view(np.uint32)[0] >> 16)
+        magnitudes = np.maximum(largest - np.arange(32 << 7), 0).astype(np.uint16)
+        mixed = np.concatenate([magnitudes, magnitudes | 0x8000])
+        rng.shuffle(mixed)  # what is small lies among what is not
+        for values in (mixed, magnitudes):
+            codes = np.empty((1, values.size), np.uint8)
+            encode(values[None], codes, scale)
+            quotients = (values.astype(np.uint32) << 16).view(np.float32) / scale
+            expected = torch.from_numpy(quotients).to(E4M3).view(torch.uint8)
+            assert torch.equal(torch.from_numpy(codes[0]), expected)
 
 
 @numba.njit(nogil=True, error_model="numpy")

@@ -27,6 +27,14 @@ from lingconv.kernels.numeric import (
     float_of,
     load,
 )
+from lingconv.kernels.octaves import (
+    ENCODED,
+    MANTISSAS,
+    can_look_up,
+    encode_64,
+    fill_octave,
+    least_normal,
+)
 
 # How `quantize` rounds a scale before it is used.
 SCALE_F32: Final = 0
@@ -51,6 +59,7 @@ _ONES: Final = 0x7FFFFF  # a mantissa of ones, see `_quotient`
 _LIFT: Final = 2.0**7  # see `_short_code`
 _LEAST_LIFTED: Final = (127 - 6 + 7) << 23  # 2^-6, lifted
 _NAN_CODE: Final = 0x7F
+_WORTH_A_TABLE: Final = 8  # rows
 
 
 @helper
@@ -172,13 +181,12 @@ def quantize(
     rows, cols = source.shape
     peaks = _new_magnitudes(source[0])
     divisors = np.empty(cols, np.float32)
-    factors = np.empty((scales.shape[1], 3), np.float32)
+    room = room_for(scales.shape[1])
     for block_row in range(scales.shape[0]):
         first = block_row * block_rows
         last = min(first + block_rows, rows)
         peaks[:] = 0
-        for row in range(first, last):
-            _raise_peaks(source[row], peaks)
+        _find_peaks(source, first, last, peaks)
         line = scales[block_row]
         is_plain = has_chunks(cols, block_cols)
         for block_col in range(line.size):
@@ -194,8 +202,7 @@ def quantize(
             line[block_col] = _round_scale(amax / float32(E4M3_MAX), rounding)
             is_plain &= _is_plain_scale(line[block_col])
         if is_plain:
-            _set_factors(line, factors)
-            _encode_chunks(source, target, first, last, factors, block_cols)
+            _encode_chunks(source, target, first, last, line, block_cols, room)
         else:
             spread(line, block_cols, divisors)
             for row in range(first, last):
@@ -210,20 +217,27 @@ def _is_plain_scale(scale: Any) -> Any:
 
 
 @helper
-def _set_factors(scales: Array, into: Array) -> None:
-    """Give each block its lowered scale, and the two halves of the reciprocal of that."""
+def _set_reciprocals(scales: Array, into: Array) -> None:
+    """Give each block the two halves of the reciprocal of its lowered scale."""
     for block in range(scales.size):
         scale = scales[block] * float32(1 / _LIFT)
         reciprocal = float32(1) / scale
-        into[block, 0] = scale
-        into[block, 1] = reciprocal
-        into[block, 2] = fused(-scale, reciprocal, float32(1)) * reciprocal
+        into[block, 0] = reciprocal
+        into[block, 1] = fused(-scale, reciprocal, float32(1)) * reciprocal
 
 
 @helper
-def _raise_peaks(line: Array, peaks: Array) -> None:
-    for col in range(line.size):
-        peaks[col] = max(peaks[col], _magnitude(line[col]))
+def _find_peaks(source: Array, first: int, last: int, peaks: Array) -> None:
+    """Raise each column's peak to its largest magnitude in some rows, four of them at a time."""
+    fours = first + (last - first) // 4 * 4
+    for row in range(first, fours, 4):
+        for col in range(peaks.size):
+            upper = max(_magnitude(source[row, col]), _magnitude(source[row + 1, col]))
+            lower = max(_magnitude(source[row + 2, col]), _magnitude(source[row + 3, col]))
+            peaks[col] = max(peaks[col], max(upper, lower))
+    for row in range(fours, last):
+        for col in range(peaks.size):
+            peaks[col] = max(peaks[col], _magnitude(source[row, col]))
 
 
 @helper
@@ -278,8 +292,18 @@ def _short_code(quotient: Any) -> Any:
     return uint32(bits + uint32(bits >> uint32(20)))
 
 
+@helper
+def room_for(blocks: int) -> Any:
+    """Return what encoding a row of blocks works with: reciprocals, octaves, least normals."""
+    return (
+        np.empty((blocks, 2), np.float32),
+        np.empty((blocks, MANTISSAS), np.uint8),
+        np.empty(blocks, np.uint16),
+    )
+
+
 def _encode_chunks(
-    source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
+    source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
 ) -> Any:
     """Encode rows `first` to `last`, one row of blocks, finite and of whole chunks.
 
@@ -291,39 +315,104 @@ def _encode_chunks(
 # Indices instead of slices: numba counts each slice, which takes longer than some of the rows.
 @overload(_encode_chunks)
 def _encode_chunks_overload(
-    source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
+    source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
 ) -> Any:
     def bf16(
-        source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
     ) -> None:
-        rows, chunks = source.shape[0], source.shape[1] // CHUNK
-        words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
-        codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
-        each = chunks_of_block(chunks, block_cols)
-        for row in range(first, last):
-            ahead = min(row + last - first, rows - 1)
-            for block in range(factors.shape[0]):
-                reciprocal, rest = factors[block, 1], factors[block, 2]
-                for chunk in range(block * each, min(block * each + each, chunks)):
-                    for line in range(0, PAIRS, LINE // 4):
-                        prefetch(words, ahead, chunk, line)
-                    for i in range(PAIRS):
-                        word = words[row, chunk, i]
-                        codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
+        encode_bf16_by_product(source, target, first, last, scales, block_cols, room)
 
-    def f32(source: Any, target: Any, first: Any, last: Any, factors: Any, block_cols: Any) -> None:
+    def bf16_by_table(
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+    ) -> None:
+        if last - first < _WORTH_A_TABLE:
+            encode_bf16_by_product(source, target, first, last, scales, block_cols, room)
+        else:
+            encode_bf16_by_table(source, target, first, last, scales, block_cols, room)
+
+    def f32(
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+    ) -> None:
         rows, chunks = source.shape[0], source.shape[1] // CHUNK
         numbers = source.reshape(rows, chunks, CHUNK)
         codes = target.reshape(rows, chunks, CHUNK)
         each = chunks_of_block(chunks, block_cols)
         for row in range(first, last):
-            for block in range(factors.shape[0]):
-                scale = factors[block, 0]
+            for block in range(scales.size):
+                scale = scales[block] * float32(1 / _LIFT)
                 for chunk in range(block * each, min(block * each + each, chunks)):
                     for i in range(CHUNK):
                         codes[row, chunk, i] = _code_of(numbers[row, chunk, i], scale)
 
-    return bf16 if source.dtype == types.uint16 else f32
+    if source.dtype != types.uint16:
+        return f32
+    return bf16_by_table if can_look_up() else bf16
+
+
+@helper
+def encode_bf16_by_product(
+    source: Array,
+    target: Array,
+    first: int,
+    last: int,
+    scales: Array,
+    block_cols: int,
+    room: Any,
+) -> None:
+    """Encode rows of BF16, two in a word, with the reciprocals of their scales."""
+    rows, chunks = source.shape[0], source.shape[1] // CHUNK
+    words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
+    codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
+    each = chunks_of_block(chunks, block_cols)
+    reciprocals, _, _ = room
+    _set_reciprocals(scales, reciprocals)
+    for row in range(first, last):
+        ahead = min(row + last - first, rows - 1)
+        for block in range(scales.size):
+            reciprocal, rest = reciprocals[block, 0], reciprocals[block, 1]
+            for chunk in range(block * each, min(block * each + each, chunks)):
+                for line in range(0, PAIRS, LINE // 4):
+                    prefetch(words, ahead, chunk, line)
+                for i in range(PAIRS):
+                    word = words[row, chunk, i]
+                    codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
+
+
+@helper
+def encode_bf16_by_table(
+    source: Array,
+    target: Array,
+    first: int,
+    last: int,
+    scales: Array,
+    block_cols: int,
+    room: Any,
+) -> None:
+    """Encode rows of BF16, 64 at once, with an octave of their block; small ones by product."""
+    rows, chunks = source.shape[0], source.shape[1] // CHUNK
+    numbers, bytes_of_codes = source.reshape(-1), target.reshape(-1)
+    words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
+    codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
+    each = chunks_of_block(chunks, block_cols)
+    reciprocals, octaves, least = room
+    _set_reciprocals(scales, reciprocals)
+    for block in range(scales.size):
+        fill_octave(scales[block], _e4m3, octaves[block])
+        least[block] = least_normal(scales[block])
+    for row in range(first, last):
+        ahead = min(row + last - first, rows - 1)
+        for block in range(scales.size):
+            for chunk in range(block * each, min(block * each + each, chunks)):
+                for line in range(0, PAIRS, LINE // 4):
+                    prefetch(words, ahead, chunk, line)
+                for half in range(0, PAIRS, ENCODED // 2):
+                    at = (row * chunks + chunk) * CHUNK + 2 * half
+                    small = encode_64(numbers, bytes_of_codes, at, octaves, block, least[block])
+                    if small:
+                        reciprocal, rest = reciprocals[block, 0], reciprocals[block, 1]
+                        for i in range(half, half + ENCODED // 2):
+                            word = words[row, chunk, i]
+                            codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
 
 
 @helper

@@ -38,9 +38,10 @@ class Level:
 
 _V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse4.2")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_VBMI = (*_V4, "avx512vbmi")  # Ice Lake, Zen 4 and what came after them: see octaves.py
 # The best one first. Levels of the x86-64 psABI: https://gitlab.com/x86-psABIs/x86-64-ABI
 LEVELS: Final[Mapping[str, tuple[Level, ...]]] = {
-    "x86_64": (Level("x86-64-v4", _V4, "-prefer-256-bit"), Level("x86-64-v3", _V3)),
+    "x86_64": (Level("x86-64-v4", _VBMI, "-prefer-256-bit"), Level("x86-64-v3", _V3)),
     "aarch64": (Level("generic", ("neon",)),),
 }
 
