@@ -63,7 +63,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "effective number", f"{1 / sum(weight**2 for weight in weights):.2f}"
     yield "read", f"{plan.read_bytes / 1e9:,.3g} GB"
     yield "written", f"{plan.write_bytes / 1e9:,.3g} GB"
-    yield "stored as", ", ".join(plan.encodings())
+    yield "stored as", ", ".join(plan.encodings)
 
 
 def _bars(weights: list[float]) -> str:

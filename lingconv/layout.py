@@ -213,7 +213,7 @@ def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor, total: int
 def _one_behind_the_other(rows: list[Rows]) -> list[Rows]:
     placed, start = [], 0
     for each in rows:
-        placed.append(each._replace(start=start))
+        placed.append(each if each.start == start else each._replace(start=start))
         start += each.num_rows
     return placed
 

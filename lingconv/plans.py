@@ -208,7 +208,7 @@ class Plan:
         """Bytes of all weight files and carried files."""
         return sum(file.nbytes for file in self.files) + sum(self.side_files.values())
 
-    @property
+    @cached_property
     def read_bytes(self) -> int:
         """Bytes read from the source's weight files."""
         return sum(
@@ -228,6 +228,7 @@ class Plan:
         for file in self.files:
             yield from file.transfers
 
+    @cached_property
     def encodings(self) -> dict[str, int]:
         """Return how many target matrices have each encoding, by label."""
         counts = Counter(transfer.target.encoding for transfer in self.transfers())

@@ -148,7 +148,7 @@ def record_of(plan: Plan, source_record: Mapping[str, Any] | None, version: str)
         "family": plan.family,
         "plan_digest": plan.digest,
         "options": plan.options.to_json(),
-        "encodings": plan.encodings(),
+        "encodings": plan.encodings,
         "dropped": reasons,
     }
     if plan.weighting:

@@ -173,7 +173,7 @@ class Locator:
     def window(self, wanted: Iterable[Rows], first_col: int, cols: int) -> tuple[Segment, ...]:
         """Return where `cols` columns of logical rows are, in reading order."""
         wanted = list(wanted)
-        whole = self.shape(wanted[0].logical)[1]
+        whole = self.stored[self.addresses[wanted[0].logical][0].name].cols
         segments = self.segments(wanted)
         if cols == whole:
             return segments
@@ -206,7 +206,9 @@ def within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[
     top = 0
     for address in addresses:
         begin, end = max(first - top, 0), min(first + num_rows - top, address.num_rows)
-        if begin < end:
+        if end - begin == address.num_rows:
+            yield address
+        elif begin < end:
             yield address._replace(start=address.start + begin, num_rows=end - begin)
         top += address.num_rows
 

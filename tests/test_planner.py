@@ -100,7 +100,7 @@ def test_the_full_trillion_is_planned_exactly():
     built = build_plan(model, ConvertOptions(dtype="fp8"))
     assert built.total_parameters == 999_705_328_640
     assert built.read_bytes == 1_999_410_696_192
-    assert built.encodings()["fp8-block f32 scales"] == 58_768
+    assert built.encodings["fp8-block f32 scales"] == 58_768
     # Facts: about 1,002.68 GB as F8 blocks.
     assert abs(built.tensor_bytes - 1_002.68e9) < 0.01e9
 
@@ -174,7 +174,7 @@ def test_fp8_is_not_rounded_twice_unasked(golden_block):
     with pytest.raises(UsageError, match="round it twice"):
         plan(golden_block, ue8m0)
     asked = ConvertOptions(dtype="fp8", fp8=ue8m0.fp8, allow_requantize=True)
-    assert plan(golden_block, asked).encodings()["fp8-block f32 ue8m0 scales"] == 63
+    assert plan(golden_block, asked).encodings["fp8-block f32 ue8m0 scales"] == 63
 
 
 def test_a_dialect_may_change_without_touching_the_codes(golden_block):

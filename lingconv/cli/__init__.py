@@ -30,7 +30,7 @@ def main() -> None:
     """Run the command line and exit with the code that `lingconv.errors` documents."""
     # Headers of a trillion parameters are a million small objects without a cycle among them; the
     # collector would look through all of them again and again, for half of the planning time.
-    gc.set_threshold(1_000_000, 50, 50)
+    gc.set_threshold(10_000_000, 50, 50)
     terminated = False
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:

@@ -162,7 +162,7 @@ def show(
         "jobs": jobs,
         "buffer_bytes": buffers,
         "total_parameters": plan.total_parameters,
-        "encodings": plan.encodings(),
+        "encodings": plan.encodings,
         "files": [{"name": file.name, "bytes": file.nbytes} for file in plan.files],
         "side_files": plan.side_files,
         "dropped": [item._asdict() for item in plan.dropped],
@@ -186,7 +186,7 @@ def _lines(plan: "Plan", summary: dict[str, Any], *, verbose: bool) -> list[str]
             [
                 (
                     "encodings",
-                    ", ".join(f"{n:,} x {label}" for label, n in plan.encodings().items()),
+                    ", ".join(f"{n:,} x {label}" for label, n in plan.encodings.items()),
                 ),
                 ("read", file_size(plan.read_bytes)),
                 ("write", f"{file_size(plan.write_bytes)} in {len(plan.files)} weight files"),

@@ -271,7 +271,7 @@ class Events(Silent):
 
 
 def _headline(plan: "Plan") -> str:
-    return f"{plan.source} -> {plan.options.layout}: {', '.join(plan.encodings())}"
+    return f"{plan.source} -> {plan.options.layout}: {', '.join(plan.encodings)}"
 
 
 def _finished(name: str, nbytes: int, seconds: float) -> str:
