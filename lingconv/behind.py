@@ -6,7 +6,6 @@ better not. Each file has a thread that writes it; a worker takes turns with the
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -77,18 +76,16 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
 
-    def submit(self, work: Callable[[], None]) -> "Future[None]":
-        """Have `work` done; what is returned ends with it."""
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have `work` done, which raises nothing."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="write", daemon=True)
             self._thread.start()
-        done: Future[None] = Future()
-        self._queue.put((done, work))
-        return done
+        self._queue.put(work)
 
     def end(self) -> None:
         """Let the thread end with what it has been handed; it may ask for that itself."""
@@ -102,43 +99,35 @@ class Writer:
             self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            done, work = item
-            if self._is_stopped:
-                done.cancel()
-                continue
-            try:
+        while (work := self._queue.get()) is not None:
+            if not self._is_stopped:
                 work()
-            except BaseException as exc:  # handed to the worker that waits for it
-                done.set_exception(exc)
-            else:
-                done.set_result(None)
 
 
 class Turns:
-    """Which of `count` turns comes next, and what is still to be written of the last time."""
+    """The buffers of a worker, which takes turns with them: each is lent until it is written.
+
+    Locks that one thread takes and another gives back: anything more would be most of the work
+    that Python does for a strip.
+    """
 
     def __init__(self, count: int) -> None:
-        self._pending: list[Future[None] | None] = [None] * count
+        self._lent = [threading.Lock() for _ in range(count)]
         self._next = 0
 
-    def free(self) -> int:
-        """Wait until what the next turn filled last time is written, and return its number.
+    def take(self) -> int:
+        """Wait until what the next turn filled last time is written, and return its number."""
+        turn = self._next
+        self._next = (turn + 1) % len(self._lent)
+        self._lent[turn].acquire()
+        return turn
 
-        Raises what writing it raised.
-        """
-        pending = self._pending[self._next]
-        if pending is not None:
-            pending.result()
-        return self._next
-
-    def hand_over(self, writing: Future[None]) -> None:
-        """Go on to the next turn: `writing` ends when this one's buffers are free again."""
-        self._pending[self._next] = writing
-        self._next = (self._next + 1) % len(self._pending)
+    def give_back(self, turn: int) -> None:
+        """Note that its buffers are free again."""
+        self._lent[turn].release()
 
     def wait(self) -> None:
-        """Wait until everything is written; raise what that raised."""
-        for pending in self._pending:
-            if pending is not None:
-                pending.result()
+        """Wait until everything is written."""
+        for lent in self._lent:
+            with lent:
+                pass

@@ -99,6 +99,10 @@ def written_bytes(strip: Strip) -> int:
 
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the rows of the source that fill it."""
+    rows = transfer.filled_rows
+    if not transfer.target.stack and 0 < rows <= rows_per_strip(transfer):
+        yield RowStrip(transfer, 0, rows, transfer.terms)
+        return
     bounds = list(_bounds(transfer))
     runs = in_term_runs(transfer, [last - first for first, last in bounds])
     for (first, last), terms in zip(bounds, runs, strict=True):

@@ -233,25 +233,30 @@ class Crew:
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
-                filled = Filled(file.output)
-                filler.fill(task.strip, filled, turns.free())
+                filled, turn = Filled(file.output), turns.take()
+                filler.fill(task.strip, filled, turn)
+                write = partial(self._write, file, task, filled, turns, turn)
                 if behind:
-                    turns.hand_over(file.writer.submit(partial(self._write, file, task, filled)))
+                    file.writer.submit(write)
                 else:
-                    self._write(file, task, filled)
+                    write()
             turns.wait()
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self.stop(exc)
 
-    def _write(self, file: _OpenFile, task: _Task, filled: Filled) -> None:
-        """Write what a worker filled of a strip."""
-        for data, offset in filled.parts():
-            written = file.output.write(data, offset)
-            self._progress.advance(file.file.name, written)
-        if filled.cloned_bytes:
-            self._progress.advance(file.file.name, filled.cloned_bytes)
-        self._feed.done(file.file.name, task.strip)
-        self._release(file, task.piece)
+    def _write(
+        self, file: _OpenFile, task: _Task, filled: Filled, turns: Turns, turn: int
+    ) -> None:
+        """Write what a worker filled of a strip in one of its turns."""
+        try:
+            written = sum(file.output.write(data, offset) for data, offset in filled.parts())
+            self._progress.advance(file.file.name, written + filled.cloned_bytes)
+            self._feed.done(file.file.name, task.strip)
+            self._release(file, task.piece)
+        except BaseException as exc:  # handed to the thread that waits in `fill`
+            self.stop(exc)
+        finally:
+            turns.give_back(turn)
 
     def stop(self, error: BaseException) -> None:
         """Have everybody stop, for the first of the errors that were met."""
