@@ -75,7 +75,7 @@ def test_stacked_experts_share_blocks_too(aligned, tmp_path, monkeypatch):
     assert contents(tmp_path / "shared") == contents(tmp_path / "written")
 
 
-@pytest.mark.parametrize("error", [errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, 524])
 def test_a_file_system_is_asked_once_for_each_file(aligned, tmp_path, monkeypatch, error):
     cloner = Cloner(error)
     monkeypatch.setattr(output.fcntl, "ioctl", cloner.ioctl)
