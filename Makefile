@@ -21,16 +21,16 @@ check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
 	rm -f dist.log
 	$(BIN)/check-wheel-contents dist/*.whl
 
-bench: $(VENV)/.installed-dev  ## measure side by side with cp; needs about 45 GB of disk and 20 minutes
+bench: $(VENV)/.installed-dev  ## measure side by side with cp; needs about 45 GB of disk and 40 minutes; LLAMA_CPP names a checkout that is built
 	$(BIN)/python -m benchmarks.conveyor
 	$(BIN)/python -m benchmarks.disk
 	$(BIN)/python -m benchmarks.proof
-	$(BIN)/python -m benchmarks.gguf
+	$(BIN)/python -m benchmarks.gguf $(if $(LLAMA_CPP),--llama-quantize $(LLAMA_CPP)/build/bin/llama-quantize)
 	$(BIN)/python -m benchmarks.megatron
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.hub
 	$(BIN)/python -m benchmarks.estimate
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
 	$(BIN)/python -m benchmarks.cuda --work /dev/shm/lingconv-bench
 
 peers:  ## environments with what else does these jobs, for `make bench` to run beside

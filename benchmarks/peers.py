@@ -117,7 +117,7 @@ def k_quants(work: Path, rounds: int, llama_cpp: Path | None) -> list[Line]:
     job, source = "HF -> GGUF q4_k_m, 6.3 GB", work / "bf16"
     if llama_cpp is None:
         return [Line(job, "", "no llama.cpp here (`--llama-cpp FOLDER`)")]
-    convert = f"{sys.executable} {llama_cpp}/convert_hf_to_gguf.py --outtype bf16"
+    convert = f"{sys.executable} {ROOT}/benchmarks/llama_convert.py {llama_cpp}"
     quantize = f"{llama_cpp}/build/bin/llama-quantize"
     run(_synth(source, "4", "1.4GB"))
     return beside(
@@ -127,7 +127,7 @@ def k_quants(work: Path, rounds: int, llama_cpp: Path | None) -> list[Line]:
         {
             "llama.cpp": lambda out: [
                 "sh", "-ec",
-                f"{convert} --outfile {out}-base.gguf {source};"
+                f"{convert} {source} {out}-base.gguf;"
                 f" {quantize} {out}-base.gguf {out}.gguf Q4_K_M 2",
             ]
         },
