@@ -244,9 +244,7 @@ class Crew:
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self.stop(exc)
 
-    def _write(
-        self, file: _OpenFile, task: _Task, filled: Filled, turns: Turns, turn: int
-    ) -> None:
+    def _write(self, file: _OpenFile, task: _Task, filled: Filled, turns: Turns, turn: int) -> None:
         """Write what a worker filled of a strip in one of its turns."""
         try:
             written = sum(file.output.write(data, offset) for data, offset in filled.parts())
