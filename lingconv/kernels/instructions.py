@@ -50,8 +50,10 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
     return types.void(array, types.int64, types.int64, types.int64), codegen
 
 
-def _order(lanes: Any) -> Any:
-    return ir.Constant(ir.VectorType(_LANE, 16), list(lanes))
+def in_order(lanes: Any) -> Any:
+    """Return the constant that says which lanes a shuffle takes, one after the other."""
+    numbers = list(lanes)
+    return ir.Constant(ir.VectorType(_LANE, len(numbers)), numbers)
 
 
 @_intrinsic
@@ -61,7 +63,7 @@ def repeat_16(typing_context: Any, line: Any, first: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
         one = builder.insert_element(_NOTHING, args[2], ir.Constant(_LANE, 0))
-        sixteen = builder.shuffle_vector(one, _NOTHING, _order([0] * 16))
+        sixteen = builder.shuffle_vector(one, _NOTHING, in_order([0] * 16))
         place = builder.bitcast(builder.gep(array.data, [args[1]]), _SIXTEEN.as_pointer())
         builder.store(sixteen, place, align=4)
         return context.get_dummy_value()
@@ -102,8 +104,8 @@ def transpose_16(
         rows = [
             builder.load(place(source.data, number(n), cols, args[3]), align=4) for n in range(16)
         ]
-        lower = _order(lane for k in range(8) for lane in (k, 16 + k))
-        upper = _order(lane for k in range(8, 16) for lane in (k, 16 + k))
+        lower = in_order(lane for k in range(8) for lane in (k, 16 + k))
+        upper = in_order(lane for k in range(8, 16) for lane in (k, 16 + k))
         for _ in range(4):
             rows = [
                 builder.shuffle_vector(rows[n], rows[8 + n], order)

@@ -9,19 +9,18 @@ from typing import Any, Final
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy import float32, uint8, uint16, uint32
 
 from lingconv.kernels.compiled import helper
+from lingconv.kernels.instructions import in_order
 from lingconv.kernels.numeric import Array, float_bits, float_of
 
 MANTISSAS: Final = 128
 ENCODED: Final = 64  # elements at once
 
 _intrinsic: Any = intrinsic
-_unpack: Any = cgutils.unpack_tuple
 _EXPONENT: Final = 0x7F800000
 _LEAST_NORMAL: Final = 2.0**-6  # of e4m3
 
@@ -62,15 +61,10 @@ def _splat(kind: Any, value: int, count: int) -> Any:
     return ir.Constant(ir.VectorType(kind, count), [value] * count)
 
 
-def _order(lanes: Any) -> Any:
-    lanes = list(lanes)
-    return ir.Constant(ir.VectorType(_LANE, len(lanes)), lanes)
-
-
 def _repeated(builder: Any, word: Any) -> Any:
     nothing = ir.Constant(_WORDS, ir.Undefined)
     one = builder.insert_element(nothing, word, ir.Constant(_LANE, 0))
-    return builder.shuffle_vector(one, nothing, _order([0] * _WORDS.count))
+    return builder.shuffle_vector(one, nothing, in_order([0] * _WORDS.count))
 
 
 @_intrinsic
@@ -100,7 +94,7 @@ def encode_64(
         def bytes_of(words: list[Any], first: int) -> Any:
             """Return every second byte of words."""
             low, high = (builder.bitcast(word, _BYTES) for word in words)
-            return builder.shuffle_vector(low, high, _order(range(first, 2 * ENCODED, 2)))
+            return builder.shuffle_vector(low, high, in_order(range(first, 2 * ENCODED, 2)))
 
         words = halves(numbers, at, _WORDS, ENCODED // 2)
         table = halves(tables, builder.mul(block, _INDEX(MANTISSAS)), _BYTES, ENCODED)
