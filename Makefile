@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 .PHONY: demo test check bench peers clean
 
 demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, prove it, show the result
-	$(BIN)/python -m lingconv.demo
+	$(BIN)/python -m lingconv.cli.demo
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q

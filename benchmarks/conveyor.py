@@ -24,7 +24,8 @@ from benchmarks.harness import (
     tell,
     workplace,
 )
-from lingconv.kernels import fp8, fp8_decode
+from lingconv.encodings.kernels import fp8_decode
+from lingconv.encodings.kernels import fp8_encode as fp8
 
 FROM_MEMORY = "from memory"
 

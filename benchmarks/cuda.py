@@ -30,7 +30,8 @@ def kernels() -> list[Line]:
     """Measure the kernels beside a copy within the GPU's memory."""
     from triton.testing import do_bench  # where there is no GPU, there is no Triton either
 
-    from lingconv.kernels import cuda, fp8
+    from lingconv.encodings.kernels import fp8_encode as fp8
+    from lingconv.encodings.kernels import fp8_triton as cuda
 
     weights = (torch.randn(_ROWS, _COLS, device="cuda") * 0.02).bfloat16()
     wide = weights.float()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import CALL_BYTES, arguments, machine, publish, warm, workplace
-from lingconv.buffers import aligned_buffer
-from lingconv.machine import num_processors
-from lingconv.storage.output import OutputBlob
+from lingconv.storage.aligned_buffers import aligned_buffer
+from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.machine import num_processors
 
 _BYTES = 2 << 30
 _BEHIND_BYTES = 32 << 20

@@ -27,9 +27,9 @@ from benchmarks.harness import (
 )
 from lingconv import ConvertOptions, GgufOptions, Plan
 from lingconv.api import synthetic_model
-from lingconv.estimate import Profile, by_kind, estimate
-from lingconv.planner import build_plan
-from lingconv.plans import Transfer
+from lingconv.execution.estimate import Profile, by_kind, estimate
+from lingconv.planner.planner import build_plan
+from lingconv.plans.plan import Transfer
 
 # The default budget for buffers, and the interpreter: the most that a process holds.
 _RSS_BYTES = 1200 << 20

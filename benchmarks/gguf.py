@@ -29,8 +29,8 @@ from benchmarks.harness import (
     warm,
     workplace,
 )
-from lingconv.dtypes import GgmlType
-from lingconv.kernels.ggml import QUANTIZERS
+from lingconv.encodings.dtypes import GgmlType
+from lingconv.encodings.kernels.ggml_encode import QUANTIZERS
 
 _WEIGHTS = 1 << 20
 _CHUNK_BYTES = 4 << 20

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lingconv.buffers import aligned_buffer
-from lingconv.machine import num_processors
-from lingconv.storage.output import OutputBlob
+from lingconv.storage.aligned_buffers import aligned_buffer
+from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.machine import num_processors
 
 ROOT = Path(__file__).parents[1]
 LINGCONV = [sys.executable, "-m", "lingconv"]

@@ -25,7 +25,7 @@ from benchmarks.harness import (
     warm,
     workplace,
 )
-from lingconv.formats import presets
+from lingconv.model.family_file import presets
 
 CHECKPOINTS = 8
 TINY = Path(__file__).parents[1] / "tests/data/tiny-ling-v2"

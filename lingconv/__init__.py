@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lingconv.version import __version__
 
 if TYPE_CHECKING:
-    from lingconv import api as api
+    pass
     from lingconv.api import (
         convert,
         diff,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         synth,
         verify,
     )
-    from lingconv.engine import Result
+    from lingconv.checkpoint.inspection import Report
     from lingconv.errors import (
         CheckpointError,
         DestinationError,
@@ -39,20 +39,16 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
-    from lingconv.inspection import Report
-    from lingconv.options import (
-        ConvertOptions,
-        ForwardOptions,
-        Fp8Options,
-        GgufOptions,
-        PublishOptions,
-        VerifyOptions,
-    )
-    from lingconv.part import Part
-    from lingconv.plans import Plan
-    from lingconv.progress import Progress, Watcher
-    from lingconv.resources import Resources
-    from lingconv.weighting import Weighting, by_decay, by_hand, mean
+    from lingconv.execution.engine import Result
+    from lingconv.execution.plan_share import Part
+    from lingconv.execution.progress import Progress
+    from lingconv.execution.resources import Resources
+    from lingconv.plans.checkpoint_weights import Weighting, by_decay, by_hand, mean
+    from lingconv.plans.options import ConvertOptions, Fp8Options, GgufOptions
+    from lingconv.plans.plan import Plan
+    from lingconv.storage.upload_target import PublishOptions
+    from lingconv.verification.options import ForwardOptions, VerifyOptions
+    from lingconv.verification.progress import Watcher
 
 __all__ = [
     "CheckpointError",
@@ -98,14 +94,17 @@ __all__ = [
 # Where the names above are, those first that cost the least to import.
 _HOMES = (
     "errors",
-    "progress",
-    "options",
-    "weighting",
-    "part",
-    "resources",
-    "plans",
-    "inspection",
-    "engine",
+    "execution.progress",
+    "plans.options",
+    "verification.progress",
+    "verification.options",
+    "storage.upload_target",
+    "plans.checkpoint_weights",
+    "execution.plan_share",
+    "execution.resources",
+    "plans.plan",
+    "checkpoint.inspection",
+    "execution.engine",
     "api",
 )
 

@@ -7,46 +7,41 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingconv.containers.gguf import SUFFIX
-from lingconv.destination import Destination
-from lingconv.engine import Result, execute
+from lingconv.checkpoint.inspection import Report, inspect_model
+from lingconv.checkpoint.open import open_checkpoint
+from lingconv.checkpoint.recognised_checkpoint import Model
+from lingconv.checkpoint.recognition import recognise
+from lingconv.containers.source_overrides import Given
 from lingconv.errors import DestinationError, UsageError
-from lingconv.formats import load_families
-from lingconv.given import Given
-from lingconv.hub.address import parse_address
-from lingconv.inspection import Report, inspect_model
-from lingconv.journal import VERDICT_NAME, kept_plan, pinned_commits, place_of, replace_file
-from lingconv.machine import num_processors
-from lingconv.merging import open_average
-from lingconv.model import Model
-from lingconv.options import (
-    ConvertOptions,
-    ForwardOptions,
-    Fp8Options,
-    Level,
-    PublishOptions,
-    Target,
-    TargetDType,
-    VerifyOptions,
-)
-from lingconv.origins import Average
-from lingconv.planner import build_average, build_plan
-from lingconv.plans import Plan
-from lingconv.progress import Progress, Unwatched, Watcher
-from lingconv.readers import open_checkpoint, open_storage
-from lingconv.recognise import recognise
-from lingconv.resources import Resources
-from lingconv.stores import is_far
-from lingconv.weighting import Weighting
+from lingconv.execution.destination import Destination
+from lingconv.execution.engine import Result, execute
+from lingconv.execution.progress import Progress
+from lingconv.execution.resources import Resources
+from lingconv.execution.run_folder import VERDICT_NAME, kept_plan, pinned_commits, place_of
+from lingconv.model.family_file import load_families
+from lingconv.planner.average_sources import open_average
+from lingconv.planner.planner import build_average, build_plan
+from lingconv.planner.sources import Average
+from lingconv.plans.checkpoint_weights import Weighting
+from lingconv.plans.options import ConvertOptions, Fp8Options, Target, TargetDType
+from lingconv.plans.plan import Plan
+from lingconv.storage.atomic_file import replace_file
+from lingconv.storage.file_names import SUFFIX
+from lingconv.storage.hub.address import parse_address
+from lingconv.storage.locations import is_far, open_storage
+from lingconv.storage.machine import num_processors
+from lingconv.storage.upload_target import PublishOptions
+from lingconv.verification.options import ForwardOptions, Level, VerifyOptions
+from lingconv.verification.progress import Unwatched, Watcher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lingconv.estimate import Estimate
-    from lingconv.hub.push import Pushed
-    from lingconv.reference.forward import Trace
-    from lingconv.reference.prompts import NextToken
+    from lingconv.execution.estimate import Estimate
+    from lingconv.execution.publishing.push import Pushed
     from lingconv.verification.diff import Diff
+    from lingconv.verification.reference.forward import Trace
+    from lingconv.verification.reference.prompts import NextToken
     from lingconv.verification.verdict import Verdict
 
 
@@ -124,7 +119,7 @@ def estimate(
 
     `profile` is a file with the rates of a machine: read where it is there, else written.
     """
-    from lingconv import estimate as estimating  # nobody who only plans needs an engine
+    from lingconv.execution import estimate as estimating  # nobody who only plans needs an engine
 
     path = Path(profile) if profile else None
     if path is not None and path.exists():
@@ -212,7 +207,7 @@ def merge_checkpoints(
         pinned, weighting, options, destination=destination, formats=formats, given=given
     )
     if report is not None:
-        from lingconv import average_report
+        from lingconv.verification.reports import average_page as average_report
 
         average_report.write(built, str(destination), Path(report))
     return target.execute(built, average.models, progress)
@@ -288,7 +283,7 @@ def synthetic_model(
     formats: str | None = None,
 ) -> Model:
     """Return the model that `synth` writes, to plan it without writing."""
-    from lingconv import synthetic  # numba is not needed for anything else here
+    from lingconv.checkpoint import synthetic  # numba is not needed for anything else here
 
     families = load_families(formats)
     values = synthetic.cut_config(
@@ -316,7 +311,9 @@ def forward(
 
     `tokens` are ids as `1,2,3` or a file with them; else a prompt, else a fixed sample.
     """
-    from lingconv.reference.forward import trace  # torch is not needed for anything else here
+    from lingconv.verification.reference.forward import (
+        trace,  # torch is not needed for anything else here
+    )
 
     model = open_model(source, formats=formats, given=given)
     ids = input_ids(model, prompt=prompt, chat=chat, tokens=tokens)
@@ -343,8 +340,8 @@ def verify(
     Raises CheckpointError when `source` cannot be trusted, or `target` is no checkpoint at all;
     everything else that is wrong with `target` is a finding of the verdict.
     """
-    from lingconv.verification.run import default_level
-    from lingconv.verification.run import verify as run
+    from lingconv.verification.verify import default_level
+    from lingconv.verification.verify import verify as run
 
     options = options or VerifyOptions()
     options.check()
@@ -399,7 +396,7 @@ def push(
     `verdict` is what `verify --json` printed, for the card's table; `report` goes along. Nothing is
     sent that the Hub has already: the same call again goes on.
     """
-    from lingconv.hub import push as pushing  # with huggingface_hub
+    from lingconv.execution.publishing import push as pushing  # with huggingface_hub
 
     address = parse_address(repository)
     if address.path:
@@ -419,7 +416,7 @@ def keep_verdict(result: Result, verdict: "Verdict") -> bool:
     Returns False where a repository has a card of somebody's own, or of GGUF files.
     """
     if result.branch:
-        from lingconv.hub import push as pushing  # with huggingface_hub
+        from lingconv.execution.publishing import push as pushing  # with huggingface_hub
 
         proof = pushing.Proof(verdict.to_json())
         return pushing.add_proof(parse_address(result.branch), proof) is not None
@@ -430,14 +427,14 @@ def keep_verdict(result: Result, verdict: "Verdict") -> bool:
 
 def check_report() -> None:
     """Raise UsageError when reports cannot be drawn here."""
-    from lingconv import pages
+    from lingconv.verification.reports import page as pages
 
     pages.check()
 
 
 def write_report(verdict: "Verdict", path: str | Path) -> None:
     """Write a verdict as one HTML file that needs nothing else. Needs the extra `report`."""
-    from lingconv.verification import report
+    from lingconv.verification.reports import verdict_page as report
 
     report.write(verdict, Path(path))
 
@@ -446,7 +443,7 @@ def input_ids(
     model: Model, *, prompt: str | None = None, chat: bool = False, tokens: str | None = None
 ) -> "Tensor":
     """Return the token ids [B, S] that were asked for, or the fixed sample."""
-    from lingconv.reference import prompts
+    from lingconv.verification.reference import prompts
 
     if prompt is not None and tokens is not None:
         raise UsageError("`--prompt` and `--tokens` are two ways to say the same thing")
@@ -461,7 +458,7 @@ def input_ids(
 
 def next_tokens(source: str | Path, trace: "Trace", count: int = 5) -> list["NextToken"]:
     """Return the likeliest tokens after the last one of each row, with texts where there are."""
-    from lingconv.reference import prompts
+    from lingconv.verification.reference import prompts
 
     return prompts.next_tokens(open_checkpoint(source).storage, trace.tensors["logits"], count)
 

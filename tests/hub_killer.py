@@ -33,7 +33,7 @@ def in_child(staging, last_note=0):
         return child
     try:
         import lingconv
-        from lingconv.journal import RunFolder
+        from lingconv.execution.run_folder import RunFolder
         from tests.noted import Noted
 
         RunFolder._note = Noted(last_note)
@@ -98,18 +98,18 @@ def main(source, work, rounds):
         import huggingface_hub.utils._http as client_http
 
         import lingconv.api
-        import lingconv.hub.client
-        import lingconv.hub.publisher
-        import lingconv.storage.ranges
-        import lingconv.transcode
-        import lingconv.workers
+        import lingconv.execution.pipeline.transcoder
+        import lingconv.execution.pipeline.worker_pool
+        import lingconv.execution.publishing.publisher
+        import lingconv.storage.byte_ranges
+        import lingconv.storage.hub.client
 
         client_http.time = HURRIED
-        lingconv.hub.client.FIRST_WAIT_S = 0.01
-        lingconv.storage.ranges.SMALL_BYTES = 1000
-        lingconv.storage.ranges.BLOCK_BYTES = 4096
-        lingconv.storage.ranges.REQUEST_BYTES = 100_000
-        lingconv.workers.PIECE_BYTES = 100_000
+        lingconv.storage.hub.client.FIRST_WAIT_S = 0.01
+        lingconv.storage.byte_ranges.SMALL_BYTES = 1000
+        lingconv.storage.byte_ranges.BLOCK_BYTES = 4096
+        lingconv.storage.byte_ranges.REQUEST_BYTES = 100_000
+        lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
         hub.add(SOURCE, {path.name: path.read_bytes() for path in source.iterdir()})
         # Compiles the kernels, and says how long a run takes and what comes of it.
         for number in range(2):

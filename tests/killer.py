@@ -16,11 +16,11 @@ import traceback
 from pathlib import Path
 
 import lingconv
-import lingconv.transcode
-import lingconv.workers
+import lingconv.execution.pipeline.transcoder
+import lingconv.execution.pipeline.worker_pool
 from lingconv.api import merge_checkpoints
-from lingconv.journal import RunFolder
-from lingconv.weighting import mean
+from lingconv.execution.run_folder import RunFolder
+from lingconv.plans.checkpoint_weights import mean
 from tests.noted import Noted
 from tests.support import tree_digest
 
@@ -31,7 +31,7 @@ OPTIONS = {
     "average": lingconv.ConvertOptions(dtype="bf16", max_shard_bytes=300_000),
 }
 KIND = sys.argv[4]
-lingconv.workers.PIECE_BYTES = 100_000
+lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
 
 
 def convert(source, target):

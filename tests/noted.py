@@ -3,7 +3,7 @@
 import os
 import signal
 
-from lingconv.journal import RunFolder
+from lingconv.execution.run_folder import RunFolder
 
 
 class Noted:

@@ -50,7 +50,7 @@ def run_on_terminal(*args):
 
 
 def test_help_is_quick_to_load():
-    heavy = ("torch", "numba", "numpy", "transformers", "huggingface_hub", "lingconv.plans")
+    heavy = ("torch", "numba", "numpy", "transformers", "huggingface_hub", "lingconv.plans.plan")
     code = (
         "import sys\nsys.argv = ['lingconv', '--help']\nfrom lingconv.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"

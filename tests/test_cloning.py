@@ -8,9 +8,9 @@ import pytest
 
 import lingconv
 from lingconv import ConvertOptions, ResourceError
-from lingconv.progress import Silent
-from lingconv.storage import output
-from lingconv.storage.output import OutputBlob
+from lingconv.execution.progress import Silent
+from lingconv.storage import local_output as output
+from lingconv.storage.local_output import OutputBlob
 
 BLOCK = 4096
 MANY = ConvertOptions(max_shard_bytes=1_000_000)

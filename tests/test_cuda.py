@@ -14,8 +14,9 @@ from lingconv import (
     convert,
     synth,
 )
-from lingconv.devices import gpus_of
-from lingconv.kernels import fp8, fp8_decode
+from lingconv.encodings.kernels import fp8_decode
+from lingconv.encodings.kernels import fp8_encode as fp8
+from lingconv.execution.devices import gpus_of
 from tests.support import rewrite, tree_digest
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -24,7 +25,7 @@ ROUNDINGS = (fp8.SCALE_F32, fp8.SCALE_BF16, fp8.SCALE_UE8M0)
 
 @pytest.fixture
 def cuda():
-    from lingconv.kernels import cuda
+    from lingconv.encodings.kernels import fp8_triton as cuda
 
     return cuda
 
@@ -150,7 +151,7 @@ def test_convert_rounds_as_torch_does(cuda, dtype):
 @pytest.fixture
 def strips(monkeypatch):
     """The strips that a GPU filled."""
-    from lingconv.offload import Offload
+    from lingconv.execution.pipeline.gpu_transcoder import Offload
 
     seen = []
     run = Offload.run
@@ -244,14 +245,14 @@ def test_words_that_are_no_devices(word):
 
 def test_the_words_for_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("lingconv.devices.find_spec", lambda name: object())
+    monkeypatch.setattr("lingconv.execution.devices.find_spec", lambda name: object())
     assert gpus_of("cpu") == ()
     assert gpus_of("cuda") == ("cuda:0",)
     assert gpus_of("cuda:1") == ("cuda:1",)
     assert gpus_of("cuda:all") == ("cuda:0", "cuda:1")
     with pytest.raises(UsageError, match="there are 2"):
         gpus_of("cuda:2")
-    monkeypatch.setattr("lingconv.devices.find_spec", lambda name: None)
+    monkeypatch.setattr("lingconv.execution.devices.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="Triton"):
         gpus_of("cuda")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import lingconv.engine
+import lingconv.execution.engine
 from lingconv import (
     CheckpointError,
     ConvertOptions,
@@ -22,10 +22,10 @@ from lingconv import (
     convert,
 )
 from lingconv.api import open_model
-from lingconv.engine import execute
-from lingconv.planner import build_plan
-from lingconv.progress import Silent
-from lingconv.storage.output import OutputBlob
+from lingconv.execution.engine import execute
+from lingconv.execution.progress import Silent
+from lingconv.planner.planner import build_plan
+from lingconv.storage.local_output import OutputBlob
 from tests.support import copy_checkpoint, edit_json, tree_digest
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +254,7 @@ def test_a_real_limit_on_file_size(golden, tmp_path):
 
 
 def test_not_enough_disk_is_known_before_the_first_byte(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(lingconv.engine, "free_bytes", lambda destination: 1000)
+    monkeypatch.setattr(lingconv.execution.engine, "free_bytes", lambda destination: 1000)
     with pytest.raises(ResourceError, match="1,000 are free"):
         convert(golden, tmp_path / "out", MANY)
     assert not list((tmp_path / "out").glob("*.safetensors*"))

@@ -8,8 +8,8 @@ import pytest
 import lingconv
 from lingconv import ConvertOptions, GgufOptions, UsageError
 from lingconv.api import open_model, synthetic_model
-from lingconv.estimate import Profile, by_kind, calibrate, estimate, read_profile
-from lingconv.planner import build_plan
+from lingconv.execution.estimate import Profile, by_kind, calibrate, estimate, read_profile
+from lingconv.planner.planner import build_plan
 from tests.support import tree_digest
 from tests.test_cli import run
 
@@ -90,8 +90,8 @@ def test_profiles(golden, tmp_path):
     ],
 )
 def test_calibrating_knows_every_way_and_leaves_nothing(golden, tmp_path, options, monkeypatch):
-    monkeypatch.setattr("lingconv.estimate.SAMPLE_BYTES", 200_000)
-    monkeypatch.setattr("lingconv.estimate._SMALL_BYTES", 50_000)
+    monkeypatch.setattr("lingconv.execution.estimate.SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr("lingconv.execution.estimate._SMALL_BYTES", 50_000)
     model = open_model(golden)
     plan = build_plan(model, options)
     (tmp_path / "disk").mkdir()

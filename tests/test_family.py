@@ -6,9 +6,9 @@ from math import prod
 import pytest
 
 from lingconv.errors import CheckpointError, UsageError
-from lingconv.family import Role
-from lingconv.formats import load_families, parse_family, presets
-from lingconv.layout import build_layout
+from lingconv.model.family import Role
+from lingconv.model.family_file import load_families, parse_family, presets
+from lingconv.model.layout import build_layout
 
 # Tensors without MTP, and parameters (arXiv 2510.22115; for Ling-1T also what GGUF loaders print).
 RELEASED = {

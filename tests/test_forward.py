@@ -15,14 +15,14 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from typer.testing import CliRunner
 
 import lingconv
-import lingconv.reference.weights as weights_module
+import lingconv.verification.reference.weights as weights_module
 from lingconv import CheckpointError, ConvertOptions, ForwardOptions, Fp8Options, UsageError
 from lingconv.cli.app import app
-from lingconv.dtypes import DType
+from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import Fp8
-from lingconv.reference.activations import fake_quantize
-from lingconv.reference.prompts import Text, parse_tokens, sample_ids
 from lingconv.storage.local import LocalStorage
+from lingconv.verification.reference.activations import fake_quantize
+from lingconv.verification.reference.prompts import Text, parse_tokens, sample_ids
 from tests.conftest import DATA
 from tests.support import E4M3, edit_json, read_tensors, rewrite
 
@@ -182,10 +182,10 @@ class RecordingStorage(LocalStorage):
 
 
 def test_only_chosen_experts_are_read(golden):
-    from lingconv.formats import load_families
-    from lingconv.readers import read_checkpoint
-    from lingconv.recognise import recognise
-    from lingconv.reference.forward import trace
+    from lingconv.checkpoint.open import read_checkpoint
+    from lingconv.checkpoint.recognition import recognise
+    from lingconv.model.family_file import load_families
+    from lingconv.verification.reference.forward import trace
 
     storage = RecordingStorage(golden)
     model = recognise(read_checkpoint(storage), load_families())

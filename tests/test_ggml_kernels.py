@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lingconv.kernels import ggml
+from lingconv.encodings.kernels import ggml_encode as ggml
 from tests.conftest import DATA
 
 KERNELS = {

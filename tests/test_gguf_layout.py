@@ -7,9 +7,9 @@ import gguf
 import pytest
 
 from lingconv.api import open_model
-from lingconv.dtypes import GgmlType
-from lingconv.encodings.ggml_mix import Mix, ModelSize, Tensor, choose_types
-from lingconv.layout import build_layout
+from lingconv.encodings.dtypes import GgmlType
+from lingconv.encodings.ggml_ftype import Mix, ModelSize, Tensor, choose_types
+from lingconv.model.layout import build_layout
 from tests.conftest import DATA
 
 EXPECTED = json.loads((DATA / "tiny-ling-v2.gguf-expected.json").read_text())

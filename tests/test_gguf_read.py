@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lingconv.api import convert, diff, forward, inspect, open_model, verify
-from lingconv.containers import HeaderError
-from lingconv.containers.gguf import MAX_HEADER_BYTES, read_header
-from lingconv.dtypes import GgmlType
-from lingconv.encodings.ggml_mix import Mix
+from lingconv.containers.gguf.header import MAX_HEADER_BYTES, read_header
+from lingconv.containers.stored_tensor import HeaderError
+from lingconv.encodings.dtypes import GgmlType
+from lingconv.encodings.ggml_ftype import Mix
+from lingconv.encodings.kernels import ggml_decode
 from lingconv.errors import CheckpointError, LingconvError, UsageError
-from lingconv.kernels import ggml_decode
-from lingconv.options import ConvertOptions, GgufOptions, VerifyOptions
+from lingconv.plans.options import ConvertOptions, GgufOptions
+from lingconv.verification.options import VerifyOptions
 from tests.support import read_tensors, same_bits
 from tests.test_gguf_write import tensors_of, to_gguf
 

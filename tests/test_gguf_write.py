@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import lingconv
-import lingconv.filling
-import lingconv.workers
+import lingconv.execution.pipeline.strip_executor
+import lingconv.execution.pipeline.worker_pool
 from lingconv.api import convert, open_model
-from lingconv.dtypes import GgmlType
-from lingconv.encodings.ggml_mix import Mix
+from lingconv.containers.gguf.tokenizer import CHECK_TEXT
+from lingconv.containers.registry import header
+from lingconv.encodings.dtypes import GgmlType
+from lingconv.encodings.ggml_ftype import Mix
+from lingconv.encodings.kernels.ggml_encode import QUANTIZERS
 from lingconv.errors import CheckpointError, DestinationError, Interrupted, UsageError
-from lingconv.framing import header
-from lingconv.kernels.ggml import QUANTIZERS
-from lingconv.metadata.tokenizer import CHECK_TEXT
-from lingconv.options import ConvertOptions, GgufOptions
-from lingconv.planner import build_plan
-from lingconv.plans import Plan
-from lingconv.workers import Crew
+from lingconv.execution.pipeline.worker_pool import Crew
+from lingconv.planner.planner import build_plan
+from lingconv.plans.options import ConvertOptions, GgufOptions
+from lingconv.plans.plan import Plan
 from tests.conftest import DATA
 from tests.support import copy_checkpoint, edit_json, rewrite
 
@@ -355,10 +355,10 @@ def test_safetensors_do_not_go_into_a_gguf_file(golden, tmp_path):
 
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, jobs):
-    monkeypatch.setattr(lingconv.workers, "PIECE_BYTES", 200_000)
+    monkeypatch.setattr(lingconv.execution.pipeline.worker_pool, "PIECE_BYTES", 200_000)
     resources = lingconv.Resources(jobs=jobs)
     convert(golden, tmp_path / "a" / "x.gguf", to_gguf("q8_0"), resources=resources)
-    fill, filled = lingconv.filling.Filler.fill, []
+    fill, filled = lingconv.execution.pipeline.strip_executor.Filler.fill, []
 
     def stop_early(self, strip, output, turn):
         if len(filled) == 12:
@@ -366,7 +366,7 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
         filled.append(strip)
         return fill(self, strip, output, turn)
 
-    monkeypatch.setattr(lingconv.filling.Filler, "fill", stop_early)
+    monkeypatch.setattr(lingconv.execution.pipeline.strip_executor.Filler, "fill", stop_early)
     target, stops, total = tmp_path / "b" / "x.gguf", 0, 0
     while not target.exists():
         filled.clear()
@@ -381,7 +381,7 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
 
 
 def test_a_partial_file_that_is_gone_is_written_anew(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(lingconv.workers, "PIECE_BYTES", 100_000)
+    monkeypatch.setattr(lingconv.execution.pipeline.worker_pool, "PIECE_BYTES", 100_000)
     target = tmp_path / "x.gguf"
     monkeypatch.setattr(Crew, "_finish", lambda *_: (_ for _ in ()).throw(Interrupted("stop")))
     with pytest.raises(Interrupted):

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import httpx
 
 import lingconv
-import lingconv.storage.ranges as ranges
+import lingconv.storage.byte_ranges as ranges
 from lingconv import (
     CheckpointError,
     ConvertOptions,
@@ -20,9 +20,9 @@ from lingconv import (
     convert,
 )
 from lingconv.api import merge_checkpoints
-from lingconv.hub import remote
-from lingconv.hub.address import is_hub, parse_address
-from lingconv.weighting import mean
+from lingconv.plans.checkpoint_weights import mean
+from lingconv.storage.hub import files as remote
+from lingconv.storage.hub.address import is_hub, parse_address
 from tests.hub_server import TOKEN, Fire, Hub
 from tests.hub_support import point_client_at, sampled, weight_bytes
 from tests.support import INDEX, edit_json, tree_digest

@@ -25,7 +25,7 @@ from lingconv import (
     convert,
 )
 from lingconv.api import write_report
-from lingconv.hub.card import MARK
+from lingconv.storage.file_names import MARK
 from tests.hub_killer import MAX_DISK
 from tests.hub_server import TOKEN, Fire
 from tests.hub_support import environment, sampled, weight_bytes
@@ -340,7 +340,7 @@ def test_push(hub, folder):
 
 
 def test_push_goes_on_after_trouble(hub, folder, monkeypatch):
-    monkeypatch.setattr("lingconv.hub.push._BATCH_FILES", 3)
+    monkeypatch.setattr("lingconv.execution.publishing.push._BATCH_FILES", 3)
     with pytest.raises(lingconv.Interrupted):
         lingconv.push(folder, "hf://org/out", CREATE, progress=Sent(7))
     hub.fire = Fire(seed=2, **{"upload cut": 0.2, "commit lost": 0.2, "503": 0.1})
@@ -363,7 +363,7 @@ def test_paths_of_this_machine_are_not_published(hub, golden, tmp_path):
 
 
 def test_files_that_the_hub_would_refuse_are_refused_before(hub, golden, folder, monkeypatch):
-    monkeypatch.setattr("lingconv.hub.repository.LARGEST_FILE_BYTES", 303_000)
+    monkeypatch.setattr("lingconv.storage.hub.repository.LARGEST_FILE_BYTES", 303_000)
     with pytest.raises(UsageError, match="the Hub takes files of 303,000") as caught:
         convert(golden, "hf://org/out", FP8, publish=CREATE)
     assert "--max-shard-size" in caught.value.hint
@@ -529,7 +529,7 @@ def test_the_token_is_said_nowhere(hub, golden, tmp_path):
         words = ["--dtype", "fp8", "--create", "--staging", staging, "-v"]
         # The real pauses would take minutes: two tries have to do.
         code = (
-            "import sys, lingconv.hub.client as c, huggingface_hub.utils._http as h;"
+            "import sys, lingconv.storage.hub.client as c, huggingface_hub.utils._http as h;"
             "from tests.hub_support import HURRIED;"
             "c.FIRST_WAIT_S = 0.001; h.time = HURRIED;"
             "from lingconv.cli import main; sys.argv[0] = 'lingconv'; main()"

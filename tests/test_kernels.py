@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingconv.kernels import fp8, fp8_decode, numeric, octaves
-from lingconv.kernels.instructions import fused
-from lingconv.kernels.random import normal_rows, normal_table
+from lingconv.encodings.kernels import fp8_decode, numeric
+from lingconv.encodings.kernels import fp8_encode as fp8
+from lingconv.encodings.kernels import fp8_table as octaves
+from lingconv.encodings.kernels.intrinsics import fused
+from lingconv.encodings.kernels.random_normal import normal_rows, normal_table
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
 SPECIAL = [

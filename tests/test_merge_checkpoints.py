@@ -14,12 +14,13 @@ from gguf import GGUFReader
 from safetensors.torch import save_file
 
 import lingconv
-from lingconv import ConvertOptions, Fp8Options, GgufOptions, Resources, weighting
+from lingconv import ConvertOptions, Fp8Options, GgufOptions, Resources
 from lingconv.api import merge_checkpoints, plan_average
+from lingconv.encodings.kernels import weighted_sum as kernel
 from lingconv.errors import CheckpointError, DestinationError, ResourceError, UsageError
-from lingconv.kernels import average as kernel
-from lingconv.plans import Plan
-from lingconv.weighting import Decay, Weighting
+from lingconv.plans import checkpoint_weights as weighting
+from lingconv.plans.checkpoint_weights import Decay, Weighting
+from lingconv.plans.plan import Plan
 from tests.support import (
     assert_same_model,
     copy_checkpoint,
@@ -520,7 +521,7 @@ def test_a_hundred_checkpoints_open_more_files_than_allowed_at_first(run, tmp_pa
         "import resource, sys\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
-        "from lingconv import weighting\n"
+        "from lingconv.plans import checkpoint_weights as weighting\n"
         "from lingconv.api import merge_checkpoints\n"
         "sources = sys.argv[2:]\n"
         "merge_checkpoints(sources, sys.argv[1], weighting.mean(len(sources)))"

@@ -13,7 +13,7 @@ from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHy
 
 import lingconv
 from lingconv import ConvertOptions, Fp8Options, GgufOptions, VerifyOptions
-from lingconv.containers import safetensors as container
+from lingconv.containers.hf import safetensors as container
 from lingconv.errors import CheckpointError, UsageError
 from tests.conftest import DATA
 from tests.support import (
@@ -463,8 +463,8 @@ class TestBadSources:
 def test_one_expert_at_a_time(tmp_path):
     """Buffers for a layer of Ling-1T: 256 experts of 2048 x 8192, 25.8 GB in BF16."""
     model = lingconv.api.synthetic_model("ling-1t", layers=1, dense_layers=0, mtp=0)
-    from lingconv.planner import build_plan
-    from lingconv.strips import peak_memory
+    from lingconv.planner.planner import build_plan
+    from lingconv.plans.lowering import peak_memory
 
     for names in NAMES:
         plan = build_plan(model, ConvertOptions(layout="hf-merged", merged=names))

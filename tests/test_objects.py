@@ -19,8 +19,8 @@ from lingconv import (
     UsageError,
     convert,
 )
-from lingconv.bucket import Bucket
-from lingconv.storage import ranges
+from lingconv.storage import byte_ranges as ranges
+from lingconv.storage.object_upload import Bucket
 from tests.hub_support import sampled, weight_bytes
 from tests.s3_server import BUCKET, client, listing, s3
 

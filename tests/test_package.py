@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lingconv
-from lingconv.kernels.prebuilt import LEVELS
+from lingconv.encodings.kernels.aot import LEVELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(wheel, tmp_path):
         assert tops == {"lingconv", f"lingconv-{lingconv.__version__}.dist-info"}
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
-        "from lingconv.formats import load_families, presets\n"
+        "from lingconv.model.family_file import load_families, presets\n"
         "import lingconv\nassert '.whl' in lingconv.__file__\n"
         "print(load_families()[0].name, *presets())"
     )
@@ -76,11 +76,11 @@ def test_an_installed_wheel_compiles_nothing(wheel, tmp_path, golden):
     lingconv_from_the_wheel("convert", golden, "gguf", "--to", "gguf", "--outtype", "q4_k_m")
     lingconv_from_the_wheel("convert", "gguf", "from-gguf", "--to", "hf", "--dtype", "bf16")
     lingconv_from_the_wheel("merge", "checkpoints", golden, "back", "average", "--mean")
-    assert (tmp_path / "package/lingconv/kernels/prebuilt/manifest.json").exists()
+    assert (tmp_path / "package/lingconv/encodings/kernels/prebuilt/manifest.json").exists()
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
     # ... and without what came with it, the same commands do compile.
-    shutil.rmtree(package / "lingconv/kernels/prebuilt")
+    shutil.rmtree(package / "lingconv/encodings/kernels/prebuilt")
     lingconv_from_the_wheel("quantize", golden, "again", "--fp8")
     assert [path for path in cache.rglob("*") if path.is_file()] != []
 
@@ -121,20 +121,87 @@ def test_no_family_stands_in_the_code():
 
 # Who may import whom: a module of the left may import none of the right.
 FORBIDDEN = {
-    "plans": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
-    "packing": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.workers"),
-    "planner": ("numpy", "numba", "torch", "lingconv.engine", "lingconv.storage.local"),
-    "family": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plans"),
-    "layout": ("numpy", "numba", "torch", "lingconv.model", "lingconv.plans"),
-    "model": ("numpy", "numba", "torch", "lingconv.plans", "lingconv.engine"),
-    "strips": ("numpy", "numba", "torch", "lingconv.engine"),
-    "decoding": ("torch", "lingconv.plans", "lingconv.engine", "lingconv.transcode"),
-    "reference/ling2": ("numpy", "numba", "lingconv.model", "lingconv.reference.weights"),
-    "reference/forward": ("lingconv.plans", "lingconv.engine", "lingconv.verification.run"),
-    "verification/pairing": ("numpy", "numba", "torch", "lingconv.plans", "lingconv.engine"),
-    "verification/verdict": ("numpy", "numba", "torch", "lingconv.model", "matplotlib"),
-    "verification/tensors": ("torch", "lingconv.plans", "lingconv.engine"),
-    "kernels/numeric": ("lingconv.plans", "lingconv.model", "lingconv.storage", "torch"),
+    "plans/plan": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.execution.engine",
+        "lingconv.storage.local",
+    ),
+    "containers/placement": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.execution.engine",
+        "lingconv.execution.pipeline.worker_pool",
+    ),
+    "planner/planner": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.execution.engine",
+        "lingconv.storage.local",
+    ),
+    "model/family": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.checkpoint.recognised_checkpoint",
+        "lingconv.plans.plan",
+    ),
+    "model/layout": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.checkpoint.recognised_checkpoint",
+        "lingconv.plans.plan",
+    ),
+    "checkpoint/recognised_checkpoint": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.plans.plan",
+        "lingconv.execution.engine",
+    ),
+    "plans/lowering": ("numpy", "numba", "torch", "lingconv.execution.engine"),
+    "checkpoint/decoder": (
+        "torch",
+        "lingconv.plans.plan",
+        "lingconv.execution.engine",
+        "lingconv.execution.pipeline.transcoder",
+    ),
+    "verification/reference/ling2": (
+        "numpy",
+        "numba",
+        "lingconv.checkpoint.recognised_checkpoint",
+        "lingconv.verification.reference.weights",
+    ),
+    "verification/reference/forward": (
+        "lingconv.plans.plan",
+        "lingconv.execution.engine",
+        "lingconv.verification.verify",
+    ),
+    "verification/pairing": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.plans.plan",
+        "lingconv.execution.engine",
+    ),
+    "verification/verdict": (
+        "numpy",
+        "numba",
+        "torch",
+        "lingconv.checkpoint.recognised_checkpoint",
+        "matplotlib",
+    ),
+    "verification/tensors": ("torch", "lingconv.plans.plan", "lingconv.execution.engine"),
+    "encodings/kernels/numeric": (
+        "lingconv.plans.plan",
+        "lingconv.checkpoint.recognised_checkpoint",
+        "lingconv.storage",
+        "torch",
+    ),
 }
 
 

@@ -22,7 +22,7 @@ from lingconv import (
     finish,
 )
 from lingconv.api import merge_checkpoints
-from lingconv.weighting import mean
+from lingconv.plans.checkpoint_weights import mean
 from tests.support import copy_checkpoint, tree_digest
 from tests.test_engine import StopAfter
 
@@ -143,7 +143,7 @@ def test_parts_of_other_sources_are_refused(golden, tmp_path):
 HOLD = """
 import sys, time
 from lingconv import ConvertOptions, Part, Resources, convert
-from lingconv.progress import Silent
+from lingconv.execution.progress import Silent
 
 class Slow(Silent):
     def file_ends(self, *words):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lingconv import CheckpointError, ConvertOptions, Fp8Options, Plan, UsageError
 from lingconv.api import open_model, plan, synthetic_model
-from lingconv.framing import header
-from lingconv.planner import build_plan
-from lingconv.strips import STRIP_BYTES, CopyStrip, lower, strip_memory
+from lingconv.containers.registry import header
+from lingconv.planner.planner import build_plan
+from lingconv.plans.lowering import STRIP_BYTES, CopyStrip, lower, strip_memory
 
 options = st.builds(
     ConvertOptions,

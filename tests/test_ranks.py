@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import lingconv
-from lingconv.gathering import find_parallel
-from lingconv.options import ConvertOptions, MegatronOptions
-from lingconv.ranks import Parallel, all_ranks
+from lingconv.containers.megatron.rank_assembly import find_parallel
+from lingconv.model.parallelism import Parallel, all_ranks
+from lingconv.plans.options import ConvertOptions, MegatronOptions
 from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]

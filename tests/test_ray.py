@@ -23,7 +23,7 @@ from lingconv import (
     UsageError,
     convert,
 )
-from lingconv.progress import Silent
+from lingconv.execution.progress import Silent
 from tests.hub_server import Hub
 from tests.hub_support import environment, point_client_at, weight_bytes
 from tests.s3_server import BUCKET, client, listing, s3
@@ -155,7 +155,7 @@ DRIVER = """
 import sys
 import ray
 from lingconv import ConvertOptions, Resources, convert
-from lingconv.progress import Silent
+from lingconv.execution.progress import Silent
 
 class Told(Silent):
     def file_ends(self, *words):

@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from lingconv.containers import BLOCK_BYTES, HeaderError, tensor_spec
-from lingconv.containers.safetensors import (
+from lingconv.containers.hf.safetensors import (
     build_header,
     header_length,
     parse_header,
     shard_name,
     storage_order,
 )
-from lingconv.dtypes import DType
+from lingconv.containers.stored_tensor import HeaderError
+from lingconv.encodings.dtypes import DType
+from lingconv.encodings.tensor_spec import tensor_spec
+from lingconv.storage import BLOCK_BYTES
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):

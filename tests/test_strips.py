@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lingconv.strips
-from lingconv.buffers import Arena
-from lingconv.dtypes import DType
+import lingconv.plans.lowering
 from lingconv.encodings import Fp8, Plain
-from lingconv.plans import OutputFile, Scaling, Source, Term, Transfer
-from lingconv.storage.output import OutputBlob
-from lingconv.stored import Extent, Stored
-from lingconv.strips import CopyStrip, lower
-from lingconv.transcode import Transcoder
+from lingconv.encodings.dtypes import DType
+from lingconv.execution.pipeline.transcoder import Transcoder
+from lingconv.plans.lowering import CopyStrip, lower
+from lingconv.plans.plan import OutputFile, Scaling, Source, Term, Transfer
+from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.storage.aligned_buffers import Arena
+from lingconv.storage.local_output import OutputBlob
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
 BF16, F32 = Plain(DType.BF16), Plain(DType.F32)
@@ -110,12 +110,12 @@ def test_rows_of_several_sources(rows, skips, cols, source, target, strip_bytes,
         SCALING,
         copies,
     )
-    before = lingconv.strips.STRIP_BYTES
-    lingconv.strips.STRIP_BYTES = strip_bytes
+    before = lingconv.plans.lowering.STRIP_BYTES
+    lingconv.plans.lowering.STRIP_BYTES = strip_bytes
     try:
         found = fill(tmp_path_factory.mktemp("strips") / "out", transfer, blobs)
     finally:
-        lingconv.strips.STRIP_BYTES = before
+        lingconv.plans.lowering.STRIP_BYTES = before
     if target == BLOCK:
         codes, scales = reference_quantize(expected)
         assert found == [raw(codes), raw(scales)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lingconv import CheckpointError, ConvertOptions, Resources, UsageError, inspect, plan, synth
-from lingconv.formats import presets
+from lingconv.model.family_file import presets
 from tests.support import read_tensors, tree_digest
 
 

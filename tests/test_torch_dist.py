@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 
 import lingconv
-from lingconv.chunks import Gap, stored_in_boxes, with_bands
-from lingconv.containers import Box, HeaderError, StoredTensor, pickles, torch_dist
-from lingconv.dtypes import DType
+from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
+from lingconv.containers.megatron import dcp_metadata as torch_dist
+from lingconv.containers.megatron import pickles
+from lingconv.containers.source_overrides import Given
+from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
+from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
-from lingconv.given import Given
-from lingconv.options import ConvertOptions, MegatronOptions
+from lingconv.plans.options import ConvertOptions, MegatronOptions
 from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]

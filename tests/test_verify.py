@@ -23,12 +23,12 @@ from lingconv import (
     VerifyOptions,
 )
 from lingconv.cli.app import app
-from lingconv.dtypes import DType
+from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import Fp8
-from lingconv.kernels import compare as kernel
+from lingconv.encodings.kernels import compare as kernel
 from lingconv.verification import scales
 from lingconv.verification.logits import compare_logits
-from lingconv.verification.report import render
+from lingconv.verification.reports.verdict_page import render
 from tests.conftest import DATA
 from tests.support import edit_json, read_tensors, reference_quantize, rewrite
 
@@ -496,7 +496,7 @@ class TestCommand:
         assert done.exit_code == 1
 
     def test_the_report_needs_matplotlib(self, golden, monkeypatch):
-        monkeypatch.setattr("lingconv.pages.find_spec", lambda name: None)
+        monkeypatch.setattr("lingconv.verification.reports.page.find_spec", lambda name: None)
         done = self.invoke("verify", golden, golden, "--report", "r.html")
         assert isinstance(done.exception, UsageError)
         assert "lingconv[report]" in done.exception.hint

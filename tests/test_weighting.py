@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingconv import weighting
 from lingconv.errors import UsageError
-from lingconv.weighting import Decay, Weighting
+from lingconv.plans import checkpoint_weights as weighting
+from lingconv.plans.checkpoint_weights import Decay, Weighting
 
 DECAYS = list(Decay)
 

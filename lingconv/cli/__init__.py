@@ -8,7 +8,7 @@ import traceback
 from types import FrameType
 
 from lingconv.cli.app import app
-from lingconv.cli.output import output
+from lingconv.cli.console import output
 from lingconv.errors import Interrupted, LingconvError
 
 INTERNAL_ERROR = 70

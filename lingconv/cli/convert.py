@@ -8,8 +8,7 @@ import typer
 import lingconv
 from lingconv.cli import plan as plan_command
 from lingconv.cli import verify as verify_command
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import (
+from lingconv.cli.common_options import (
     Destination,
     Formats,
     Fresh,
@@ -21,17 +20,20 @@ from lingconv.cli.options import (
     Source,
     Verify,
 )
-from lingconv.cli.output import output
-from lingconv.cli.progress import make_progress, make_watcher
-from lingconv.cli.targets import Asked
+from lingconv.cli.console import output
+from lingconv.cli.convert_options import Asked
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_progress, make_watcher
 from lingconv.cli.units import file_size
+from lingconv.containers.source_overrides import Given
 from lingconv.errors import UsageError
-from lingconv.given import Given
-from lingconv.options import ConvertOptions, PublishOptions, VerifyOptions
-from lingconv.resources import Resources
+from lingconv.execution.resources import Resources
+from lingconv.plans.options import ConvertOptions
+from lingconv.storage.upload_target import PublishOptions
+from lingconv.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
-    from lingconv.engine import Result
+    from lingconv.execution.engine import Result
     from lingconv.verification.verdict import Verdict
 
 SCHEMA = "lingconv.convert/1"

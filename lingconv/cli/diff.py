@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import lingconv
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Jobs, Printed
-from lingconv.cli.output import output
-from lingconv.cli.progress import make_watcher
+from lingconv.cli.common_options import Jobs, Printed
+from lingconv.cli.console import output
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_watcher
 from lingconv.cli.units import file_size
 from lingconv.cli.verify import ANSWER_IS_NO
 

@@ -2,10 +2,10 @@
 
 import platform
 
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Printed
-from lingconv.cli.output import columns, output
-from lingconv.machine import num_processors
+from lingconv.cli.common_options import Printed
+from lingconv.cli.console import columns, output
+from lingconv.cli.option_groups import grouped
+from lingconv.storage.machine import num_processors
 from lingconv.version import __version__
 
 _PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf", "typer", "rich")

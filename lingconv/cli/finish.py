@@ -2,9 +2,9 @@
 
 import lingconv
 from lingconv.cli import convert
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Destination, Printed
-from lingconv.cli.progress import make_progress
+from lingconv.cli.common_options import Destination, Printed
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_progress
 
 
 @grouped

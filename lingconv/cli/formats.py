@@ -1,14 +1,14 @@
 """`lingconv formats`: the families that are known."""
 
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Formats, Printed
-from lingconv.cli.output import columns, output
+from lingconv.cli.common_options import Formats, Printed
+from lingconv.cli.console import columns, output
+from lingconv.cli.option_groups import grouped
 
 
 @grouped
 def formats(formats: Formats = None, *, printed: Printed) -> None:
     """List the model families, their architectures and the presets for `synth`."""
-    from lingconv.formats import load_families, presets  # what `--help` does without
+    from lingconv.model.family_file import load_families, presets  # what `--help` does without
 
     families = load_families(formats)
     lines: list[str] = []

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lingconv
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Formats, Printed, Said, Source
-from lingconv.cli.output import columns, output
-from lingconv.cli.progress import make_watcher
+from lingconv.cli.common_options import Formats, Printed, Said, Source
+from lingconv.cli.console import columns, output
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_watcher
 from lingconv.cli.units import file_size
 from lingconv.errors import UsageError
-from lingconv.options import Activations, Compute, ForwardOptions
+from lingconv.verification.options import Activations, Compute, ForwardOptions
 
 if TYPE_CHECKING:
-    from lingconv.reference.forward import Trace
-    from lingconv.reference.prompts import NextToken
+    from lingconv.verification.reference.forward import Trace
+    from lingconv.verification.reference.prompts import NextToken
 
 SCHEMA = "lingconv.forward/1"
 FORWARD = "Forward pass"

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 import lingconv
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Formats, Printed, Said, Source
-from lingconv.cli.output import columns, output
+from lingconv.cli.common_options import Formats, Printed, Said, Source
+from lingconv.cli.console import columns, output
+from lingconv.cli.option_groups import grouped
 from lingconv.cli.units import count, file_size
 from lingconv.errors import CheckpointError, Fault
 
 if TYPE_CHECKING:
-    from lingconv.inspection import Report
+    from lingconv.checkpoint.inspection import Report
 
 _MAX_FAULTS = 10
 

@@ -8,11 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import lingconv
-from lingconv import weighting
 from lingconv.cli import convert
 from lingconv.cli import plan as plan_command
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import (
+from lingconv.cli.common_options import (
     Destination,
     Formats,
     Fresh,
@@ -24,12 +22,14 @@ from lingconv.cli.options import (
     Source,
     Verify,
 )
-from lingconv.cli.output import output
-from lingconv.cli.progress import make_progress
-from lingconv.cli.targets import Asked, ExpertsAs, OutputWords
+from lingconv.cli.console import output
+from lingconv.cli.convert_options import Asked, ExpertsAs, OutputWords
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_progress
 from lingconv.errors import UsageError
-from lingconv.options import DEFAULT_MERGED, Target
-from lingconv.weighting import Decay, Weighting
+from lingconv.plans import checkpoint_weights as weighting
+from lingconv.plans.checkpoint_weights import Decay, Weighting
+from lingconv.plans.options import DEFAULT_MERGED, Target
 
 WEIGHTS = "Weights"
 _BAR_WIDTH = 40

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lingconv
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import (
+from lingconv.cli.common_options import (
     Destination,
     Formats,
     FromMainParams,
@@ -19,16 +18,17 @@ from lingconv.cli.options import (
     Said,
     Source,
 )
-from lingconv.cli.output import columns, output
-from lingconv.cli.targets import Asked
+from lingconv.cli.console import columns, output
+from lingconv.cli.convert_options import Asked
+from lingconv.cli.option_groups import grouped
 from lingconv.cli.units import duration, file_size, memory_size, parse_rate
 from lingconv.errors import UsageError
-from lingconv.machine import free_bytes
-from lingconv.resources import Resources
+from lingconv.execution.resources import Resources
+from lingconv.storage.machine import free_bytes
 
 if TYPE_CHECKING:
-    from lingconv.estimate import Estimate
-    from lingconv.plans import Plan
+    from lingconv.execution.estimate import Estimate
+    from lingconv.plans.plan import Plan
 
 _MAX_FILES = 10
 SCHEMA = "lingconv.dry-run/1"
@@ -145,8 +145,10 @@ def show(
     estimate: "Estimate | None" = None,
 ) -> None:
     """Print a plan for people or as JSON."""
-    from lingconv.destination import Destination  # what reads and writes, `--help` does without
-    from lingconv.strips import peak_memory
+    from lingconv.execution.destination import (
+        Destination,  # what reads and writes, `--help` does without
+    )
+    from lingconv.plans.lowering import peak_memory
 
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
     folder, needed_bytes = Destination(destination, limits).disk(plan)

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import lingconv
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import HUB, Printed, PublishWords
-from lingconv.cli.output import output
-from lingconv.cli.progress import make_progress
+from lingconv.cli.common_options import HUB, Printed, PublishWords
+from lingconv.cli.console import output
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_progress
 from lingconv.cli.units import file_size
 
 SCHEMA = "lingconv.push/1"

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from lingconv.cli import convert
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import (
+from lingconv.cli.common_options import (
     Destination,
     Formats,
     Fresh,
@@ -17,8 +16,9 @@ from lingconv.cli.options import (
     Source,
     Verify,
 )
-from lingconv.cli.targets import Fp8Words, OutputWords
-from lingconv.options import TargetDType
+from lingconv.cli.convert_options import Fp8Words, OutputWords
+from lingconv.cli.option_groups import grouped
+from lingconv.plans.options import TargetDType
 
 
 @grouped

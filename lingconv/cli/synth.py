@@ -5,12 +5,19 @@ from typing import Annotated
 import typer
 
 import lingconv
+from lingconv.cli.common_options import Destination, Formats, Fresh, Limits, Printed
 from lingconv.cli.convert import show
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Destination, Formats, Fresh, Limits, Printed
-from lingconv.cli.progress import make_progress
-from lingconv.cli.targets import OUTPUT, DType, MaxShardSize, OutType, layout_of, shard_bytes
-from lingconv.options import AUTO, ConvertOptions, GgufOptions
+from lingconv.cli.convert_options import (
+    OUTPUT,
+    DType,
+    MaxShardSize,
+    OutType,
+    layout_of,
+    shard_bytes,
+)
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_progress
+from lingconv.plans.options import AUTO, ConvertOptions, GgufOptions
 
 
 @grouped

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lingconv
+from lingconv.cli.common_options import Formats, Jobs, Printed, Said, Source
+from lingconv.cli.console import columns, output
 from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
-from lingconv.cli.grouped import grouped
-from lingconv.cli.options import Formats, Jobs, Printed, Said, Source
-from lingconv.cli.output import columns, output
-from lingconv.cli.progress import make_watcher
+from lingconv.cli.option_groups import grouped
+from lingconv.cli.progress_display import make_watcher
 from lingconv.cli.units import file_size
-from lingconv.options import Activations, Compute, ForwardOptions, Level, Mtp, VerifyOptions
+from lingconv.plans.options import Mtp
+from lingconv.verification.options import Activations, Compute, ForwardOptions, Level, VerifyOptions
 
 if TYPE_CHECKING:
     from lingconv.verification.verdict import ForwardFigures, Verdict

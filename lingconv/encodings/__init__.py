@@ -4,7 +4,7 @@ An encoding is a frozen value that answers, without any data, which physical ten
 of a given shape and in which units of rows it can be worked on. The arithmetic is in `kernels/`.
 """
 
-from lingconv.dtypes import DTYPES, GgmlType, StoredType
+from lingconv.encodings.dtypes import DTYPES, GgmlType, StoredType
 from lingconv.encodings.fp8 import Fp8, ScaleShape
 from lingconv.encodings.ggml import Ggml
 from lingconv.encodings.plain import FLOATS, PLAIN, Plain

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from lingconv.containers import TensorSpec, tensor_spec
-from lingconv.dtypes import DTYPES, DType
+from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
-E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 SCALE_DTYPES = (DType.F32, DType.BF16, DType.F8_E8M0)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.containers import TensorSpec, tensor_spec
-from lingconv.dtypes import GGML_TYPES, GgmlType
+from lingconv.encodings.dtypes import GGML_TYPES, GgmlType
+from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
 
 @dataclass(frozen=True, slots=True)

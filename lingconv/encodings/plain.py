@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.containers import TensorSpec, tensor_spec
-from lingconv.dtypes import DTYPES, DType
+from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
 # What can be decoded to numbers; tensors of any other dtype are only ever copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingconv.encodings.fp8 import Fp8
-from lingconv.patterns import Pattern
+from lingconv.encodings.name_pattern import Pattern
 
 FP8 = "fp8"
 COMPRESSED_TENSORS = "compressed-tensors"

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+# Disk blocks and pages: where data starts at a multiple, it can be written past the page cache.
+BLOCK_BYTES = 4096
+
 
 class FileStat(NamedTuple):
     """Size in bytes, and a stamp that changes when the content does (mtime in ns, an etag ...)."""

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from lingconv.buffers import Arena
-from lingconv.decoding import Decoder
-from lingconv.family import LogicalName
-from lingconv.model import Model
-from lingconv.storage.opened import OpenedFiles
-from lingconv.stored import Locator
+from lingconv.checkpoint.decoder import Decoder
+from lingconv.checkpoint.recognised_checkpoint import Model
+from lingconv.model.family import LogicalName
+from lingconv.plans.tensor_map import Locator
+from lingconv.storage.aligned_buffers import Arena
+from lingconv.storage.open_files import OpenedFiles
 
 Array = np.ndarray[Any, Any]
 

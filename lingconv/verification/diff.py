@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingconv.buffers import Arena
-from lingconv.checkpoint import Checkpoint
-from lingconv.containers import StoredTensor
-from lingconv.decoding import F32, Decoder
+from lingconv.checkpoint.decoder import F32, Decoder
+from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings import encoding_of
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError
-from lingconv.progress import Watcher
-from lingconv.storage.opened import OpenedFiles
-from lingconv.stored import Extent, Stored
+from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.storage.aligned_buffers import Arena
+from lingconv.storage.open_files import OpenedFiles
+from lingconv.verification.progress import Watcher
 
 SCHEMA = "lingconv.diff/1"
 _CHUNK_BYTES = 8 << 20

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lingconv.model import Model
-from lingconv.options import ForwardOptions
-from lingconv.progress import Watcher
-from lingconv.reference.forward import ForwardPass, Step, mtp_count
+from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.verification.logits import compare_logits
+from lingconv.verification.options import ForwardOptions
+from lingconv.verification.progress import Watcher
+from lingconv.verification.reference.forward import ForwardPass, Step, mtp_count
 from lingconv.verification.verdict import ForwardFigures, LayerFigures
 
 

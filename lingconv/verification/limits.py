@@ -26,9 +26,9 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lingconv.dtypes import DType, GgmlType
 from lingconv.encodings import Encoding, Fp8, Ggml, Plain
-from lingconv.options import VerifyOptions
+from lingconv.encodings.dtypes import DType, GgmlType
+from lingconv.verification.options import VerifyOptions
 from lingconv.verification.verdict import TensorFigures
 
 _FP8_SUBNORMAL_STEP = 2.0**-9

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lingconv.checkpoint import RECORD_NAME
+from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.encodings import Fp8, is_decodable
+from lingconv.encodings.name_pattern import Pattern
 from lingconv.errors import LingconvError
-from lingconv.family import LogicalName, Role
-from lingconv.layout import Rows, count_rows
-from lingconv.model import Model
-from lingconv.options import Mtp
-from lingconv.patterns import Pattern
-from lingconv.stored import Locator, Segment, Stored
+from lingconv.model.family import LogicalName, Role
+from lingconv.model.layout import Rows, count_rows
+from lingconv.plans.options import Mtp
+from lingconv.plans.tensor_map import Locator, Segment, Stored
+from lingconv.storage.file_names import RECORD_NAME
 from lingconv.verification.verdict import Finding
 
 # What `--mtp` changes on purpose.

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingconv.encodings.fp8 import E4M3_MAX, Fp8
+from lingconv.encodings.dtypes import E4M3_MAX
+from lingconv.encodings.fp8 import Fp8
 
 Array = np.ndarray[Any, Any]
 

@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingconv.buffers import Arena
-from lingconv.decoding import BF16_BITS, F32, Decoder
-from lingconv.dtypes import DType, GgmlType
+from lingconv.checkpoint.decoder import BF16_BITS, F32, Decoder
+from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.encodings import Encoding, Fp8, Ggml
-from lingconv.encodings.fp8 import E4M3_MAX
+from lingconv.encodings.dtypes import E4M3_MAX, DType, GgmlType
+from lingconv.encodings.kernels import compare as kernel
 from lingconv.encodings.plain import PLAIN
-from lingconv.kernels import compare as kernel
-from lingconv.model import Model
-from lingconv.progress import Watcher
-from lingconv.storage.opened import OpenedFiles
-from lingconv.stored import Stored
+from lingconv.plans.tensor_map import Stored
+from lingconv.storage.aligned_buffers import Arena
+from lingconv.storage.open_files import OpenedFiles
 from lingconv.verification import scales
 from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
 from lingconv.verification.pairing import Pair
+from lingconv.verification.progress import Watcher
 from lingconv.verification.scales import ScaleCounts
 from lingconv.verification.totals import (
     Total,

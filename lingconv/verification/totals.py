@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lingconv.encodings import Fp8, Ggml
-from lingconv.family import LogicalName
-from lingconv.kernels import compare as kernel
-from lingconv.stored import Stored
+from lingconv.encodings.kernels import compare as kernel
+from lingconv.model.family import LogicalName
+from lingconv.plans.tensor_map import Stored
 from lingconv.verification.limits import Limit
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts

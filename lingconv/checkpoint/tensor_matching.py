@@ -1,0 +1,201 @@
+"""Pairs the tensors that a layout expects with what is stored, and finds their encodings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
+from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.stored_tensor import StoredTensor
+from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
+from lingconv.encodings.dtypes import DType, GgmlType
+from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
+from lingconv.encodings.fp8 import recognise as recognise_fp8
+from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.quantization_config import Stated
+from lingconv.errors import Fault
+from lingconv.model.family import Family, PhysicalName, Role
+from lingconv.model.layout import GGUF, HF, MEGATRON, Layout, PhysicalTensor
+from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.storage.file_names import CONFIG_NAME
+
+_WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
+
+
+class Matcher:
+    """Pairs expected with stored tensors and collects what does not pair."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
+        self.tensors = checkpoint.tensors
+        self.family = family
+        self.layout = layout
+        self.faults: list[Fault] = []
+        self.stored: dict[PhysicalName, Stored] = {}
+        self.dropped: dict[str, str] = {}
+        self.used: set[str] = set()
+        self.stated = self._read_stated(checkpoint.config)
+        self.described_in = "config.json" if layout.name != GGUF else "its metadata"
+        self.has_mtp = any(t.mtp and t.name in self.tensors for t in layout.tensors.values())
+        self.block = self.stated.block if self.stated else quantization_config.DEFAULT_BLOCK
+
+    def match(self) -> None:
+        """Fill `stored`, `dropped` and `faults`."""
+        for tensor in self.layout.tensors.values():
+            found = self._find(tensor)
+            if found is not None:
+                self.stored[tensor.name] = found
+        self._sort_rest()
+        self._check_stated()
+
+    def _read_stated(self, config: Mapping[str, Any]) -> Stated | None:
+        try:
+            return quantization_config.read(config)
+        except ValueError as exc:
+            self.faults.append(Fault("quantization config", str(exc), CONFIG_NAME))
+            return None
+
+    def _find(self, tensor: PhysicalTensor) -> Stored | None:
+        held = self.tensors.get(tensor.name)
+        if held is None:
+            message = f"is missing, expected {list(tensor.stored_shape)}"
+            hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
+            self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
+            return None
+        self.used.add(held.name)
+        if self._is_padded(tensor, held):
+            message = f"{held.shape[0] - tensor.shape[0]:,} rows of padding are left out"
+            self.faults.append(Fault("padding", message, held.file, held.name, fatal=False))
+        elif held.shape != tensor.stored_shape:
+            wanted = f"{self.described_in} calls for {list(tensor.stored_shape)}"
+            self._fault("shape", f"has shape {list(held.shape)}, {wanted}", held)
+            return None
+        if held.dtype == DType.F8_E4M3:
+            return self._find_fp8(tensor, held)
+        encoding = encoding_of(held.dtype)
+        if self.layout.base == MEGATRON:
+            return self._find_boxes(tensor, held, encoding)
+        found = Stored(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
+        if tensor.turned:
+            return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
+        return found
+
+    def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
+        """Return whether Megatron made a vocabulary longer, so that ranks get equal parts of it."""
+        vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
+        longer = held.shape[1:] == tensor.shape[1:] and held.shape[0] > tensor.shape[0]
+        return vocabulary and longer and self.layout.base == MEGATRON
+
+    def _find_boxes(
+        self, tensor: PhysicalTensor, held: StoredTensor, encoding: Encoding
+    ) -> Stored | None:
+        stored, runs = stored_in_boxes(held, encoding)
+        try:
+            return with_bands(stored._replace(shape=tensor.shape), runs)
+        except Gap as exc:
+            self._fault("missing chunk", str(exc), held)
+            return None
+
+    def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> Stored | None:
+        names = [held.name + suffix for suffix in SCALE_SUFFIXES]
+        scales = [self.tensors[name] for name in names if name in self.tensors]
+        self.used.update(scale.name for scale in scales)
+        if len(scales) != 1:
+            message = "FP8 weight has two scales" if scales else "FP8 weight without its scale"
+            self._fault("scale", f"{message} ({' or '.join(names)})", held)
+            return None
+        scale = scales[0]
+        axes = 3 if tensor.stack else 2
+        if isinstance(scale.dtype, GgmlType) or (
+            scale.dtype not in SCALE_DTYPES or len(held.shape) != axes or tensor.turned
+        ):
+            turned = "transposed " if tensor.turned else ""
+            message = f"{scale.dtype} scale of {turned}FP8 with {len(held.shape)} axes is not read"
+            self._fault("scale", message, scale)
+            return None
+        encoding = recognise_fp8(
+            held.shape,
+            scale.name.removeprefix(held.name),
+            scale.dtype,
+            scale.shape,
+            self.block,
+            power_of_two=self.stated is not None and self.stated.power_of_two,
+        )
+        if encoding is None or self._contradicts(encoding):
+            block = " x ".join(str(size or "all") for size in self.block)
+            message = f"scale has shape {list(scale.shape)}; weight {list(held.shape)} in blocks of"
+            self._fault("scale", f"{message} {block} needs another", scale)
+            return None
+        places = _extent(held), _extent(scale)
+        return Stored(tensor.name, tensor.shape, encoding, places, tensor.stack)
+
+    def _contradicts(self, encoding: Fp8) -> bool:
+        """Whether the config states another block."""
+        return self.stated is not None and (encoding.block_rows, encoding.block_cols) != self.block
+
+    def _sort_rest(self) -> None:
+        """Classify the stored tensors that nothing in the model asks for."""
+        for name in sorted(self.tensors.keys() - self.used):
+            held = self.tensors[name]
+            reason = self.family.drop_reason(name, self.layout.name)
+            owner = _scale_owner(name)
+            if reason is not None:
+                self.dropped[name] = reason
+            elif owner is not None:
+                there = owner in self.tensors
+                message = "scale of a weight that is " + (
+                    f"{self.tensors[owner].dtype}, not FP8" if there else "not there"
+                )
+                self._fault("scale", message, held)
+            else:
+                message = f"is no tensor of {self.family.title} by {self.described_in}"
+                hint = "pass `--drop PATTERN` to leave tensors out knowingly"
+                self._fault("extra tensor", message, held, hint=hint)
+
+    def _check_stated(self) -> None:
+        """Compare config.json's word with the tensors: FP8 or not, and which dtype."""
+        fp8 = [item.name for item in self.stored.values() if isinstance(item.encoding, Fp8)]
+        if fp8 and self.stated is None and not self.faults:
+            message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
+            self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
+        if self.stated and not fp8:
+            message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
+            self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
+        kept = [Pattern(text) for text in (self.stated.kept_modules if self.stated else ())]
+        if self.layout.base == HF:  # GGUF and Megatron mix dtypes by their nature
+            self.faults += _odd_dtypes(self.layout, self.stored, kept)
+
+    def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:
+        self.faults.append(Fault(kind, message, held.file, held.name, hint=hint))
+
+
+def _odd_dtypes(
+    layout: Layout, stored: Mapping[PhysicalName, Stored], kept: Sequence[Pattern]
+) -> Iterable[Fault]:
+    """Report tensors whose dtype differs from that of most of their role, unannounced by `kept`."""
+    by_role: dict[str, dict[Encoding, list[str]]] = {}
+    for name, item in stored.items():
+        found = by_role.setdefault(layout.tensors[name].role, {})
+        found.setdefault(item.encoding, []).append(name)
+    for role, found in by_role.items():
+        if len(found) == 1:
+            continue
+        unannounced = {
+            encoding: [name for name in names if not any(p.matches(name) for p in kept)]
+            for encoding, names in found.items()
+        }
+        usual = max(unannounced, key=lambda encoding: len(unannounced[encoding]))
+        for encoding, names in unannounced.items():
+            if encoding != usual and names:
+                rest = f"{len(unannounced[usual])} are {usual.label}"
+                message = f"{len(names)} {role} tensors are {encoding.label}, {rest}"
+                yield Fault("dtype", message, tensor=names[0], fatal=False)
+
+
+def _scale_owner(name: str) -> str | None:
+    for suffix in SCALE_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None
+
+
+def _extent(held: StoredTensor) -> Extent:
+    return Extent(held.file, held.offset, held.nbytes)

@@ -1,0 +1,10 @@
+"""What a format must be able to do.."""
+
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Bytes at an offset."""
+
+    offset: int
+    data: bytes

@@ -1,0 +1,39 @@
+"""writer."""
+
+from collections.abc import Iterable, Iterator
+
+from lingconv.containers.base import Part
+from lingconv.containers.gguf import header as gguf
+from lingconv.containers.placement import _cut, _place
+from lingconv.plans.key_values import Metadata
+from lingconv.plans.plan import Container, OutputFile, Transfer
+
+
+def pack_gguf(
+    transfers: Iterable[Transfer],
+    metadata: Metadata,
+    stem: str,
+    *,
+    max_shard_bytes: int | None,
+    max_tensors: int,
+) -> tuple[OutputFile, ...]:
+    """Cut transfers into GGUF files called `stem`; a limit of None or 0 is none.
+
+    The first file carries `metadata`, the others only what makes them part of it.
+    """
+    shards = list(_cut(transfers, max_shard_bytes, max_tensors))
+    num_tensors = sum(len(specs) for shard in shards for _, specs in shard)
+    alignment = gguf.alignment_of(metadata)
+    files = []
+    for index, shard in enumerate(shards):
+        name = gguf.shard_name(stem, index, len(shards))
+        own = gguf.with_split(metadata, index, len(shards), num_tensors)
+        ordered = [spec for _, specs in shard for spec in specs]
+        start = len(gguf.build_header(own, ordered))
+        file = _place(name, shard, ordered, start, lambda spec: gguf.padded_bytes(spec, alignment))
+        files.append(file._replace(container=Container.GGUF, metadata=own))
+    return tuple(files)
+
+
+def _gguf_frames(file: OutputFile) -> Iterator[Part]:
+    yield Part(0, gguf.build_header(file.metadata or {}, file.tensors))

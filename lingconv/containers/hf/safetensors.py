@@ -1,0 +1,182 @@
+"""The safetensors container: an 8-byte length, a JSON header, the data.
+
+Reads headers without trusting them and lays files out before any data exists. Format:
+https://github.com/huggingface/safetensors#format. No holes, no overlaps, header at most 100 MB.
+The real library's writer needs a whole shard in memory, which is why this module exists.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from lingconv.containers.stored_tensor import HeaderError, StoredTensor, check_coverage
+from lingconv.encodings.dtypes import DTYPES
+from lingconv.encodings.tensor_spec import TensorSpec
+from lingconv.errors import Fault
+from lingconv.storage import BLOCK_BYTES
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
+METADATA_KEY = "__metadata__"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
+
+
+def header_length(prefix: bytes, file_bytes: int) -> int:
+    """Return the length of the JSON header, from the first 8 bytes of a file.
+
+    Raises HeaderError when the file is too short for the header that it announces.
+    """
+    if len(prefix) < 8:
+        raise HeaderError(f"file of {file_bytes} bytes is too short for a safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"header length {length:,} is over the format's limit of 100 MB")
+    if length > file_bytes - 8:
+        raise HeaderError(
+            f"truncated: header says {length:,} bytes, the file holds {file_bytes - 8:,} after it"
+        )
+    return int(length)
+
+
+def parse_header(
+    header: bytes, file_bytes: int, file: str
+) -> tuple[list[StoredTensor], list[Fault]]:
+    """Return the tensors that a header describes, sorted by offset, and what is wrong with it.
+
+    Only entries that lie inside the file and whose size fits dtype and shape are returned. Raises
+    HeaderError when the JSON itself is unusable.
+    """
+    entries: list[StoredTensor] = []
+    faults: list[Fault] = []
+    start = 8 + len(header)
+    seen: set[str] = set()
+    for name, value in _load_entries(header):
+        if name == METADATA_KEY:
+            continue
+        if name in seen:
+            faults.append(Fault("header", "tensor is listed twice in one header", file, name))
+            continue
+        seen.add(name)
+        try:
+            entries.append(_parse_entry(name, value, file, start, file_bytes))
+        except HeaderError as exc:
+            faults.append(Fault("header", str(exc), file, name))
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    if not faults:
+        faults, end = check_coverage(entries, start)
+        if end != file_bytes:
+            message = f"{file_bytes - end:,} bytes behind the last tensor"
+            faults.append(Fault("header", message, file))
+    return entries, faults
+
+
+def _load_entries(header: bytes) -> Iterable[tuple[str, Any]]:
+    """Parse the JSON object; keys that occur twice come twice."""
+    try:
+        entries = json.loads(header)
+        if isinstance(entries, dict) and not _may_repeat_keys(header, entries):
+            return entries.items()
+        pairs = json.loads(header, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as exc:
+        raise HeaderError(f"header is not JSON: {exc}") from exc
+    if not isinstance(pairs, _Pairs):
+        raise HeaderError("header is not a JSON object")
+    return [(name, _unique(value)) for name, value in pairs]
+
+
+def _may_repeat_keys(header: bytes, entries: dict[str, Any]) -> bool:
+    """Return whether a key may occur twice, which json.loads passes over: then look closely.
+
+    Every entry spells its three fields once, so more of them than entries means repeats.
+    """
+    count = len(entries) - (METADATA_KEY in entries)
+    return any(header.count(field) != count for field in _FIELD_SPELLINGS)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its key-value pairs."""
+
+
+def _unique(value: Any) -> Any:
+    """Return an object as a dict, or as nothing usable when it repeats a key."""
+    if not isinstance(value, _Pairs):
+        return value
+    return dict(value) if len(dict(value)) == len(value) else None
+
+
+def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) -> StoredTensor:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        raise HeaderError("entry must be an object with exactly dtype, shape and data_offsets")
+    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        raise HeaderError(f"unknown dtype {value['dtype']!r}")
+    shape = _sizes(value["shape"], "shape")
+    offsets = _sizes(value["data_offsets"], "data_offsets")
+    if len(offsets) != 2:
+        raise HeaderError("data_offsets must have two numbers")
+    begin, end = offsets
+    if not begin <= end <= file_bytes - start:
+        raise HeaderError(
+            f"data_offsets [{begin}, {end}] are outside the {file_bytes - start:,} bytes of data"
+            " (truncated file?)"
+        )
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8 or bits // 8 != end - begin:
+        raise HeaderError(f"{dtype} {list(shape)} does not take {end - begin:,} bytes")
+    return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
+
+
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise HeaderError(f"{what} is not a list")
+    for size in value:
+        if type(size) is not int or size < 0:
+            raise HeaderError(f"{what} has {size!r} where a size must be")
+    return tuple(value)
+
+
+def storage_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Return the order in which a file holds its tensors: whole blocks first, then the rest.
+
+    Readers map a file and view it as a dtype, which needs aligned offsets, and the format has no
+    padding. Tensors of whole blocks keep each other aligned, to any dtype and to the disk; behind
+    them, falling item size aligns whatever is left.
+    """
+    return sorted(specs, key=_storage_rank)
+
+
+def _storage_rank(spec: TensorSpec) -> tuple[bool, int]:
+    if spec.nbytes % BLOCK_BYTES == 0:
+        return False, 0
+    return True, -spec.dtype.itemsize
+
+
+def build_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Return the length prefix and header of a file that holds `specs` in that order.
+
+    Padded with spaces to whole blocks, so that the data starts aligned.
+    """
+    entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % BLOCK_BYTES)
+    if len(header) > MAX_HEADER_BYTES:
+        raise HeaderError(f"header of {len(header):,} bytes is over the format's limit of 100 MB")
+    return struct.pack("<Q", len(header)) + header
+
+
+def shard_name(index: int, count: int) -> str:
+    """Return the name of shard `index` (from 0) of `count`, as transformers spells it."""
+    return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,51 @@
+"""archives."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lingconv.containers.base import Part
+from lingconv.containers.megatron.args import common_state
+from lingconv.containers.megatron.pickles import dumps, tensor
+from lingconv.containers.megatron.torch_archive import Archive, build_archive
+from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.encodings.tensor_spec import TensorSpec
+from lingconv.plans.plan import Container, OutputFile
+
+
+def archives(file: OutputFile) -> Iterator[Archive]:
+    """Yield the archives of a file in their order."""
+    if file.container == Container.TORCH_DIST:
+        start = 0
+        for spec in file.tensors:
+            archive = chunk_archive(start, DTYPES[spec.dtype.value], spec.shape)
+            start = archive.end
+            yield archive
+    elif file.container == Container.TORCH:
+        yield rank_archive(file.tensors, file.state or {})
+
+
+def rank_archive(specs: Sequence[TensorSpec], state: Mapping[str, Any]) -> Archive:
+    """Return the archive that a rank of Megatron saves: its model chunks, and its arguments.
+
+    Names are `CHUNK/NAME`; modules without a state of their own have None for it.
+    """
+    chunks: dict[str, dict[str, Any]] = {
+        key: {f"{module}._extra_state": None for module in modules}
+        for key, modules in state["modules"].items()
+    }
+    for number, spec in enumerate(specs):
+        key, _, name = spec.name.partition("/")
+        chunks[key][name] = tensor(DTYPES[spec.dtype.value], spec.shape, str(number))
+    storages = {str(number): spec.nbytes for number, spec in enumerate(specs)}
+    return build_archive(0, dumps({**common_state(state["args"]), **chunks}), storages)
+
+
+def chunk_archive(start: int, dtype: DType, shape: tuple[int, ...]) -> Archive:
+    """Return the archive of one tensor, as torch.save writes it, from byte `start` on."""
+    key = "0"
+    return build_archive(start, dumps(tensor(dtype, shape, key)), {key: dtype.nbytes_of(shape)})
+
+
+def _archive_frames(file: OutputFile) -> Iterator[Part]:
+    for archive in archives(file):
+        yield from archive.parts

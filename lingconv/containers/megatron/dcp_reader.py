@@ -1,0 +1,217 @@
+"""Reads torch_dist: `.metadata`, then the archive of every chunk of a weight.
+
+Optimizer state, random states and extra state are listed and left alone: their archives are not
+opened. Chunks are read where they lie, however many ranks wrote them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from lingconv.containers.checkpoint import LeftOut
+from lingconv.containers.megatron import dcp_metadata as torch_dist
+from lingconv.containers.megatron.dcp_metadata import Chunk, Place, Tensor
+from lingconv.containers.megatron.pickles import TensorRef, loads
+from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
+from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
+from lingconv.encodings.dtypes import DType
+from lingconv.errors import CheckpointError, Fault
+from lingconv.model.family import MAX_REPEATS
+from lingconv.storage import Storage
+from lingconv.storage.open_files import OpenedFiles
+
+# What belongs to a training run and not to the model, by the beginning of its key.
+_STATE = {
+    "optimizer state": re.compile(r"(chained_\d+\.)?optimizer\."),
+    "random state": re.compile(r"rng_state|rerun_state_machine_state"),
+    "extra state": re.compile(r".*\._extra_state"),
+}
+# FP32 weights that the optimizer works on, by the key of the weight that is their rounding.
+_MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
+# Older Megatron stores layers that are all alike in one tensor, with the layer as its first axis.
+_ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
+
+
+class TorchDistReader:
+    """Collects the weights of one checkpoint folder and every fault met on the way."""
+
+    def __init__(self, storage: Storage, folder: str, *, main_params: bool = False) -> None:
+        self.storage = storage
+        self.folder = folder
+        self.main_params = main_params
+        self.faults: list[Fault] = []
+        self.left_out: dict[str, LeftOut] = {}
+        self._sizes: dict[str, int | None] = {}
+
+    def read(self) -> dict[str, StoredTensor]:
+        """Return all weights by name; raise CheckpointError when `.metadata` is of no use."""
+        name = self.folder + torch_dist.METADATA_NAME
+        try:
+            directory = torch_dist.read_metadata(self.storage.read(name))
+        except HeaderError as exc:
+            raise CheckpointError(
+                f"{self.storage.uri}: {name} {exc}",
+                hint="it is written last: without it the checkpoint is not complete",
+            ) from exc
+        self._set_aside(directory)
+        weights = [tensor for tensor in directory.tensors if _state_of(tensor.name) is None]
+        if self.main_params:
+            weights = list(self._main_params(weights, directory))
+        self._check_files(weights)
+        for tensor, offsets in directory.lost:
+            if _state_of(tensor) is None:
+                message = f"chunk at {list(offsets)} is listed, and not where it is"
+                self.faults.append(Fault("missing chunk", message, name, tensor))
+        with OpenedFiles(self.storage) as blobs:
+            stored = [self._stored(tensor, blobs) for tensor in weights]
+        return {tensor.name: tensor for item in stored for tensor in _apart(item)}
+
+    def _main_params(
+        self, weights: Iterable[Tensor], directory: torch_dist.Directory
+    ) -> Iterator[Tensor]:
+        """Yield the optimizer's FP32 weights in place of their roundings, where it has some."""
+        mains = {
+            match[1]: tensor
+            for tensor in directory.tensors
+            if (match := _MAIN_PARAM.fullmatch(tensor.name))
+        }
+        if not mains:
+            raise CheckpointError(
+                f"{self.storage.uri} has no optimizer state with FP32 weights",
+                hint="leave `--from-main-params` out",
+            )
+        for weight in weights:
+            main = mains.get(weight.name, weight)
+            if main.shape != weight.shape:
+                message = f"FP32 weight is stored as {list(main.shape)}, not {list(weight.shape)}"
+                hint = "save with `fully_sharded_model_space`, or leave `--from-main-params` out"
+                fault = Fault("main weight", message, tensor=weight.name, hint=hint)
+                self.faults.append(fault)
+            yield main._replace(name=weight.name)
+
+    def files(self) -> list[str]:
+        """Return the files that weights are in."""
+        return [name for name, size in self._sizes.items() if size is not None]
+
+    def _set_aside(self, directory: torch_dist.Directory) -> None:
+        """Sum up what is no weight."""
+        for tensor in directory.tensors:
+            self._count(tensor.name, sum(chunk.place.nbytes for chunk in tensor.chunks))
+        for name, place in directory.objects.items():
+            self._count(name, place.nbytes if place else 0, "other objects")
+        for name in directory.strange:
+            self._count(name, 0, "tensors of a dtype that weights never have")
+
+    def _count(self, name: str, nbytes: int, otherwise: str = "") -> None:
+        kind = _state_of(name) or otherwise
+        if kind:
+            held = self.left_out.get(kind, LeftOut(0, 0))
+            self.left_out[kind] = LeftOut(held.entries + 1, held.nbytes + nbytes)
+
+    def _check_files(self, weights: Iterable[Tensor]) -> None:
+        """Find out which files are there, and report each one that is not, or is too short."""
+        ends: dict[str, int] = {}
+        for tensor in weights:
+            for chunk in tensor.chunks:
+                end = chunk.place.offset + chunk.place.nbytes
+                ends[chunk.place.file] = max(end, ends.get(chunk.place.file, 0))
+        for name, end in sorted(ends.items()):
+            size = None
+            with suppress(CheckpointError):
+                size = self.storage.stat(self.folder + name).size
+            self._sizes[self.folder + name] = size
+            if size is None:
+                message = f"is missing: {torch_dist.METADATA_NAME} places weights in it"
+                hint = "fetch the missing files again"
+                self.faults.append(Fault("missing file", message, self.folder + name, hint=hint))
+            elif size < end:
+                message = f"is cut short: {size:,} bytes, weights reach to byte {end:,}"
+                self.faults.append(Fault("truncated file", message, self.folder + name))
+
+    def _stored(self, tensor: Tensor, blobs: OpenedFiles) -> StoredTensor:
+        boxes = []
+        for chunk in tensor.chunks:
+            place = chunk.place._replace(file=self.folder + chunk.place.file)
+            size = self._sizes[place.file]
+            if size is None or place.offset + place.nbytes > size:
+                continue  # reported with its file
+            try:
+                _check_inside(tensor, chunk)
+                boxes.append(_box(tensor.dtype, chunk, place, _archive(blobs, place)))
+            except HeaderError as exc:
+                message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
+                self.faults.append(Fault("chunk", message, place.file, tensor.name))
+        first = boxes[0].file if boxes else self.folder + torch_dist.METADATA_NAME
+        nbytes = tensor.dtype.nbytes_of(tensor.shape)
+        return StoredTensor(tensor.name, tensor.dtype, tensor.shape, first, 0, nbytes, tuple(boxes))
+
+
+def _state_of(name: str) -> str | None:
+    """Return what part of a training run a key belongs to, or None for the model's weights."""
+    return next((kind for kind, pattern in _STATE.items() if pattern.match(name)), None)
+
+
+def _archive(blobs: OpenedFiles, place: Place) -> ArchiveReader:
+    """Open an archive that lies among others in a file."""
+    return ArchiveReader(
+        lambda offset, count: blobs.read(place.file, place.offset + offset, count), place.nbytes
+    )
+
+
+def _check_inside(tensor: Tensor, chunk: Chunk) -> None:
+    """Raise HeaderError for a chunk that is no part of its tensor."""
+    axes = (chunk.offsets, chunk.sizes, tensor.shape)
+    if len({*map(len, axes)}) != 1 or not all(
+        size > 0 and first + size <= whole for first, size, whole in zip(*axes, strict=True)
+    ):
+        raise HeaderError(f"{list(chunk.sizes)} is no part of {list(tensor.shape)}")
+
+
+def _box(dtype: DType, chunk: Chunk, place: Place, archive: ArchiveReader) -> Box:
+    """Return where the elements of a chunk are; raise HeaderError when it holds others."""
+    ref = _load(archive.record(PICKLE_NAME))
+    if not isinstance(ref, TensorRef):
+        raise HeaderError("holds no tensor")
+    if ref.storage.dtype != dtype or ref.shape != chunk.sizes:
+        raise HeaderError(
+            f"holds {ref.storage.dtype} {list(ref.shape)},"
+            f" {torch_dist.METADATA_NAME} says {dtype} {list(chunk.sizes)}"
+        )
+    if not ref.is_contiguous:
+        raise HeaderError(f"is not stored row by row (strides {list(ref.stride)})")
+    offset, held, _ = archive.elements(ref.storage.key)
+    first, nbytes = ref.first * dtype.itemsize, dtype.nbytes_of(chunk.sizes)
+    if first + nbytes > held:
+        raise HeaderError(f"has {held:,} bytes of elements, {first + nbytes:,} are needed")
+    return Box(chunk.offsets, chunk.sizes, place.file, place.offset + offset + first, nbytes)
+
+
+@lru_cache(maxsize=1024)
+def _load(pickled: bytes) -> Any:
+    """Return what a chunk's pickle holds: chunks of the same shape have the same one."""
+    return loads(pickled)
+
+
+def _apart(tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """Yield a tensor, or, where it holds all layers, that of each layer by its usual name."""
+    together = _ALL_LAYERS.fullmatch(tensor.name)
+    if together is None or not tensor.shape or tensor.shape[0] > MAX_REPEATS:
+        yield tensor
+        return
+    for layer in range(tensor.shape[0]):
+        boxes = tuple(
+            Box(
+                box.offsets[1:],
+                box.sizes[1:],
+                box.file,
+                box.offset + (layer - box.offsets[0]) * (box.nbytes // box.sizes[0]),
+                box.nbytes // box.sizes[0],
+            )
+            for box in tensor.boxes
+            if box.offsets[0] <= layer < box.offsets[0] + box.sizes[0]
+        )
+        name = f"{together['prefix']}.{layer}.{together['rest']}"
+        nbytes = tensor.nbytes // tensor.shape[0]
+        yield tensor._replace(name=name, shape=tensor.shape[1:], nbytes=nbytes, boxes=boxes)

@@ -1,0 +1,222 @@
+"""Puts the parts that Megatron's ranks hold together again: the inverse of `spreading.py`.
+
+Every tensor of a rank's file is one or several boxes of a tensor of the whole model. What several
+ranks hold has to be the same everywhere, by the checksums that their files state.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+from lingconv.containers.stored_tensor import Box, StoredTensor
+from lingconv.encodings.dtypes import StoredType
+from lingconv.errors import Fault, UsageError
+from lingconv.model.family import Family, PhysicalName, Role
+from lingconv.model.layout import MEGATRON, Layout, PhysicalTensor, build_layout
+from lingconv.model.layout_detection import refined
+from lingconv.model.parallelism import FILE_NAME, Parallel, Part, all_ranks, parts
+from lingconv.plans.tensor_map import within
+
+_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def gather(
+    family: Family,
+    symbols: Mapping[str, Any],
+    args: Mapping[str, Any],
+    found: Mapping[str, StoredTensor],
+) -> tuple[dict[str, StoredTensor], list[Fault]]:
+    """Return the tensors of the whole model, in boxes, and everything that does not fit.
+
+    `found` are the ranks' tensors by name, `FOLDER/CHUNK/NAME`.
+    """
+    parallel = find_parallel(found, args)
+    if sum(parallel.layers) != symbols["layers"]:
+        parallel = parallel._replace(layers=())
+    try:
+        return _Gatherer(family, symbols, parallel, found).gather()
+    except UsageError as exc:
+        return {}, [Fault("ranks", f"{parallel.describe()}: {exc}")]
+
+
+def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
+    """Return how a model is spread, by its folders, what lies in them, and the arguments."""
+    tp = pp = ep = vpp = 1
+    layers: dict[tuple[int, int], int] = {}
+    for name in names:
+        folder, key, tensor = name.split("/", 2)
+        tensor_rank, pipeline, expert = _numbers(folder, args)
+        virtual = int(key.removeprefix("model") or 0)
+        tp, pp, ep = max(tp, tensor_rank + 1), max(pp, pipeline + 1), max(ep, expert + 1)
+        vpp = max(vpp, virtual + 1)
+        layer = _LAYER.match(tensor)
+        if layer:
+            chunk = virtual, pipeline
+            layers[chunk] = max(layers.get(chunk, 0), int(layer[1]) + 1)
+    tp = max(tp, args.get("tensor_model_parallel_size") or 1)
+    pp = max(pp, args.get("pipeline_model_parallel_size") or 1)
+    ep = max(ep, args.get("expert_model_parallel_size") or 1)
+    etp = args.get("expert_tensor_parallel_size") or tp
+    chunks = [(virtual, stage) for virtual in range(vpp) for stage in range(pp)]
+    return Parallel(tp, pp, ep, etp, vpp, tuple(layers.get(chunk, 0) for chunk in chunks))
+
+
+def _numbers(folder: str, args: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the ranks in a folder's name; a lone second number is what the arguments say it is."""
+    match = _FOLDER.fullmatch(folder)
+    if match is None:
+        return 0, 0, 0
+    first, second, third = match.groups()
+    if (
+        third is None
+        and second is not None
+        and (args.get("pipeline_model_parallel_size") or 1) == 1
+    ):
+        return int(first), 0, int(second)
+    return int(first), int(second or 0), int(third or 0)
+
+
+class _Gatherer:
+    def __init__(
+        self,
+        family: Family,
+        symbols: Mapping[str, Any],
+        parallel: Parallel,
+        found: Mapping[str, StoredTensor],
+    ) -> None:
+        self._family = family
+        self._symbols = symbols
+        self._parallel = parallel
+        self._found = found
+        self._whole = build_layout(family, symbols, MEGATRON)
+        self._addresses = self._whole.addresses()
+        names = {name.split("/", 2)[2] for name in found}
+        self._layout_name = refined(family, MEGATRON, names)
+        self._boxes: dict[PhysicalName, list[Box]] = {}
+        self._dtypes: dict[PhysicalName, StoredType] = {}
+        self._rows: dict[PhysicalName, int] = {}
+        self._copies: dict[tuple[PhysicalName, int, int], StoredTensor] = {}
+        self._faults: list[Fault] = []
+        self._used: set[str] = set()
+
+    def gather(self) -> tuple[dict[str, StoredTensor], list[Fault]]:
+        folders = {name.split("/")[0] for name in self._found}
+        # Whatever a vocabulary was padded to, a rank's own file tells.
+        rows = self._parallel.padded(self._symbols["vocab_size"], 1)
+        for rank in all_ranks(self._parallel):
+            folder = rank.folder(self._parallel)
+            if folder not in folders:
+                hint = "fetch the files of all ranks"
+                message = f"is missing: {self._parallel.describe()}"
+                self._faults.append(
+                    Fault("missing rank", message, f"{folder}/{FILE_NAME}", hint=hint)
+                )
+                continue
+            for key, part in parts(self._parallel, rank, self._symbols, rows):
+                layout = build_layout(self._family, self._symbols, self._layout_name, part)
+                self._take(f"{folder}/{key}/", layout, part)
+        self._sort_rest()
+        return {str(name): self._tensor(name) for name in self._boxes}, self._faults
+
+    def _take(self, prefix: str, layout: Layout, part: Part) -> None:
+        """Add the boxes of one model chunk of one rank."""
+        for tensor in layout.tensors.values():
+            held = self._found.get(prefix + tensor.name)
+            if held is None:
+                message = f"is missing, expected {list(tensor.stored_shape)}"
+                self._faults.append(Fault("missing tensor", message, tensor=prefix + tensor.name))
+                continue
+            self._used.add(held.name)
+            vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
+            if vocabulary and held.shape[1:] == tensor.shape[1:]:
+                self._add_vocabulary(tensor, held, part)
+            elif held.shape != tensor.stored_shape:
+                message = f"has shape {list(held.shape)}, {list(tensor.stored_shape)} is expected"
+                self._faults.append(Fault("shape", message, held.file, held.name))
+            else:
+                self._add(tensor, held)
+
+    def _add(self, tensor: PhysicalTensor, held: StoredTensor) -> None:
+        cols = prod(tensor.shape[1:])
+        row_bytes = cols * held.dtype.itemsize
+        for rows in tensor.rows:
+            top = rows.start
+            for address in within(self._addresses[rows.logical], rows.first, rows.num_rows):
+                place = (address.start, tensor.first_col)
+                offset, pitch = held.offset + top * row_bytes, 0
+                if tensor.turned:
+                    pitch = tensor.height
+                    offset = held.offset + top // pitch * pitch * row_bytes
+                    offset += top % pitch * held.dtype.itemsize
+                sizes = (address.num_rows, cols)
+                self._put(address.name, place, sizes, held, offset, pitch)
+                top += address.num_rows
+
+    def _add_vocabulary(self, tensor: PhysicalTensor, held: StoredTensor, part: Part) -> None:
+        """Add rows of a vocabulary, which Megatron may have made longer than the model's own."""
+        (address,) = self._addresses[tensor.rows[0].logical]
+        self._rows[address.name] = held.shape[0] * part.dense.size
+        place = part.dense.rank * held.shape[0], 0
+        self._put(address.name, place, (held.shape[0], held.shape[1]), held, held.offset)
+
+    def _put(
+        self,
+        name: PhysicalName,
+        place: tuple[int, int],
+        sizes: tuple[int, int],
+        held: StoredTensor,
+        offset: int,
+        pitch: int = 0,
+    ) -> None:
+        """Add a box of whole rows, in the axes of the tensor that it is a part of."""
+        twin = self._copies.setdefault((name, *place), held)
+        if twin is not held and twin.crc and held.crc and twin.crc != held.crc:
+            message = f"is not the same in {twin.file}: replicas disagree"
+            self._faults.append(Fault("replica", message, held.file, held.name))
+        whole = self._whole.tensors[name]
+        shape = whole.stored_shape
+        elements = (sizes[1] - 1) * pitch + sizes[0] if pitch else sizes[0] * sizes[1]
+        nbytes = elements * held.dtype.itemsize
+        offsets, box = _in_axes(place, sizes, shape)
+        self._boxes.setdefault(name, []).append(Box(offsets, box, held.file, offset, nbytes, pitch))
+        dtype = self._dtypes.setdefault(name, held.dtype)
+        if dtype != held.dtype:
+            message = f"is {held.dtype}, other ranks hold {dtype}"
+            self._faults.append(Fault("dtype", message, held.file, held.name))
+
+    def _tensor(self, name: PhysicalName) -> StoredTensor:
+        boxes, dtype = self._boxes[name], self._dtypes[name]
+        shape = self._whole.tensors[name].stored_shape
+        shape = (self._rows.get(name, shape[0]), *shape[1:])
+        return StoredTensor(
+            name, dtype, shape, boxes[0].file, 0, dtype.nbytes_of(shape), tuple(boxes)
+        )
+
+    def _sort_rest(self) -> None:
+        for name in sorted(self._found.keys() - self._used):
+            held = self._found[name]
+            hint = "pass `--drop PATTERN` to leave tensors out knowingly"
+            message = f"is no tensor of {self._family.title} that this rank holds"
+            self._faults.append(Fault("extra tensor", message, held.file, name, hint=hint))
+
+
+def _in_axes(
+    place: tuple[int, int], sizes: tuple[int, int], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where rows of a matrix are in the axes of the tensor that it stands for."""
+    row, col = place
+    if len(shape) == 1:
+        return (row,), sizes[:1]
+    if len(shape) == 2:
+        return place, sizes
+    return (row // shape[1], row % shape[1], col), (1, *sizes)
+
+
+def names_of_ranks(names: Iterable[str]) -> Iterator[str]:
+    """Yield the folders of ranks among the files of a checkpoint."""
+    for name in names:
+        folder, _, file = name.partition("/")
+        if file == FILE_NAME and _FOLDER.fullmatch(folder):
+            yield folder

@@ -1,0 +1,103 @@
+"""Compiled kernels that come with the package.
+
+    lingconv/encodings/kernels/prebuilt/manifest.json        what they were made with, and of which sources
+    lingconv/encodings/kernels/prebuilt/x86-64-v3/NAME       numba's own form of one kernel for some types
+
+They are made when a wheel is built (`hatch_build.py`), and are used only by the Python and the
+numba that made them, for the very sources that lie beside them.
+"""
+
+import hashlib
+import json
+import pickle
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+_SOURCES: Final = Path(__file__).parent
+_SHIPPED: Final = _SOURCES / "prebuilt"
+_MANIFEST: Final = "manifest.json"
+_OTHERS: Final = (
+    "__init__",
+    "aot_build",
+    "fp8_triton",
+    "hatch_build",
+)  # modules that have nothing for numba
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A kind of processors as LLVM names it, what they all have, and how to compile for them."""
+
+    cpu: str
+    features: tuple[str, ...]
+    tuning: str = ""
+
+
+_V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse4.2")
+_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_VBMI = (*_V4, "avx512vbmi")  # Ice Lake, Zen 4 and what came after them: see octaves.py
+# The best one first. Levels of the x86-64 psABI: https://gitlab.com/x86-psABIs/x86-64-ABI
+LEVELS: Final[Mapping[str, tuple[Level, ...]]] = {
+    "x86_64": (Level("x86-64-v4", _VBMI, "-prefer-256-bit"), Level("x86-64-v3", _V3)),
+    "aarch64": (Level("generic", ("neon",)),),
+}
+
+
+class Shipped:
+    """The compiled kernels for one level of processors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, function: Callable[..., Any], types: Any) -> Any:
+        """Return what numba makes a compiled function of, or None where it is not there."""
+        try:
+            return pickle.loads((self._folder / _file_name(function, types)).read_bytes())
+        except FileNotFoundError:
+            return None
+
+
+def _file_name(function: Callable[..., Any], types: Any) -> str:
+    digest = hashlib.sha256(str(types).encode()).hexdigest()[:16]
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}-{digest}"
+
+
+@cache
+def shipped_for_this_machine() -> Shipped | None:
+    """Return the compiled kernels that this processor, Python and numba can use, or None."""
+    try:
+        if json.loads((_SHIPPED / _MANIFEST).read_text()) != _manifest():
+            return None
+    except FileNotFoundError:
+        return None
+    from llvmlite.binding import get_host_cpu_features
+
+    has = get_host_cpu_features()
+    for level in LEVELS.get(platform.machine(), ()):
+        if all(has.get(name) for name in level.features):
+            return Shipped(_SHIPPED / level.cpu)
+    return None
+
+
+@cache
+def sources_digest() -> str:
+    """Return a digest of all that kernels are compiled from."""
+    sources = hashlib.sha256()
+    for path in sorted(_SOURCES.glob("*.py")):
+        sources.update(path.read_bytes())
+    return sources.hexdigest()
+
+
+def _manifest() -> dict[str, str]:
+    import numba
+
+    return {
+        "numba": numba.__version__,
+        "python": f"{sys.implementation.cache_tag} {sys.platform}",
+        "sources": sources_digest(),
+    }

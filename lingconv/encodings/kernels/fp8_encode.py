@@ -1,0 +1,429 @@
+"""Matrices of BF16 or float32 to FP8 e4m3 with scales, compiled by numba.
+
+Shapes: a matrix is M x N, in blocks of BM x BN, with scales of ceil(M/BM) x ceil(N/BN); edge blocks
+are smaller. BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always.
+Every kernel equals torch bit for bit (tests/test_kernels.py).
+
+The kernel goes through whole rows of all blocks side by side, as memory likes it. Almost everything
+takes the short way: blocks of whole chunks (`chunks.py`), numbers that are finite, scales that are
+neither huge nor tiny. The long way has all the answers.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+from numpy import float32, uint8, uint16, uint32
+
+from lingconv.encodings.dtypes import E4M3_MAX
+from lingconv.encodings.kernels.fp8_table import (
+    ENCODED,
+    MANTISSAS,
+    can_look_up,
+    encode_64,
+    fill_octave,
+    least_normal,
+)
+from lingconv.encodings.kernels.intrinsics import fused, prefetch
+from lingconv.encodings.kernels.jit import BF16, BOOL, BYTES, F32, FLOAT, INT, helper, kernel
+from lingconv.encodings.kernels.numeric import Array, bf16_from_bits, float_bits, float_of, load
+from lingconv.encodings.kernels.tiles import CHUNK, LINE, PAIRS, chunks_of_block, has_chunks, spread
+
+# How `quantize` rounds a scale before it is used.
+SCALE_F32: Final = 0
+SCALE_BF16: Final = 1
+SCALE_UE8M0: Final = 2
+
+NO_NONFINITE: Final = -1
+_EXPONENT: Final = 0x7F800000
+_MAGNITUDE: Final = 0x7FFFFFFF
+_MAX_E4M3_BITS: Final = 0x43E00000  # 448.0
+_MIN_NORMAL_E4M3_BITS: Final = 0x3C800000  # 2^-6, the smallest normal e4m3
+_REBIAS: Final = (0x7FFFF - (120 << 23)) & 0xFFFFFFFF  # half an ulp less, exponent bias 127 -> 7
+_SUBNORMAL_MAGIC: Final = 16384.0  # 2^14: its float32 ulp is 2^-9, the e4m3 subnormal step
+_SUBNORMAL_MAGIC_BITS: Final = 0x46800000
+_MIN_UE8M0_BITS: Final = 0x00400000  # 2^-127
+_MAX_FINITE_POWER_BITS: Final = 0x7F000000  # 2^127
+
+# Scales between these leave room for the factors below and for every product and quotient.
+_LEAST_SCALE: Final = 2.0**-90
+_MOST_SCALE: Final = 2.0**90
+_ONES: Final = 0x7FFFFF  # a mantissa of ones, see `_quotient`
+_LIFT: Final = 2.0**7  # see `_short_code`
+_LEAST_LIFTED: Final = (127 - 6 + 7) << 23  # 2^-6, lifted
+_NAN_CODE: Final = 0x7F
+_WORTH_A_TABLE: Final = 8  # rows
+
+
+@helper
+def _e4m3(value: Any) -> Any:
+    """Round a float32 to e4m3fn: saturates at 448, keeps the sign of zero, NaN stays NaN."""
+    bits = float_bits(value)
+    sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
+    magnitude = uint32(bits & uint32(_MAGNITUDE))
+    is_nan = magnitude > uint32(_EXPONENT)
+    magnitude = min(magnitude, uint32(_MAX_E4M3_BITS))
+    odd = uint32(uint32(magnitude >> uint32(20)) & uint32(1))
+    normal = uint32(uint32(uint32(magnitude + uint32(_REBIAS)) + odd) >> uint32(20))
+    subnormal = uint32(
+        float_bits(float_of(magnitude) + float32(_SUBNORMAL_MAGIC)) - uint32(_SUBNORMAL_MAGIC_BITS)
+    )
+    code = subnormal if magnitude < uint32(_MIN_NORMAL_E4M3_BITS) else normal
+    code = uint32(_NAN_CODE) if is_nan else code
+    return uint8(code | sign)
+
+
+@helper
+def _round_scale(scale: Any, rounding: Any) -> Any:
+    """Round a scale (>= 0, finite) as it is going to be stored; zero becomes one."""
+    bits = float_bits(scale)
+    if rounding == SCALE_BF16:
+        bits = uint32(uint32(bf16_from_bits(bits)) << uint32(16))
+    if rounding == SCALE_UE8M0 and bits != 0:
+        # The next power of two: any mantissa bit carries into the exponent.
+        bits = uint32(uint32(bits + uint32(0x7FFFFF)) & uint32(_EXPONENT))
+        if bits > uint32(_MAX_FINITE_POWER_BITS):
+            bits = uint32(_MAX_FINITE_POWER_BITS)
+        if scale <= float_of(uint32(_MIN_UE8M0_BITS)):
+            bits = uint32(_MIN_UE8M0_BITS)
+    rounded = float_of(bits)
+    return float32(1.0) if rounded == float32(0.0) else rounded
+
+
+# An element is BF16 (uint16 bits) or float32: numba picks the body by its type.
+def _magnitude(value: Any) -> Any:
+    """Return the element's bits without the sign, in its own width; they order like |value|."""
+
+
+def _from_magnitude(magnitude: Any) -> Any:
+    """Return the float32 that `_magnitude` came from, without its sign."""
+
+
+def _is_nonfinite(magnitude: Any) -> Any:
+    """Return whether a magnitude is Inf or NaN."""
+
+
+def _new_magnitudes(line: Any) -> Any:
+    """Return room for a magnitude of each element of a line."""
+
+
+@overload(_magnitude)
+def _magnitude_overload(value: Any) -> Any:
+    def bf16(value: Any) -> Any:
+        return uint16(value & uint16(0x7FFF))
+
+    def f32(value: Any) -> Any:
+        return uint32(float_bits(value) & uint32(_MAGNITUDE))
+
+    return bf16 if value == types.uint16 else f32
+
+
+@overload(_from_magnitude)
+def _from_magnitude_overload(magnitude: Any) -> Any:
+    def bf16(magnitude: Any) -> Any:
+        return load(magnitude)
+
+    def f32(magnitude: Any) -> Any:
+        return float_of(magnitude)
+
+    return bf16 if magnitude == types.uint16 else f32
+
+
+@overload(_is_nonfinite)
+def _is_nonfinite_overload(magnitude: Any) -> Any:
+    def bf16(magnitude: Any) -> Any:
+        return magnitude >= uint16(0x7F80)
+
+    def f32(magnitude: Any) -> Any:
+        return magnitude >= uint32(_EXPONENT)
+
+    return bf16 if magnitude == types.uint16 else f32
+
+
+@overload(_new_magnitudes)
+def _new_magnitudes_overload(line: Any) -> Any:
+    def bf16(line: Any) -> Any:
+        return np.empty(line.size, np.uint16)
+
+    def f32(line: Any) -> Any:
+        return np.empty(line.size, np.uint32)
+
+    return bf16 if line.dtype == types.uint16 else f32
+
+
+_QUANTIZE = BYTES, F32, INT, INT, FLOAT, INT, BOOL
+
+
+@kernel((BF16, *_QUANTIZE), (F32, *_QUANTIZE))
+def quantize(
+    source: Array,
+    target: Array,
+    scales: Array,
+    block_rows: int,
+    block_cols: int,
+    min_amax: float,
+    rounding: int,
+    allow_nonfinite: bool,
+) -> int:
+    """Quantize a matrix (BF16 as uint16, or float32) into `target` (uint8) and `scales` (float32).
+
+    Per block: scale = max(amax, min_amax) / 448, rounded as `rounding` says; element = w / scale.
+    Returns -1, or the first row of the first block with a NaN or Inf unless those are allowed; then
+    amax ignores them, Inf saturates and NaN stays NaN.
+    """
+    rows, cols = source.shape
+    peaks = _new_magnitudes(source[0])
+    divisors = np.empty(cols, np.float32)
+    room = room_for(scales.shape[1])
+    for block_row in range(scales.shape[0]):
+        first = block_row * block_rows
+        last = min(first + block_rows, rows)
+        peaks[:] = 0
+        _find_peaks(source, first, last, peaks)
+        line = scales[block_row]
+        is_plain = has_chunks(cols, block_cols)
+        for block_col in range(line.size):
+            left = block_col * block_cols
+            right = min(left + block_cols, cols)
+            peak = _largest(peaks[left:right])
+            if _is_nonfinite(peak):
+                if not allow_nonfinite:
+                    return first
+                is_plain = False
+                peak = _finite_peak(source[first:last, left:right])
+            amax = max(_from_magnitude(peak), float32(min_amax))
+            line[block_col] = _round_scale(amax / float32(E4M3_MAX), rounding)
+            is_plain &= _is_plain_scale(line[block_col])
+        if is_plain:
+            _encode_chunks(source, target, first, last, line, block_cols, room)
+        else:
+            spread(line, block_cols, divisors)
+            for row in range(first, last):
+                _encode_long(source[row], target[row], divisors)
+    return NO_NONFINITE
+
+
+@helper
+def _is_plain_scale(scale: Any) -> Any:
+    has_room = float32(_LEAST_SCALE) < scale < float32(_MOST_SCALE)
+    return has_room and uint32(float_bits(scale) & uint32(_ONES)) != uint32(_ONES)
+
+
+@helper
+def _set_reciprocals(scales: Array, into: Array) -> None:
+    """Give each block the two halves of the reciprocal of its lowered scale."""
+    for block in range(scales.size):
+        scale = scales[block] * float32(1 / _LIFT)
+        reciprocal = float32(1) / scale
+        into[block, 0] = reciprocal
+        into[block, 1] = fused(-scale, reciprocal, float32(1)) * reciprocal
+
+
+@helper
+def _find_peaks(source: Array, first: int, last: int, peaks: Array) -> None:
+    """Raise each column's peak to its largest magnitude in some rows, four of them at a time."""
+    fours = first + (last - first) // 4 * 4
+    for row in range(first, fours, 4):
+        for col in range(peaks.size):
+            upper = max(_magnitude(source[row, col]), _magnitude(source[row + 1, col]))
+            lower = max(_magnitude(source[row + 2, col]), _magnitude(source[row + 3, col]))
+            peaks[col] = max(peaks[col], max(upper, lower))
+    for row in range(fours, last):
+        for col in range(peaks.size):
+            peaks[col] = max(peaks[col], _magnitude(source[row, col]))
+
+
+@helper
+def _largest(peaks: Array) -> Any:
+    largest = peaks[0]
+    for col in range(peaks.size):
+        largest = max(largest, peaks[col])
+    return largest
+
+
+@helper
+def _finite_peak(block: Array) -> Any:
+    """Return the largest magnitude among the finite elements of a block."""
+    peak = _magnitude(block[0, 0])
+    peak = np.bitwise_xor(peak, peak)
+    for row in range(block.shape[0]):
+        for col in range(block.shape[1]):
+            magnitude = _magnitude(block[row, col])
+            if not _is_nonfinite(magnitude):
+                peak = max(peak, magnitude)
+    return peak
+
+
+@helper
+def _encode_long(line: Array, out: Array, divisors: Array) -> None:
+    for col in range(line.size):
+        out[col] = _e4m3(load(line[col]) / divisors[col])
+
+
+@helper
+def _quotient(value: Any, reciprocal: Any, rest: Any) -> Any:
+    """Return BF16 value / scale, rounded once, for the two halves of the reciprocal of a scale.
+
+    The product is off by some 2^-47 before it is rounded. Of all pairs of mantissas, eleven are
+    rounded to the wrong neighbour, one of them where e4m3 notices: 1 / (a mantissa of ones), for
+    which reason such a scale is not a plain one. tests/test_kernels.py tries all of them.
+    """
+    return fused(value, reciprocal, value * rest)
+
+
+@helper
+def _short_code(quotient: Any) -> Any:
+    """Return the e4m3 code of |w| / scale, at most 464, in the low byte; `quotient` is lifted.
+
+    Adding 2^(e + 20) to a number of exponent e rounds it to e4m3's three bits of mantissa, and
+    leaves them, with the one before them, in the low bits of the sum, whose exponent says e. Here
+    the number is lowered by 2^20 instead. The lift by 2^7 makes exponent and mantissa, added, the
+    code without a constant more.
+    """
+    exponent = max(uint32(float_bits(quotient) & uint32(_EXPONENT)), uint32(_LEAST_LIFTED))
+    bits = float_bits(fused(quotient, float32(2.0**-20), float_of(exponent)))
+    return uint32(bits + uint32(bits >> uint32(20)))
+
+
+@helper
+def room_for(blocks: int) -> Any:
+    """Return what encoding a row of blocks works with: reciprocals, octaves, least normals."""
+    return (
+        np.empty((blocks, 2), np.float32),
+        np.empty((blocks, MANTISSAS), np.uint8),
+        np.empty(blocks, np.uint16),
+    )
+
+
+def _encode_chunks(
+    source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+) -> Any:
+    """Encode rows `first` to `last`, one row of blocks, finite and of whole chunks.
+
+    Processors read ahead where they are read from; what is read next lies behind these rows, and is
+    asked for here.
+    """
+
+
+# Indices instead of slices: numba counts each slice, which takes longer than some of the rows.
+@overload(_encode_chunks)
+def _encode_chunks_overload(
+    source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+) -> Any:
+    def bf16(
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+    ) -> None:
+        encode_bf16_by_product(source, target, first, last, scales, block_cols, room)
+
+    def bf16_by_table(
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+    ) -> None:
+        if last - first < _WORTH_A_TABLE:
+            encode_bf16_by_product(source, target, first, last, scales, block_cols, room)
+        else:
+            encode_bf16_by_table(source, target, first, last, scales, block_cols, room)
+
+    def f32(
+        source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
+    ) -> None:
+        rows, chunks = source.shape[0], source.shape[1] // CHUNK
+        numbers = source.reshape(rows, chunks, CHUNK)
+        codes = target.reshape(rows, chunks, CHUNK)
+        each = chunks_of_block(chunks, block_cols)
+        for row in range(first, last):
+            for block in range(scales.size):
+                scale = scales[block] * float32(1 / _LIFT)
+                for chunk in range(block * each, min(block * each + each, chunks)):
+                    for i in range(CHUNK):
+                        codes[row, chunk, i] = _code_of(numbers[row, chunk, i], scale)
+
+    if source.dtype != types.uint16:
+        return f32
+    return bf16_by_table if can_look_up() else bf16
+
+
+@helper
+def encode_bf16_by_product(
+    source: Array,
+    target: Array,
+    first: int,
+    last: int,
+    scales: Array,
+    block_cols: int,
+    room: Any,
+) -> None:
+    """Encode rows of BF16, two in a word, with the reciprocals of their scales."""
+    rows, chunks = source.shape[0], source.shape[1] // CHUNK
+    words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
+    codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
+    each = chunks_of_block(chunks, block_cols)
+    reciprocals, _, _ = room
+    _set_reciprocals(scales, reciprocals)
+    for row in range(first, last):
+        ahead = min(row + last - first, rows - 1)
+        for block in range(scales.size):
+            reciprocal, rest = reciprocals[block, 0], reciprocals[block, 1]
+            for chunk in range(block * each, min(block * each + each, chunks)):
+                for line in range(0, PAIRS, LINE // 4):
+                    prefetch(words, ahead, chunk, line)
+                for i in range(PAIRS):
+                    word = words[row, chunk, i]
+                    codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
+
+
+@helper
+def encode_bf16_by_table(
+    source: Array,
+    target: Array,
+    first: int,
+    last: int,
+    scales: Array,
+    block_cols: int,
+    room: Any,
+) -> None:
+    """Encode rows of BF16, 64 at once, with an octave of their block; small ones by product."""
+    rows, chunks = source.shape[0], source.shape[1] // CHUNK
+    numbers, bytes_of_codes = source.reshape(-1), target.reshape(-1)
+    words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
+    codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
+    each = chunks_of_block(chunks, block_cols)
+    reciprocals, octaves, least = room
+    _set_reciprocals(scales, reciprocals)
+    for block in range(scales.size):
+        fill_octave(scales[block], _e4m3, octaves[block])
+        least[block] = least_normal(scales[block])
+    for row in range(first, last):
+        ahead = min(row + last - first, rows - 1)
+        for block in range(scales.size):
+            for chunk in range(block * each, min(block * each + each, chunks)):
+                for line in range(0, PAIRS, LINE // 4):
+                    prefetch(words, ahead, chunk, line)
+                for half in range(0, PAIRS, ENCODED // 2):
+                    at = (row * chunks + chunk) * CHUNK + 2 * half
+                    small = encode_64(numbers, bytes_of_codes, at, octaves, block, least[block])
+                    if small:
+                        reciprocal, rest = reciprocals[block, 0], reciprocals[block, 1]
+                        for i in range(half, half + ENCODED // 2):
+                            word = words[row, chunk, i]
+                            codes[row, chunk, i] = _pair_of_codes(word, reciprocal, rest)
+
+
+@helper
+def _code_of(number: Any, scale: Any) -> Any:
+    bits = float_bits(number)
+    code = _short_code(float_of(uint32(bits & uint32(_MAGNITUDE))) / scale)
+    sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
+    return uint8(uint32(code & uint32(0x7F)) | sign)
+
+
+@helper
+def _pair_of_codes(word: Any, reciprocal: Any, rest: Any) -> Any:
+    """Encode two BF16 in a word: neighbours need no shuffling that way."""
+    left = float_of(uint32(uint32(word << uint32(16)) & uint32(_MAGNITUDE)))
+    right = float_of(uint32(word & uint32(0x7FFF0000)))
+    low = _short_code(_quotient(left, reciprocal, rest))
+    high = _short_code(_quotient(right, reciprocal, rest))
+    codes = uint32(uint32(low & uint32(0xFF)) | uint32(high << uint32(8)))
+    codes = uint32(codes | uint32(uint32(word >> uint32(8)) & uint32(0x80)))
+    return uint16(codes | uint32(uint32(word >> uint32(16)) & uint32(0x8000)))

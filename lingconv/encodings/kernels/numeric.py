@@ -1,0 +1,139 @@
+"""The arithmetic of BF16, F32 and FP8 e4m3 that all kernels share, compiled by numba.
+
+BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always. Every kernel
+equals torch bit for bit (tests/test_kernels.py) and returns whether it met NaN or Inf.
+
+Everything is branch-free integer and float32 arithmetic, so that LLVM turns the inner loops into
+SIMD; no fast-math, which would change bits. numba widens uint32 arithmetic to 64 bits, which would
+halve the lanes: hence the uint32() around each step.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+from numpy import float32, uint16, uint32
+
+from lingconv.encodings.kernels.jit import BF16_LINE, F32_LINE, INT, helper, kernel
+
+Array = np.ndarray[Any, Any]
+
+_EXPONENT: Final = 0x7F800000
+_MAGNITUDE: Final = 0x7FFFFFFF
+
+
+@helper
+def float_bits(value: Any) -> Any:
+    """Return the bits of a float32."""
+    return float32(value).view(np.uint32)
+
+
+@helper
+def float_of(bits: Any) -> Any:
+    """Return the float32 of bits."""
+    return uint32(bits).view(np.float32)
+
+
+@helper
+def _load_bf16(value: Any) -> Any:
+    return float_of(uint32(value) << uint32(16))
+
+
+@helper
+def bf16_from_bits(bits: Any) -> Any:
+    """Round float32 bits to BF16; a NaN stays a (quiet) NaN."""
+    odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
+    rounded = uint32(uint32(uint32(bits + uint32(0x7FFF)) + odd) >> uint32(16))
+    is_nan = uint32(bits & uint32(_MAGNITUDE)) > uint32(_EXPONENT)
+    quiet = uint32(uint32(bits >> uint32(16)) | uint32(0x40))
+    return uint16(quiet if is_nan else rounded)
+
+
+@helper
+def load_e4m3(code: Any) -> Any:
+    """Return the float32 of an e4m3 code without its sign; code 0x7F is NaN."""
+    magnitude = uint32(uint32(code) & uint32(0x7F))
+    normal = float_of(uint32(uint32(magnitude << uint32(20)) + uint32(120 << 23)))
+    subnormal = float32(np.int32(magnitude)) * float32(2.0**-9)
+    value = subnormal if magnitude < uint32(8) else normal
+    return float32(np.nan) if magnitude == uint32(0x7F) else value
+
+
+@helper
+def sign_of_e4m3(code: Any) -> Any:
+    """Return the sign of an e4m3 code, as the sign bit of float32."""
+    return uint32(uint32(uint32(code) & uint32(0x80)) << uint32(24))
+
+
+# An element is BF16 (uint16 bits), e4m3 (uint8 codes) or float32: numba picks the body by its type.
+def load(value: Any) -> Any:
+    """Return the element as float32."""
+
+
+@overload(load)
+def _load_overload(value: Any) -> Any:
+    bodies = {types.uint16: _load_bf16_body, types.uint8: _load_e4m3_body}
+    return bodies.get(value, _identity_body)
+
+
+def _load_bf16_body(value: Any) -> Any:
+    return _load_bf16(value)
+
+
+def _load_e4m3_body(value: Any) -> Any:
+    return float_of(uint32(float_bits(load_e4m3(value)) ^ sign_of_e4m3(value)))
+
+
+def _identity_body(value: Any) -> Any:
+    return value
+
+
+def store(out: Any, index: Any, bits: Any) -> Any:
+    """Store float32 bits as the array's own element: rounded to BF16 in uint16, or as float32."""
+
+
+@overload(store)
+def _store_overload(out: Any, index: Any, bits: Any) -> Any:
+    return _store_bf16_body if out.dtype == types.uint16 else _store_f32_body
+
+
+def _store_bf16_body(out: Any, index: Any, bits: Any) -> Any:
+    out[index] = bf16_from_bits(bits)
+
+
+def _store_f32_body(out: Any, index: Any, bits: Any) -> Any:
+    out[index] = float_of(bits)
+
+
+@kernel((BF16_LINE, F32_LINE))
+def bf16_to_f32(source: Array, target: Array) -> int:
+    """Widen BF16 (uint16) to float32; return 1 when any element is NaN or Inf."""
+    worst = uint16(0)
+    for i in range(source.size):
+        worst = max(worst, uint16(source[i] & uint16(0x7FFF)))
+        target[i] = _load_bf16(source[i])
+    return int(worst >= uint16(0x7F80))
+
+
+@kernel((F32_LINE, INT))
+def count_beyond(values: Array, exponent: int) -> int:
+    """Return how many float32 values are NaN, Inf or at least 2^exponent in magnitude."""
+    count = 0
+    bits = values.view(np.uint32)
+    least = np.uint32((127 + exponent) << 23)
+    for index in range(bits.size):
+        count += (bits[index] & np.uint32(0x7FFFFFFF)) >= least
+    return count
+
+
+@kernel((F32_LINE, BF16_LINE))
+def f32_to_bf16(source: Array, target: Array) -> int:
+    """Round float32 to BF16 (uint16); return 1 when any result is NaN or Inf."""
+    bits = source.view(np.uint32)
+    worst = uint16(0)
+    for i in range(source.size):
+        rounded = bf16_from_bits(bits[i])
+        worst = max(worst, uint16(rounded & uint16(0x7FFF)))
+        target[i] = rounded
+    return int(worst >= uint16(0x7F80))

@@ -1,0 +1,232 @@
+"""The model card of what lingconv wrote: whose it is, what was done, how it was checked and loads.
+
+It is made of the record that lies beside the weights (lingconv.json), so that a folder is described
+as well as a conversion that has just ended. The source's own card follows below, its front matter's
+keys are kept.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from lingconv.execution.closing.runtimes import encoding_word, loaders
+from lingconv.plans.options import Target, TargetDType
+from lingconv.storage.file_names import MARK
+from lingconv.storage.provenance import public_name, repository_of, without_paths
+from lingconv.verification.reports.page import render_text
+
+END_MARK = "<!-- what follows is the source's own card -->"
+_MERGE, _QUANTIZED = "merge", "quantized"
+_FLOAT_OUTTYPES = ("auto", "f32", "f16", "bf16")
+_FORWARD_NAMES = {
+    "mean_kld": "Mean KLD",
+    "max_kld": "Maximum KLD",
+    "kld_999": "99.9% KLD",
+    "median_kld": "Median KLD",
+    "rms_dp": "RMS dp",
+    "same_top_p": "Same top p",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a card is made of.
+
+    `record` is lingconv.json, `base_card` the source's README.md, `verdict` what `verify --json`
+    printed; `report` is the name of its HTML report among the files.
+    """
+
+    record: Mapping[str, Any]
+    config: Mapping[str, Any]
+    base_card: str = ""
+    repository: str = ""
+    first_file: str = ""
+    verdict: Mapping[str, Any] | None = None
+    report: str = ""
+
+
+def model_card(described: Described) -> str:
+    """Return README.md."""
+    data, text = _parse(described.base_card)
+    front = ModelCardData(ignore_metadata_errors=True, **_front_matter(described, data)).to_yaml()
+    if MARK in text:  # a card of lingconv's own: the part that it made is made anew
+        text = text.partition(END_MARK)[2]
+    section = _section(described).strip()
+    return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
+
+
+def published_record(record: Mapping[str, Any]) -> bytes:
+    """Return lingconv.json as it is published."""
+    return (json.dumps(without_paths(record), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parse(card: str) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a card and its text; what cannot be parsed is all text."""
+    if not card.startswith("---"):
+        return {}, card
+    try:
+        parsed = ModelCard(card, ignore_metadata_errors=True)
+    except (YAMLError, ValueError, TypeError):
+        return {}, card
+    data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
+    return data, parsed.text
+
+
+def _front_matter(described: Described, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the base's keys with what is true of this checkpoint."""
+    record = described.record
+    bases = list(dict.fromkeys(filter(None, map(repository_of, _origins(record)))))
+    relation = _relation(record)
+    if bases:
+        data["base_model"] = bases if len(bases) > 1 or relation == _MERGE else bases[0]
+        data.pop("base_model_relation", None)
+        if relation:
+            data["base_model_relation"] = relation
+    layout = record["options"]["layout"]
+    if layout == Target.HF:
+        data.setdefault("library_name", "transformers")
+    else:
+        data.pop("library_name", None)
+    if layout in (Target.HF, Target.GGUF):
+        data.setdefault("pipeline_tag", "text-generation")
+    own = [
+        _MERGE if relation == _MERGE else "",
+        "fp8" if any(label.startswith("fp8") for label in record["encodings"]) else "",
+        Target.GGUF.value if layout == Target.GGUF else "",
+        "lingconv",
+    ]
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *filter(None, own)]))
+    return data
+
+
+def _origins(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the sources of a checkpoint, each as far back as records know it."""
+    if len(record.get("sources", ())) > 1:
+        yield from (source["uri"] for source in record["sources"])
+        return
+    while True:
+        if repository_of(record["source"]) or not record.get("source_record"):
+            yield record["source"]
+            return
+        record = record["source_record"]
+
+
+def _relation(record: Mapping[str, Any]) -> str:
+    """Return how a checkpoint relates to its base, in the Hub's words; none for a plain copy."""
+    options = record["options"]
+    if len(record.get("sources", ())) > 1:
+        return _MERGE
+    quantized = options["dtype"] == TargetDType.FP8 or (
+        options["layout"] == Target.GGUF and options["gguf"]["outtype"] not in _FLOAT_OUTTYPES
+    )
+    return _QUANTIZED if quantized else ""
+
+
+def _section(described: Described) -> str:
+    """Return the part of the card that says what was done."""
+    record, config = described.record, described.config
+    sources = record.get("sources", ()) if len(record.get("sources", ())) > 1 else ()
+    layout = record["options"]["layout"]
+    named = f"{layout}+{record['options']['merged']}" if layout == Target.HF_MERGED else layout
+    encoding = encoding_word(config, record["encodings"])
+    return render_text(
+        "card.md.jinja",
+        mark=MARK,
+        title=_title(described),
+        what=_what(record),
+        provenance=list(_provenance(record)),
+        sources=[
+            (public_name(source["uri"]), source["revision"] or "-", f"{source['weight']:.9g}")
+            for source in sources
+        ],
+        left_out=[
+            (reason, held["count"], f"{held['bytes']:,} bytes")
+            for reason, held in record["dropped"].items()
+        ],
+        proof=_proof(described),
+        loaders=loaders(named, encoding, config, described.repository, described.first_file)
+        if described.repository
+        else [],
+    )
+
+
+def _title(described: Described) -> str:
+    sources = described.record.get("sources", ())
+    if described.repository:
+        return described.repository.rpartition("/")[2]
+    if len(sources) > 1:
+        return f"An average of {len(sources)} checkpoints"
+    return public_name(described.record["source"])
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    """Return one sentence: what this is."""
+    sources = record.get("sources", ())
+    stored = ", ".join(record["encodings"])
+    if len(sources) > 1:
+        how = str(record.get("weighting", "an average")).capitalize()
+        return (
+            f"{how} of {len(sources)} checkpoints, summed in float64 and rounded once,"
+            f" stored as {stored}."
+        )
+    name, relation = public_name(next(_origins(record))), _relation(record)
+    done = "quantized" if relation == _QUANTIZED else "converted, every number kept as it was read"
+    if record["options"]["dtype"] in ("bf16", "f16", "f32"):
+        done = f"converted to {record['options']['dtype'].upper()}"
+    return f"{name}, {done}: layout `{record['options']['layout']}`, stored as {stored}."
+
+
+def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if len(record.get("sources", ())) <= 1:
+        yield "source", public_name(record["source"])
+        if record.get("revision"):
+            yield "revision", record["revision"]
+    yield "made by", f"lingconv {record['lingconv']}"
+    yield "plan", f"`{record['plan_digest']}`"
+    if record["options"]["dtype"] == TargetDType.FP8:
+        fp8 = record["options"]["fp8"]
+        words = [f"scheme {fp8['scheme']}", f"scales {fp8['scale']}"]
+        words += [f"`{pattern}` kept" for pattern in fp8["ignore"]]
+        yield "FP8", ", ".join(words)
+    if record["options"]["layout"] == Target.GGUF:
+        yield "GGUF", f"`{record['options']['gguf']['outtype']}`"
+
+
+def _proof(described: Described) -> dict[str, Any] | None:
+    """Return the numbers of a verdict."""
+    verdict = described.verdict
+    if verdict is None:
+        return None
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for tensor in verdict["tensors"]:
+        key = f"{tensor['source']} -> {tensor['target']}"
+        groups.setdefault(key, []).append(tensor)
+    answer = "passed" if verdict["ok"] else f"FAILED with {len(verdict['findings'])} findings"
+    forward = verdict["forward"]
+    figures: Sequence[tuple[str, str]] = ()
+    if forward:
+        figures = [(n, f"{forward['logits'][key]:.6g}") for key, n in _FORWARD_NAMES.items()]
+    return {
+        "summary": f"`lingconv verify --level {verdict['level']}` against the source: {answer}.",
+        "report": described.report,
+        "rows": [_row(name, tensors) for name, tensors in groups.items()],
+        "logits": figures,
+    }
+
+
+def _row(name: str, tensors: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a line of the table: how many tensors, how many equal, and the worst of them."""
+    worst = max(tensors, key=lambda tensor: tensor["rel_error"] or 0.0)
+    equal = sum(not tensor["rel_error"] for tensor in tensors)
+    snr = worst["snr_db"]
+    return (
+        name,
+        f"{len(tensors):,}",
+        f"{equal:,}",
+        f"{worst['rel_error'] or 0.0:.3g}",
+        "exact" if snr is None else f"{snr:.1f} dB",
+    )

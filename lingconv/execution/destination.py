@@ -1,0 +1,175 @@
+"""Where a run writes to: a folder, a GGUF file, or a store by way of a staging folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lingconv.checkpoint.recognised_checkpoint import Model
+from lingconv.errors import DestinationError, UsageError
+from lingconv.execution import engine
+from lingconv.execution.devices import gpus_of
+from lingconv.execution.engine import Publish, Result
+from lingconv.execution.progress import Progress
+from lingconv.execution.resources import LOCAL, RAY, Resources
+from lingconv.execution.run_folder import RunFolder, pinned_commits
+from lingconv.plans.plan import Plan
+from lingconv.storage.hub.address import HubAddress, is_hub, parse_address
+from lingconv.storage.locations import is_far, is_object, open_store, staging_of
+from lingconv.storage.upload_target import PublishOptions
+
+if TYPE_CHECKING:
+    from lingconv.execution.publishing.publisher import Publisher
+
+
+class Destination:
+    """Where a run writes to, what it may do there, and which commits it reads."""
+
+    def __init__(
+        self,
+        destination: str | Path,
+        resources: Resources | None = None,
+        publish: PublishOptions | None = None,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        self._resources = resources or Resources()
+        self._fresh = fresh
+        self._options = publish or PublishOptions()
+        self._options.check()
+        self._store = str(destination) if is_far(destination) else ""
+        if self._store:
+            self._folder = staging_of(self._store, self._resources.staging)
+        else:
+            self._folder = Path(destination)
+        self._check_options()
+        self._earlier = {} if fresh else pinned_commits(self._folder)
+        self._commits: dict[str, str] = {}
+        self._check_executor()
+        if self._resources.part is not None:
+            self._refuse_in_parts(fresh=fresh)
+
+    def pinned(self, source: str | Path) -> str:
+        """Return a source; one on the Hub at the commit that this run, or an earlier one, reads."""
+        name = str(source)
+        self._refuse_overlap(name)
+        if not is_hub(name):
+            return name
+        address = parse_address(name)
+        commit = self._earlier.get(name) or _commit_now(address)
+        if not commit:
+            return name
+        self._commits[name] = commit
+        return str(address._replace(revision=commit))
+
+    def _check_options(self) -> None:
+        """Raise UsageError for options that are for other kinds of targets."""
+        replaces = self._options == PublishOptions(replace=True)
+        if is_hub(self._store) or self._options == PublishOptions():
+            return
+        if not (replaces and self._store):
+            raise UsageError(
+                "`--create`, `--public` and `--pr` are for repositories, `--replace` for them and"
+                " object stores",
+                hint="let DST be `hf://org/name`",
+            )
+
+    def _check_executor(self) -> None:
+        """Raise UsageError for an executor that is none, or cannot do what is asked."""
+        known = (LOCAL, RAY)
+        if self._resources.executor not in known:
+            raise UsageError(
+                f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
+            )
+        on_ray = self._resources.executor == RAY
+        if not on_ray:  # the nodes of a cluster look for themselves
+            gpus_of(self._resources.device)
+        if self._resources.address and not on_ray:
+            raise UsageError("`--address` is that of a cluster: add `--executor ray`")
+        if on_ray and self._resources.part is not None:
+            raise UsageError("a cluster writes whole targets", hint="leave `--part` out")
+
+    def _refuse_in_parts(self, *, fresh: bool) -> None:
+        """Refuse what parts of a run cannot do."""
+        if self._store:
+            raise UsageError(
+                "`--part` writes to a folder that all machines see, not to a store",
+                hint="then `lingconv finish` and `lingconv push` it; or take `--executor ray`",
+            )
+        if fresh:
+            raise UsageError(
+                "`--fresh` would remove what other parts have written",
+                hint="remove the folder before the first part starts",
+            )
+
+    def _refuse_overlap(self, source: str) -> None:
+        """Refuse to write into a source."""
+        if is_far(source) or self._store:
+            inside = is_object(source) and f"{self._store}/".startswith(source.rstrip("/") + "/")
+            if inside:
+                raise DestinationError(
+                    f"{self._store} is inside the source {source}", hint="choose another folder"
+                )
+            return
+        inner, outer = self._folder.resolve(), Path(source).resolve()
+        if inner == outer or outer in inner.parents:
+            raise DestinationError(
+                f"{self._folder} is inside the source {source}", hint="choose a folder of its own"
+            )
+
+    def disk(self, plan: Plan) -> tuple[Path, int]:
+        """Return the folder where a run keeps what it writes, and the most bytes there."""
+        publishes = bool(self._store)
+        return self._folder, engine.disk_needed(plan, self._resources, publishes=publishes)
+
+    def execute(
+        self,
+        plan: Plan,
+        models: Sequence[Model],
+        progress: Progress | None,
+    ) -> Result:
+        """Carry out a plan that reads `models`."""
+        storages = [model.checkpoint.storage for model in models]
+        if self._resources.executor == RAY:
+            from lingconv.execution.ray_cluster import execute_on_ray
+
+            return execute_on_ray(
+                plan,
+                storages,
+                self._folder,
+                resources=self._resources,
+                progress=progress,
+                fresh=self._fresh,
+                commits=self._commits,
+                publish=self._publish(plan),
+                store=(self._store, self._options) if self._store else None,
+            )
+        return engine.execute(
+            plan,
+            storages,
+            self._folder,
+            resources=self._resources,
+            progress=progress,
+            fresh=self._fresh,
+            commits=self._commits,
+            publish=self._publish(plan),
+        )
+
+    def _publish(self, plan: Plan) -> Publish | None:
+        if not self._store:
+            return None
+        share = self._resources.disk_share(publishes=True)
+
+        def begin(folder: RunFolder, progress: Progress) -> "Publisher":
+            from lingconv.execution.publishing.publisher import Publisher
+
+            store = open_store(self._store, self._options)
+            return Publisher(store, self._options, plan, folder, progress, share)
+
+        return begin
+
+
+def _commit_now(address: HubAddress) -> str:
+    """Return the commit that an address stands for; empty where there is no network to ask."""
+    from lingconv.storage.hub import files as remote  # with huggingface_hub
+
+    return "" if remote.is_offline() else remote.find_commit(address)

@@ -1,0 +1,141 @@
+"""What strips read, seen from its sources: announced before it is read, given up after.
+
+A disk of this machine does not care. Over a network an answer takes as long as a hundred strips
+are worked on, so that many have to be on their way; and files that were fetched whole take up disk
+until nobody needs them any more.
+"""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from lingconv.plans.lowering import CopyStrip, Strip, rows_of
+from lingconv.plans.plan import OutputFile
+from lingconv.plans.tensor_map import Extent
+from lingconv.storage import Blob, Storage
+
+T = TypeVar("T")
+_Key = tuple[int, str]  # a source's number, and a file of it
+
+
+class Feed:
+    """The sources of a run, as long as any of them is far away; else it does nothing."""
+
+    def __init__(
+        self,
+        storages: Sequence[Storage],
+        opened: Sequence[Mapping[str, Blob]],
+        window_bytes: int,
+    ) -> None:
+        self._storages = storages
+        self._opened = opened
+        self._window_bytes = window_bytes
+        self._is_far = any(storage.parallel_reads > 1 for storage in storages)
+        self._files_left: Counter[_Key] = Counter()
+        self._strips_left: dict[str, Counter[_Key]] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, files: Iterable[OutputFile]) -> None:
+        """Hear which files are going to be written."""
+        if self._is_far:
+            for file in files:
+                self._files_left.update(sources_of(file))
+
+    def open(self, file: OutputFile, strips: Callable[[], Iterable[Strip]]) -> None:
+        """Hear that a file is begun, and that `strips` are what is to be written of it."""
+        if self._is_far:
+            left = Counter(key for strip in strips() for key in self._keys(strip))
+            with self._lock:
+                self._strips_left[file.name] = left
+            for key in sources_of(file) - left.keys():
+                self._give_up(key)
+
+    def ahead(self, tasks: Iterator[T], strip_of: Callable[[T], Strip]) -> Iterator[T]:
+        """Return `tasks` in their order; what they read is announced some time before."""
+        if not self._is_far:
+            return tasks
+        return announced(tasks, lambda task: self._announce(strip_of(task)), self._window_bytes)
+
+    def done(self, file: str, strip: Strip) -> None:
+        """Hear that a strip of a file is written."""
+        if not self._is_far:
+            return
+        for key in self._keys(strip):
+            with self._lock:
+                left = self._strips_left[file]
+                left[key] -= 1
+                is_last = not left[key]
+            if is_last:
+                self._give_up(key)
+
+    def _give_up(self, key: _Key) -> None:
+        """Note that an output file needs a source file no more; let it go when it was the last."""
+        with self._lock:
+            self._files_left[key] -= 1
+            is_last = not self._files_left[key]
+        if is_last:
+            number, name = key
+            self._storages[number].release(name)
+
+    def _announce(self, strip: Strip) -> int:
+        nbytes = 0
+        for number, extent in self._needs(strip):
+            self._opened[number][extent.file].expect(extent.offset, extent.nbytes)
+            nbytes += extent.nbytes
+        return nbytes
+
+    def _keys(self, strip: Strip) -> set[_Key]:
+        return {(number, extent.file) for number, extent in self._needs(strip)}
+
+    def _needs(self, strip: Strip) -> Iterator[tuple[int, Extent]]:
+        """Yield what a strip reads; bytes that are copied are always those of the last source."""
+        if isinstance(strip, CopyStrip):
+            for extent in strip.sources:
+                yield len(self._storages) - 1, extent
+            return
+        for term in strip.terms:
+            for number in term.sources:
+                for segment in term.segments:
+                    # Of a matrix that is stored by columns, no run of bytes is a run of rows.
+                    extents = segment.source.extents
+                    parts = range(0 if segment.source.pitch else len(extents))
+                    yield from ((number, rows_of(segment, part)) for part in parts)
+                    if segment.source.pitch:
+                        yield number, extents[0]._replace(nbytes=0)
+
+
+def sources_of(file: OutputFile) -> set[_Key]:
+    """Return the files that an output file is made of, each with its source's number."""
+    return {
+        (number, extent.file)
+        for transfer in file.transfers
+        for term in transfer.terms
+        for number in term.sources
+        for segment in term.segments
+        for extent in segment.source.extents
+    }
+
+
+def announced(tasks: Iterable[T], announce: Callable[[T], int], window_bytes: int) -> Iterator[T]:
+    """Yield `tasks` in their order, after having announced those that follow.
+
+    `announce` returns the bytes that a task reads. About `window_bytes` are announced and not yet
+    due; they are filled up when half of them are, so that neighbours are announced together.
+    """
+    rest = iter(tasks)
+    waiting: deque[tuple[T, int]] = deque()
+    pending = 0
+    while True:
+        if pending <= window_bytes // 2:
+            for task in rest:
+                nbytes = announce(task)
+                waiting.append((task, nbytes))
+                pending += nbytes
+                if pending >= window_bytes:
+                    break
+        if not waiting:
+            return
+        task, nbytes = waiting.popleft()
+        pending -= nbytes
+        yield task

@@ -1,0 +1,212 @@
+"""Sending while converting: finished files are sent and deleted while the next are written.
+
+    finished -> sent -> committed -> noted in the journal -> deleted        weights, a few at a time
+    index, config, card and the small files                                 the last commit
+
+That is for the Hub; in an object store it is the same, without commits.
+
+At most `max_disk_bytes` of weights are on disk at any time. Uploads are slower than conversions, so
+whatever is finished while one batch is on its way goes with the next. A repository without an index
+and a config is visibly unfinished; killed anywhere, the same command goes on, and what the Hub has
+already is neither made nor sent again.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from lingconv.errors import ResourceError
+from lingconv.execution.closing.closing_files import last_names, record_of
+from lingconv.execution.closing.model_card import Described, model_card, published_record
+from lingconv.execution.progress import Progress
+from lingconv.execution.run_folder import RunFolder
+from lingconv.plans.plan import OutputFile, Plan
+from lingconv.storage.atomic_file import replace_file
+from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
+from lingconv.storage.upload_target import Commit, PublishOptions, Store
+from lingconv.version import __version__
+
+_TURN_S = 0.1
+_STATE_NAME = "pull_request"
+# Weights of which a repository holds one set; of GGUF files it may hold several.
+_SHARDS = (".safetensors", ".distcp", ".pt", ".bin")
+_AT_ONCE = 2  # one is written while another is sent
+
+
+class Publisher:
+    """A Delivery that sends files to a store. Lives as long as its RunFolder is held."""
+
+    def __init__(
+        self,
+        store: Store,
+        options: PublishOptions,
+        plan: Plan,
+        folder: RunFolder,
+        progress: Progress,
+        max_disk_bytes: int,
+    ) -> None:
+        self._store = store
+        self.pull_request = 0
+        self._options = options
+        self._plan = plan
+        self._folder = folder
+        self._progress = progress
+        largest = max(file.nbytes for file in plan.files)
+        store.check_size(max(plan.files, key=lambda file: file.nbytes).name, largest)
+        self.room = max_disk_bytes or _AT_ONCE * largest
+        if largest > self.room:
+            raise ResourceError(
+                f"the largest file has {largest:,} bytes, there is room for {self.room:,}",
+                hint="raise `--max-disk`, or make smaller files: `--max-shard-size`",
+            )
+        self._waiting: list[OutputFile] = []
+        self._is_closing = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
+
+    def begin(self) -> list[OutputFile]:
+        """Look at the store; return the weight files that are still to be written.
+
+        Raises DestinationError when it holds another model.
+        """
+        note = self._folder.state / _STATE_NAME
+        number = int(note.read_text()) if note.exists() else 0
+        opened = self._store.prepare(number)
+        if opened and opened != number:
+            replace_file(note, [f"{opened}\n".encode()])
+        self.pull_request = opened
+        self._refuse_foreign()
+        todo = []
+        for file in self._plan.files:
+            sent = self._folder.sent.get(file.name)
+            if sent is not None and self._store.files.get(file.name) == sent:
+                self._folder.remove(file.name)  # a kill may have come before that
+                continue
+            self._folder.sent.pop(file.name, None)
+            if self._folder.is_finished(file.name, file.nbytes):
+                self.room -= file.nbytes
+                self._waiting.append(file)
+            else:
+                todo.append(file)
+        self._progress.sending(sum(file.nbytes for file in [*self._waiting, *todo]))
+        self._thread.start()
+        return todo
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a repository that another model is in, unless it is to be replaced."""
+        ours = {file.name for file in self._plan.files}
+        foreign = [
+            name
+            for name in self._store.files
+            if name.endswith(_SHARDS) and name not in ours and name not in self._folder.sent
+        ]
+        if not self._folder.sent:  # what says that a checkpoint is complete is not from this run
+            foreign += [n for n in last_names(self._plan) if n in self._store.files]
+        foreign = [name for name in foreign if name != CARD_NAME]
+        self._store.make_room(foreign, replace=self._options.replace)
+
+    def has_room(self, file: OutputFile) -> bool:
+        """Take the disk that a file needs, if there is so much of it."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if file.nbytes > self.room:
+                return False
+            self.room -= file.nbytes
+            return True
+
+    def wait(self) -> None:
+        """Return after a moment, or when a file was sent."""
+        with self._changed:
+            self._changed.wait(_TURN_S)
+
+    def deliver(self, file: OutputFile) -> None:
+        """Send a finished file, soon."""
+        with self._changed:
+            self._waiting.append(file)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while batch := self._next_batch():
+                self._send(batch)
+        except BaseException as exc:  # raised by whoever asks for room, or waits for the end
+            with self._changed:
+                self._error = exc
+                self._changed.notify_all()
+
+    def _next_batch(self) -> list[OutputFile]:
+        """Return all files that wait, at least one; none when nothing is going to come."""
+        with self._changed:
+            while not self._waiting and not self._is_closing:
+                self._changed.wait()
+            batch, self._waiting = self._waiting, []
+            return batch
+
+    def _send(self, batch: list[OutputFile]) -> None:
+        started = time.monotonic()
+        paths = {file.name: self._folder.root / file.name for file in batch}
+        before, total = len(self._folder.sent), len(self._plan.files)
+        sent = self._store.add_weights(paths, before, total)
+        for name, listed in sent.items():
+            self._folder.finish_sending(name, listed)
+        nbytes = sum(file.nbytes for file in batch)
+        seconds = time.monotonic() - started
+        for file in batch:
+            self._progress.file_sent(file.name, file.nbytes, seconds * file.nbytes / nbytes)
+        with self._changed:
+            self.room += nbytes
+            self._changed.notify_all()
+
+    def finish(
+        self, source_record: Mapping[str, Any] | None, base_card: str, last: Mapping[str, bytes]
+    ) -> Commit:
+        """Wait until all weights are there, add what makes them a checkpoint, and check it all.
+
+        That is the small files of the source, `last`, and the card; one that somebody else wrote
+        stays.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            self._thread.join(_TURN_S)  # with a time-out, so that signals are heard
+        if self._error is not None:
+            raise self._error
+        carried = {name: self._folder.root / name for name in self._plan.side_files}
+        small: dict[str, Path | bytes] = {**carried, **last}
+        record = record_of(self._plan, source_record, __version__)
+        if RECORD_NAME in small:
+            small[RECORD_NAME] = published_record(record)
+        repository = self._store.card_for()
+        if repository is not None:
+            small.pop(CARD_NAME, None)
+        if repository:
+            small[CARD_NAME] = self._card(record, base_card, repository)
+        return self._store.complete(small, self._folder.sent)
+
+    def _card(self, record: Mapping[str, Any], base_card: str, repository: str) -> bytes:
+        described = Described(
+            record,
+            self._plan.config,
+            base_card,
+            repository,
+            self._plan.files[0].name,
+        )
+        return model_card(described).encode()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Send no more; what is on its way may still arrive."""
+        with self._changed:
+            self._is_closing = True
+            self._waiting = []
+            self._changed.notify_all()

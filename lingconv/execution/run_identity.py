@@ -1,0 +1,60 @@
+"""run_identity."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lingconv.execution.closing.closing_files import last_names
+from lingconv.plans.plan import Plan
+
+_COMMITS = "commits"
+
+
+def run_identity(
+    plan: Plan, version: str, commits: Mapping[str, str], *, headers_only: bool
+) -> dict[str, Any]:
+    """Return what must be equal for a run to go on: source, options, plan and tool.
+
+    `commits` are what addresses on the Hub stood for; a run that goes on reads the same.
+    """
+    identity = {
+        "lingconv": version.split(".")[0],
+        "digest": plan.digest,
+        "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
+        "options": {**plan.options.to_json(), "headers_only": headers_only},
+        "family": plan.family,
+        _COMMITS: dict(commits),
+        "outputs": [*(file.name for file in plan.files), *plan.side_files, *last_names(plan)],
+    }
+    return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
+
+
+def _lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without the commits: the files that they name are in it themselves."""
+    return {name: value for name, value in identity.items() if name != _COMMITS}
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what differs between two identities, in words."""
+    for name, old, new in _changed(held.get("options"), wanted["options"]):
+        yield f"option {name}: was {json.dumps(old)}, now {json.dumps(new)}"
+    for name, old, new in _changed(held.get("source_files"), wanted["source_files"]):
+        was = "not there" if old is None else f"{old[0]:,} bytes"
+        now = "not there" if new is None else f"{new[0]:,} bytes"
+        note = ", changed since" if was == now else ""
+        yield f"source {name}: was {was}, now {now}{note}"
+    for name in ("family", "lingconv"):
+        if held.get(name) != wanted[name]:
+            yield f"{name}: was {held.get(name)}, now {wanted[name]}"
+    if held.get("digest") != wanted["digest"]:
+        yield f"plan: was {str(held.get('digest'))[:12]}, now {wanted['digest'][:12]}"
+
+
+def _changed(old: Any, new: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    old = old if isinstance(old, dict) else {}
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changed(before, after)
+        elif before != after:
+            yield name, before, after

@@ -1,1 +1,0 @@
-"""Who carries out a plan, other than the threads of this process."""

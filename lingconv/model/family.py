@@ -1,0 +1,385 @@
+"""Families: what a model is made of, read from `formats/*.toml`.
+
+This module knows symbols, logical tensors and roles. It does not know files, bytes or encodings,
+and no tensor name of any model stands in it: those are data (`formats/README.md`).
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import Any, NamedTuple, NewType
+
+from lingconv.errors import CheckpointError, Fault
+from lingconv.model.parallelism import Part
+from lingconv.model.symbols import Symbol, check_symbol, whole_number
+
+LogicalName = NewType("LogicalName", str)
+PhysicalName = NewType("PhysicalName", str)
+Shape = tuple[int, ...]
+
+# Keeps a hostile config from exhausting memory.
+MAX_REPEATS = 100_000
+
+
+class Role(StrEnum):
+    """What a tensor does in the model: decides what may be quantized and what counts as active."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    BIAS = "bias"
+    LINEAR = "linear"
+    EXPERT = "expert"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+    MTP_PROJECTION = "mtp_projection"
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether FP8 dialects store this weight in FP8 unless told otherwise."""
+        return self in (Role.LINEAR, Role.EXPERT)
+
+    @property
+    def is_linear_module(self) -> bool:
+        """Whether runtimes build an nn.Linear for it, so that configs must list it when kept."""
+        return self in (
+            Role.LINEAR,
+            Role.EXPERT,
+            Role.ROUTER,
+            Role.HEAD,
+            Role.MTP_PROJECTION,
+        )
+
+
+class LogicalTensor(NamedTuple):
+    """One tensor of the model at the finest grain, and the physical tensor that holds its rows.
+
+    `stack` is 0, or how many of its kind are stacked along a first axis of that tensor; those that
+    share the rows of a matrix may take `turns`, each with an equal part of its rows at a time.
+    `turned` ones are stacked transposed.
+    """
+
+    name: LogicalName
+    role: Role
+    shape: Shape
+    address: PhysicalName
+    keep_dtype: bool
+    mtp: bool
+    stack: int
+    turns: int
+    split: str
+    is_expert: bool
+    turned: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Groups of tensors, repeated for the layers `first` <= layer < `end`."""
+
+    name: str
+    addresses: Mapping[str, str]
+    groups: tuple[str, ...]
+    first: str | int
+    end: str | int
+    mtp: bool
+    stage: str
+
+    def layers(self, symbols: Mapping[str, Any]) -> range:
+        """Return the layer numbers that this block covers."""
+        layers = range(whole_number(self.first, symbols), whole_number(self.end, symbols))
+        if len(layers) > MAX_REPEATS:
+            raise CheckpointError(f"config.json asks for {len(layers):,} layers")
+        return layers
+
+    def address(self, layout: str) -> str:
+        """Return the prefix of its tensors' addresses in a layout."""
+        return _of_layout(self.addresses, layout)
+
+    def numbered(self, symbols: Mapping[str, Any], part: Part | None) -> Iterator[tuple[int, ...]]:
+        """Yield each layer that a part holds, as (i, layer, its number there)."""
+        if part is not None and self.stage and self.stage not in part.stages:
+            return
+        for i, layer in enumerate(self.layers(symbols)):
+            if part is None or self.stage:
+                yield i, layer, layer
+            elif layer in part.layers:
+                yield i, layer, layer - part.layers.start
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One `[[tensor]]` entry: a logical tensor of a group and its address in every layout."""
+
+    group: str
+    name: str
+    role: Role
+    axes: tuple[tuple[str | int, ...], ...]
+    addresses: Mapping[str, str]
+    when: str
+    repeat: tuple[tuple[str, str], ...]
+    keep_dtype: bool
+    turns: Mapping[str, str]
+    split: Mapping[str, str]
+    turned: Mapping[str, str]
+
+    def address(self, layout: str) -> str:
+        """Return the address in a layout: that of its last refinement which has one."""
+        return _of_layout(self.addresses, layout)
+
+    def stack(self, layout: str, symbols: Mapping[str, Any], part: Part | None) -> int:
+        """Return how many tensors that this rule repeats share one address; 0 when none do."""
+        for index, count in self.repeat:
+            if "{" + index + "}" not in self.address(layout):
+                return whole_number(count, symbols) if part is None else len(part.experts)
+        return 0
+
+    def turn(self, layout: str) -> str:
+        """Return how a layout stacks transposed matrices: `wide`, `tall` or `deep`."""
+        base, *refinements = layout.split("+")
+        found = (self.turned.get(f"{base}_{word}", "") for word in refinements)
+        return next((word for word in found if word), "")
+
+    def num_turns(self, layout: str, symbols: Mapping[str, Any]) -> int:
+        """Return how many turns it takes with those that share its address."""
+        base = layout.split("+")[0]
+        return whole_number(self.turns[base], symbols) if base in self.turns else 1
+
+    def shape(self, symbols: Mapping[str, Any]) -> Shape:
+        """Return the shape that the symbols give; an axis is a product of symbols and integers."""
+        dims = []
+        for axis in self.axes:
+            size = 1
+            for factor in axis:
+                size *= whole_number(factor, symbols)
+            if size == 0:
+                raise CheckpointError(f"config.json makes an axis of `{self.name}` empty")
+            dims.append(size)
+        return tuple(dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Physical tensors that no target needs, and why."""
+
+    patterns: Mapping[str, re.Pattern[str]]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePolicy:
+    """A named FP8 scale policy: which logical tensors (globs) get power-of-two scales."""
+
+    min_amax: float
+    ue8m0: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTokenizer:
+    """The family's tokenizer: what llama.cpp calls it (`pre`), and how it is recognised.
+
+    `check` is the SHA-256 of the tokens of llama.cpp's check text; `split` the regular expression
+    of tokenizer.json.
+    """
+
+    pre: str
+    check: str
+    control_tokens: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """What llama.cpp calls the models whose config.json names the architecture `of`."""
+
+    architecture: str
+    of: str
+    tokenizer: KnownTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """The models in Megatron's formats: their architecture in config.json is `of`.
+
+    `args` are Megatron's arguments that follow from the family alone; `state_beside` names modules
+    that have no weights, and by whose side they are, because their state is saved as well.
+    """
+
+    of: str
+    state_beside: Mapping[str, str]
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Family:
+    """A model family: the Rosetta stone between its layouts.
+
+    `config` is what a rebuilt config.json says besides the symbols; `merged` are the refinements of
+    Hugging Face's layout that stack experts, and what they are.
+    """
+
+    name: str
+    title: str
+    architectures: Mapping[str, str]
+    symbols: tuple[Symbol, ...]
+    blocks: tuple[Block, ...]
+    tensors: Mapping[str, tuple[TensorRule, ...]]
+    drops: tuple[Drop, ...]
+    scale_policies: Mapping[str, ScalePolicy]
+    config: Mapping[str, Any]
+    merged: Mapping[str, str]
+    gguf: GgufModel | None
+    megatron: MegatronModel | None
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
+
+    def resolve(
+        self,
+        config: Mapping[str, Any],
+        layout: str,
+        overrides: Mapping[str, Any] | None = None,
+        names: Collection[str] = (),
+        *,
+        file: str = "config.json",
+    ) -> dict[str, Any]:
+        """Return the value of every symbol under `config`, in the order of the family file.
+
+        `overrides` replace what the config says, before later symbols are derived from them;
+        `names` are the tensors that the checkpoint has; `file` is where the config was found.
+        Raises CheckpointError that lists every key that is missing or not a usable number.
+        """
+        overrides = overrides or {}
+        symbols: dict[str, Any] = {}
+        faults = []
+        for symbol in self.symbols:
+            key = symbol.key(layout)
+            try:
+                value = overrides.get(symbol.name)
+                value = symbol.value(config, layout, symbols, names) if value is None else value
+                symbols[symbol.name] = value
+                check_symbol(value)
+            except KeyError as exc:
+                if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
+                    faults.append(Fault("config", f"`{key}` is missing", file))
+            except (TypeError, ValueError, ArithmeticError) as exc:
+                symbols.setdefault(symbol.name, 1)
+                faults.append(Fault("config", f"`{key}` cannot be used: {exc}", file))
+        if faults:
+            raise CheckpointError(f"{file} does not describe a {self.title} model", faults=faults)
+        return symbols
+
+    def expand(
+        self, symbols: Mapping[str, Any], layout: str, part: Part | None = None
+    ) -> Iterator[LogicalTensor]:
+        """Yield every logical tensor of the model, or of a part, with its address in `layout`.
+
+        The order is the canonical one: the layers in turn, each as the family file lists it.
+        """
+        for block in self.blocks:
+            numbered = list(block.numbered(symbols, part))
+            entries = self._entries(block, symbols, layout, part) if numbered else []
+            prefix = block.address(layout)
+            for i, layer, local in numbered:
+                name = block.name.format(layer=layer, i=i)
+                address = prefix.format(layer=local, i=i)
+                for entry in entries:
+                    rule = entry.rule
+                    yield LogicalTensor(
+                        LogicalName(name + entry.name),
+                        rule.role,
+                        entry.shape,
+                        PhysicalName(address + entry.address),
+                        rule.keep_dtype,
+                        block.mtp,
+                        entry.stack,
+                        entry.turns,
+                        rule.split.get(layout.split("+")[0], ""),
+                        bool(rule.repeat),
+                        rule.turn(layout),
+                    )
+
+    def _entries(
+        self, block: Block, symbols: Mapping[str, Any], layout: str, part: Part | None
+    ) -> list["_Entry"]:
+        """Return what every layer of a block holds.
+
+        Neighbours that repeat over the same index take turns: e0.gate, e0.up, ..., e1.gate, ...
+        """
+        rules = [
+            rule
+            for group in block.groups
+            for rule in self.tensors[group]
+            if not rule.when or symbols[rule.when]
+        ]
+        entries = []
+        for repeat, members in groupby(rules, key=lambda rule: rule.repeat):
+            templates = [
+                _Entry(
+                    rule,
+                    rule.shape(symbols),
+                    rule.name,
+                    rule.address(layout),
+                    rule.stack(layout, symbols, part),
+                    rule.num_turns(layout, symbols),
+                )
+                for rule in members
+            ]
+            for bound, local in _bindings(repeat, symbols, part):
+                entries += [
+                    entry._replace(
+                        name=entry.name.format(**bound), address=entry.address.format(**local)
+                    )
+                    for entry in templates
+                ]
+        return entries
+
+    def key(self, symbol: str, layout: str) -> str:
+        """Return the config key of a symbol in a layout."""
+        base = layout.split("+")[0]
+        return next(entry.key(base) for entry in self.symbols if entry.name == symbol)
+
+    def drop_reason(self, name: str, layout: str) -> str | None:
+        """Return why a physical tensor may be left out, or None when no `[[drop]]` names it."""
+        for drop in self.drops:
+            pattern = drop.patterns.get(layout.split("+")[0])
+            if pattern is not None and pattern.fullmatch(name):
+                return drop.reason
+        return None
+
+
+class _Entry(NamedTuple):
+    """A tensor that every layer of a block has; name and address without the layer's own part."""
+
+    rule: TensorRule
+    shape: Shape
+    name: str
+    address: str
+    stack: int
+    turns: int
+
+
+def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
+    """Return the address in a layout; its refinements (`base+one+two`) go before its base."""
+    base, *refinements = layout.split("+")
+    keys = [f"{base}_{word}" for word in reversed(refinements)]
+    return next((addresses[key] for key in keys if key in addresses), addresses[base])
+
+
+def _bindings(
+    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any], part: Part | None
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Yield the values of a tensor's own index, {expert: 0}, {expert: 1}, ... or {} just once.
+
+    The second one is the number that it has in a part.
+    """
+    if not repeat:
+        yield {}, {}
+        return
+    ((index, count),) = repeat
+    total = whole_number(count, symbols)
+    if total > MAX_REPEATS:
+        raise CheckpointError(f"config.json asks for {total:,} tensors of one kind")
+    held = range(total) if part is None else part.experts
+    yield from (({index: number}, {index: number - held.start}) for number in held)

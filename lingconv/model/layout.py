@@ -1,0 +1,230 @@
+"""Layouts: which physical tensor holds which logical rows.
+
+An address is a physical tensor's name and runs of its rows. Logical tensors that share a name are
+that tensor's rows, one behind the other, in the order of the family file: Q, K and V in a fused
+matrix are three addresses, and so are experts that are stacked: only the shape tells. Some take
+turns: Megatron's fused matrix holds a group's queries, its key and its value, then the next group.
+This module knows names and shapes; it opens no file.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lingconv.errors import UsageError
+from lingconv.model.family import Family, LogicalName, LogicalTensor, PhysicalName, Role, Shape
+from lingconv.model.parallelism import Part, Share
+
+# Layouts by their names in family files; refinements follow behind a `+`.
+HF = "hf"
+GGUF = "gguf"
+MEGATRON = "megatron"
+
+
+class Rows(NamedTuple):
+    """Rows of a physical tensor from `start` on: those of a logical tensor from `first` on."""
+
+    logical: LogicalName
+    start: int
+    num_rows: int
+    first: int = 0
+
+
+def count_rows(parts: Iterable[Rows]) -> dict[LogicalName, int]:
+    """Return how many rows of each logical tensor there are."""
+    counts: dict[LogicalName, int] = {}
+    for rows in parts:
+        counts[rows.logical] = counts.get(rows.logical, 0) + rows.num_rows
+    return counts
+
+
+class PhysicalTensor(NamedTuple):
+    """A tensor as a layout names it, the logical rows that it is made of, and their common role.
+
+    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
+    Of rows that are split over ranks, columns from `first_col` on are in it. `turned` matrices are
+    stored transposed, one behind the other, under a shape that is `wide`, `tall` or `deep`.
+    """
+
+    name: PhysicalName
+    shape: Shape
+    role: Role
+    keep_dtype: bool
+    mtp: bool
+    stack: int
+    rows: tuple[Rows, ...]
+    first_col: int = 0
+    turned: str = ""
+
+    @property
+    def height(self) -> int:
+        """Rows of one of the matrices that are stacked."""
+        return self.shape[0] // (self.stack or 1)
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape as files state it: a stack has an axis of its own, if it is not turned."""
+        if self.turned == "wide":
+            return (*self.shape[1:], self.shape[0])
+        if self.turned == "tall":
+            return (self.stack * self.shape[1], self.height)
+        if self.turned == "deep":
+            return (self.stack, self.shape[1], self.height)
+        return stacked_shape(self.shape, self.stack)
+
+    def logical_shapes(self) -> dict[LogicalName, Shape]:
+        """Return the logical tensors in it, each with its shape."""
+        return {name: (count, *self.shape[1:]) for name, count in count_rows(self.rows).items()}
+
+
+def stacked_shape(shape: Shape, stack: int) -> Shape:
+    """Return the shape of `stack` equal matrices whose rows make `shape`; 0 for a lone matrix."""
+    return (stack, shape[0] // stack, *shape[1:]) if stack else shape
+
+
+class Address(NamedTuple):
+    """Where logical rows live: `num_rows` rows of physical tensor `name` from row `start`."""
+
+    name: PhysicalName
+    start: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All physical tensors of one model in one layout, in canonical order."""
+
+    name: str
+    tensors: Mapping[PhysicalName, PhysicalTensor]
+
+    @property
+    def base(self) -> str:
+        """Its name without refinements."""
+        return self.name.split("+")[0]
+
+    def addresses(self) -> dict[LogicalName, tuple[Address, ...]]:
+        """Return where each logical tensor lives, in the order of its rows: `tensors` inverted."""
+        found: dict[LogicalName, tuple[Address, ...]] = {}
+        for tensor in self.tensors.values():
+            for rows in tensor.rows:
+                address = Address(tensor.name, rows.start, rows.num_rows)
+                found[rows.logical] = (*found.get(rows.logical, ()), address)
+        return found
+
+
+def build_layout(
+    family: Family, symbols: Mapping[str, Any], name: str, part: Part | None = None
+) -> Layout:
+    """Return the layout `name` of the model that `symbols` describe, or of a rank's part of it.
+
+    Raises UsageError when a tensor cannot be split into as many parts as are asked for.
+    """
+    members: dict[PhysicalName, list[LogicalTensor]] = {}
+    for logical in family.expand(symbols, name, part):
+        members.setdefault(logical.address, []).append(logical)
+    return Layout(name, {address: _join(logicals, part) for address, logicals in members.items()})
+
+
+def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
+    """Return the physical tensor that `members` share, as far as a part holds it.
+
+    Each member is split over ranks, but those that take turns are split together: a rank gets whole
+    turns, or, where there are more ranks than turns, a piece of one.
+    """
+    first = members[0]
+    by_rows, by_columns = _shares(first, part)
+    for member in members:
+        if (member.shape[1:], member.role) != (first.shape[1:], first.role):
+            raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
+    if first.turns > 1:
+        rows = _share_of(_in_turns(members), by_rows, first)
+    else:
+        rows = [
+            each
+            for member in members
+            for each in _share_of([_all_rows(member)], by_rows, first, _padded(member, part))
+        ]
+    rows = _one_behind_the_other(rows)
+    height = sum(each.num_rows for each in rows)
+    if part is not None and by_rows.size > 1 and first.role in (Role.EMBEDDING, Role.HEAD):
+        height = part.vocabulary // by_rows.size
+    width = tuple(_divided(first, cols, by_columns.size) for cols in first.shape[1:])
+    return PhysicalTensor(
+        first.address,
+        (height, *width),
+        first.role,
+        first.keep_dtype,
+        first.mtp,
+        first.stack,
+        tuple(rows),
+        by_columns.rank * width[0] if width else 0,
+        first.turned,
+    )
+
+
+def _all_rows(member: LogicalTensor) -> Rows:
+    return Rows(member.name, 0, member.shape[0])
+
+
+def _in_turns(members: list[LogicalTensor]) -> list[Rows]:
+    counts = [member.shape[0] // member.turns for member in members]
+    return [
+        Rows(member.name, 0, count, turn * count)
+        for turn in range(members[0].turns)
+        for member, count in zip(members, counts, strict=True)
+    ]
+
+
+def _padded(member: LogicalTensor, part: Part | None) -> int:
+    """Return how many rows a tensor has, with the padding of a vocabulary that ranks share."""
+    vocabulary = member.role in (Role.EMBEDDING, Role.HEAD)
+    return part.vocabulary if part is not None and vocabulary else member.shape[0]
+
+
+def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor, total: int = 0) -> list[Rows]:
+    """Return the rows of one of equal parts of `rows`, which lie one behind the other.
+
+    There may be fewer than `total`: the rest is padding.
+    """
+    if share.size == 1:
+        return rows
+    count = _divided(logical, total or sum(each.num_rows for each in rows), share.size)
+    top, found = share.rank * count, []
+    position = 0
+    for each in rows:
+        begin = max(top - position, 0)
+        end = min(top + count - position, each.num_rows)
+        if begin < end:
+            found.append(each._replace(first=each.first + begin, num_rows=end - begin))
+        position += each.num_rows
+    if not found:
+        raise UsageError(f"{logical.name} has no rows for the last of {share.size} ranks")
+    return found
+
+
+def _one_behind_the_other(rows: list[Rows]) -> list[Rows]:
+    placed, start = [], 0
+    for each in rows:
+        placed.append(each if each.start == start else each._replace(start=start))
+        start += each.num_rows
+    return placed
+
+
+_WHOLE = Share(0, 1)
+
+
+def _shares(logical: LogicalTensor, part: Part | None) -> tuple[Share, Share]:
+    """Return which share of a tensor's rows and of its columns a part holds."""
+    if part is None or not logical.split:
+        return _WHOLE, _WHOLE
+    share = part.expert if logical.is_expert else part.dense
+    return (share, _WHOLE) if logical.split == "rows" else (_WHOLE, share)
+
+
+def _divided(logical: LogicalTensor, size: int, parts: int) -> int:
+    if size % parts:
+        raise UsageError(
+            f"{logical.name} {list(logical.shape)} cannot be split over {parts} ranks",
+            hint="choose a `--tp` (or `--etp`) that divides heads, key-value heads and widths",
+        )
+    return size // parts

@@ -1,0 +1,152 @@
+"""Megatron's ranks: which files there are, and what part of the model each of them holds.
+
+Sources: `initialize_model_parallel` in megatron/core/parallel_state.py (order tp-cp-ep-dp-pp),
+`get_checkpoint_name` in megatron/training/checkpointing.py and `get_num_layers_to_build` in
+megatron/core/transformer/transformer_block.py of github.com/NVIDIA/Megatron-LM at core_v0.16.1.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from math import lcm
+from typing import Any, NamedTuple
+
+from lingconv.errors import UsageError
+
+
+class Share(NamedTuple):
+    """Which of `size` equal parts of a tensor is meant."""
+
+    rank: int
+    size: int
+
+
+class Part(NamedTuple):
+    """What one rank of Megatron holds of a model.
+
+    `layers` of the decoder and `experts` of each of them, numbered from 0 there; the blocks of its
+    `stages` of the pipeline (`first`, `last`); and its share of what tensor parallelism splits, a
+    vocabulary of `vocabulary` rows among it, padding included.
+    """
+
+    layers: range
+    stages: frozenset[str]
+    experts: range
+    dense: Share
+    expert: Share
+    vocabulary: int
+
+
+FILE_NAME = "model_optim_rng.pt"
+
+
+class Parallel(NamedTuple):
+    """How a model is spread: over tensor, pipeline and expert ranks.
+
+    `etp` splits the tensors of experts as `tp` does the others; `vpp` is the number of model chunks
+    on a pipeline rank; `layers` of the decoder are on each stage, empty when all have as many.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    vpp: int = 1
+    layers: tuple[int, ...] = ()
+
+    def padded(self, vocabulary: int, multiple: int) -> int:
+        """Return the rows of a vocabulary that Megatron pads so that ranks get as many each."""
+        unit = multiple * self.tp
+        return -(-vocabulary // unit) * unit
+
+    def describe(self) -> str:
+        """Return the numbers of ranks in words."""
+        return f"the model is spread over tp {self.tp}, pp {self.pp}, ep {self.ep}, etp {self.etp}"
+
+
+class Rank(NamedTuple):
+    """One file of the checkpoint, by its ranks."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+    def folder(self, parallel: Parallel) -> str:
+        """Return the folder that Megatron looks for: mp_rank_TT, _PPP and _EEE where needed."""
+        pipeline = f"_{self.pp:03d}" if parallel.pp > 1 else ""
+        expert = f"_{self.ep:03d}" if parallel.ep > 1 else ""
+        return f"mp_rank_{self.tp:02d}{pipeline}{expert}"
+
+
+def all_ranks(parallel: Parallel) -> list[Rank]:
+    """Return the ranks that have a file of their own.
+
+    Ranks count through tp first, and through etp and then ep in their own grid. Raises UsageError
+    when two ranks with different experts would have to share a file, as Megatron names them.
+    """
+    found: dict[tuple[int, int, int], Rank] = {}
+    for pp in range(parallel.pp):
+        for number in range(lcm(parallel.tp, parallel.etp * parallel.ep)):
+            ep = number // parallel.etp % parallel.ep
+            rank = Rank(number % parallel.tp, pp, ep, number % parallel.etp)
+            if found.setdefault(rank[:3], rank) != rank:
+                raise UsageError(
+                    f"with tp {parallel.tp}, ep {parallel.ep} and etp {parallel.etp}, ranks with"
+                    f" different experts share the file {rank.folder(parallel)}",
+                    hint="choose an `--etp` that divides `--tp`, or write `--to megatron`",
+                )
+    return list(found.values())
+
+
+def parts(
+    parallel: Parallel, rank: Rank, symbols: Mapping[str, Any], vocabulary: int
+) -> Iterator[tuple[str, Part]]:
+    """Yield the model chunks of a rank: their key in its file, and what they hold.
+
+    `vocabulary` are the rows of the embedding, padding included.
+    """
+    experts = _even(symbols["experts"], parallel.ep, "experts", "--ep") if symbols["experts"] else 0
+    chunks = _chunks(parallel, symbols["layers"])
+    for virtual in range(parallel.vpp):
+        index = virtual * parallel.pp + rank.pp
+        last = index == len(chunks) - 1
+        stages = {"first"} if index == 0 else set()
+        if last:
+            # MTP layers embed tokens, so that the last stage has the embedding as well.
+            stages |= {"last", "first"} if symbols["mtp_layers"] else {"last"}
+        key = "model" if parallel.vpp == 1 else f"model{virtual}"
+        yield (
+            key,
+            Part(
+                chunks[index],
+                frozenset(stages),
+                range(rank.ep * experts, (rank.ep + 1) * experts),
+                Share(rank.tp, parallel.tp),
+                Share(rank.etp, parallel.etp),
+                vocabulary,
+            ),
+        )
+
+
+def _chunks(parallel: Parallel, layers: int) -> list[range]:
+    """Return the decoder layers of each model chunk, in the order of the pipeline."""
+    count = parallel.pp * parallel.vpp
+    if not parallel.layers:
+        each = _even(layers, count, "layers", "--pp")
+        return [range(first, first + each) for first in range(0, layers, each)]
+    if len(parallel.layers) != count or sum(parallel.layers) != layers:
+        raise UsageError(
+            f"`--pp-layers` {','.join(map(str, parallel.layers))} are not {count} numbers whose sum"
+            f" is {layers}"
+        )
+    ends = [*accumulate(parallel.layers)]
+    return [range(end - n, end) for end, n in zip(ends, parallel.layers, strict=True)]
+
+
+def _even(total: int, parts: int, what: str, option: str) -> int:
+    if total % parts:
+        hint = "or say how many each stage gets, `--pp-layers 3,3,2`" if what == "layers" else ""
+        raise UsageError(
+            f"{total} {what} cannot be spread evenly over `{option}` {parts}", hint=hint
+        )
+    return total // parts

@@ -1,0 +1,252 @@
+"""Which encoding each target tensor gets, whether its bytes are copied, and what is refused."""
+
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lingconv.checkpoint.recognised_checkpoint import Model
+from lingconv.encodings import (
+    Encoding,
+    Fp8,
+    Ggml,
+    Plain,
+    encoding_of,
+    is_decodable,
+    quantization_config,
+)
+from lingconv.encodings.dtypes import DType, GgmlType
+from lingconv.encodings.ggml_ftype import MIXES, Mix, ModelSize, Tensor, choose_types
+from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.plain import PLAIN
+from lingconv.errors import UsageError
+from lingconv.model.family import ScalePolicy
+from lingconv.model.layout import HF, Layout, PhysicalTensor
+from lingconv.plans.options import (
+    AUTO,
+    SCALE_F32,
+    SCALE_UE8M0,
+    ConvertOptions,
+    Fp8Options,
+    Scheme,
+    Target,
+    TargetDType,
+)
+from lingconv.plans.plan import Scaling, Term
+from lingconv.plans.tensor_map import Segment
+
+_PLAIN_SCALING = Scaling(0.0, power_of_two=False)
+_PLAIN_DTYPES = {
+    TargetDType.BF16: DType.BF16,
+    TargetDType.F16: DType.F16,
+    TargetDType.F32: DType.F32,
+}
+
+
+class Chooser:
+    """Chooses by the user's options and by what the base checkpoint keeps a tensor in."""
+
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        symbols: Mapping[str, Any],
+        options: ConvertOptions,
+    ) -> None:
+        self.mix = _choose_mix(model, options) if options.layout == Target.GGUF else None
+        self._model = model
+        self._layout = layout
+        self._options = options
+        self._ignore = [Pattern(text) for text in options.fp8.ignore]
+        self._scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
+        self._fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
+        self._types = _choose_types(layout, symbols, options, self.mix) if self.mix else {}
+
+    def choose(
+        self, tensor: PhysicalTensor, terms: tuple[Term, ...], *, is_average: bool
+    ) -> tuple[Encoding, Scaling, bool]:
+        """Return a tensor's encoding, how its scales are chosen, and whether bytes are copied.
+
+        Raises UsageError where the user has to decide something, and ValueError for what cannot
+        be converted at all.
+        """
+        segments = terms[-1].segments
+        found = segments[0].source.encoding
+        target, scaling = self._encoding(tensor, found)
+        copies = not is_average and _is_copy(tensor, segments, target)
+        if copies and isinstance(target, Fp8) and isinstance(found, Fp8):
+            target = self._fp8[found.power_of_two] if self._options.dtype else found
+        if is_average and not self._options.dtype and isinstance(target, Fp8):
+            raise UsageError(
+                f"{tensor.name} is {target.label} in the last checkpoint",
+                hint="say what the average is to be stored in: `--dtype bf16` (or fp8)",
+            )
+        if not copies:
+            self._check_decoding(tensor, terms, target, is_average=is_average)
+        if tensor.turned and isinstance(target, Fp8):
+            raise UsageError(
+                f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
+                hint="add `--dtype bf16`, or stack experts otherwise (`--experts-as`)",
+            )
+        return target, scaling, copies
+
+    def check_patterns(self, extra: Collection[str]) -> None:
+        """Refuse patterns that match nothing: a typing error would go unnoticed.
+
+        `extra` are the stored tensors that the model does not know.
+        """
+        names = [*self._layout.tensors]
+        quantizable = [t.name for t in self._layout.tensors.values() if t.role.quantizable]
+        for regex, kind in self._options.gguf.overrides():
+            if not any(regex.search(name) for name in names):
+                raise UsageError(
+                    f"`--tensor-type {regex.pattern}={kind.lower()}` matches nothing",
+                    hint="patterns are regular expressions, found anywhere in GGUF's names",
+                )
+        refuse_idle("ignore", self._ignore, names)
+        refuse_idle("scale", [pattern for pattern, _ in self._scale_rules], quantizable)
+        refuse_idle("drop", [Pattern(text) for text in self._options.drop], extra)
+        refuse_idle("exclude", [Pattern(text) for text in self._options.exclude], names)
+
+    def _check_decoding(
+        self, tensor: PhysicalTensor, terms: Iterable[Term], target: Encoding, *, is_average: bool
+    ) -> None:
+        found = {segment.source.encoding for term in terms for segment in term.segments}
+        keeps = not self._options.dtype and not self.mix and not self._model.own_dtype
+        if keeps and not is_average:
+            self._check_kept(tensor, found)
+        for source in found:
+            if not is_decodable(source):
+                raise ValueError(f"{source.label} cannot be converted to {target.label}")
+            fp8_again = isinstance(source, Fp8) and isinstance(target, Fp8)
+            blocks_again = isinstance(source, Ggml) and isinstance(target, Fp8 | Ggml)
+            if (fp8_again or blocks_again) and not self._options.allow_requantize:
+                raise UsageError(
+                    f"{tensor.name} is {source.label} already; {target.label} would round it twice",
+                    hint="convert from the BF16 original, or pass `--allow-requantize`",
+                )
+
+    def _check_kept(self, tensor: PhysicalTensor, found: Collection[Encoding]) -> None:
+        """Refuse what cannot be kept as it is found, because it does not go together."""
+        if len(found) > 1:
+            labels = " and ".join(sorted(encoding.label for encoding in found))
+            raise UsageError(
+                f"{tensor.name} is made of tensors in {labels}",
+                hint="say what it is to be stored in: `--dtype bf16`",
+            )
+        if any(isinstance(encoding, Fp8) for encoding in found) and self._layout.base == HF:
+            raise UsageError(
+                f"{tensor.name} is made of FP8 blocks that do not end where one tensor follows"
+                " another",
+                hint="stack gate and up apart (`--experts-as dfactory`), or add `--dtype bf16`",
+            )
+
+    def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
+        """Return the target encoding of a tensor, and how its scales are chosen."""
+        if self.mix:
+            return encoding_of(self._types[tensor.name]), _PLAIN_SCALING
+        dtype = self._options.dtype
+        if isinstance(found, Ggml) and not dtype:
+            raise UsageError(
+                f"{tensor.name} is {found.label}, which safetensors does not hold",
+                hint="add `--dtype bf16` (or f32, f16, fp8)",
+            )
+        if isinstance(found, Fp8) and not dtype and self._options.is_megatron:
+            return PLAIN[DType.BF16], _PLAIN_SCALING
+        if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
+            own = None if tensor.keep_dtype else self._model.own_dtype
+            return Plain(own) if own else found, _PLAIN_SCALING
+        if dtype != TargetDType.FP8:
+            return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), _PLAIN_SCALING
+        if not self._quantizes(tensor):
+            # GGUF keeps norms and routers in F32, whatever they were.
+            kept = isinstance(found, Plain) and self._model.layout.base == HF
+            return found if kept else PLAIN[DType.BF16], _PLAIN_SCALING
+        scaling = self._scaling(tensor)
+        return self._fp8[scaling.power_of_two], scaling
+
+    def _quantizes(self, tensor: PhysicalTensor) -> bool:
+        if not tensor.role.quantizable or len(tensor.shape) != 2:
+            return False
+        return not any(pattern.matches(tensor.name) for pattern in self._ignore)
+
+    def _scaling(self, tensor: PhysicalTensor) -> Scaling:
+        """Return the scale policy of a tensor: the last rule that names it, else the default."""
+        policy = self._options.fp8.scale
+        for pattern, named in self._scale_rules:
+            if pattern.matches(tensor.name):
+                policy = named
+        if policy in (SCALE_F32, SCALE_UE8M0):
+            return Scaling(0.0, power_of_two=policy == SCALE_UE8M0)
+        return _apply_policy(self._model.family.scale_policies[policy], tensor)
+
+
+def refuse_idle(option: str, patterns: Iterable[Pattern], names: Collection[str]) -> None:
+    """Raise UsageError for a pattern that matches none of `names`."""
+    for pattern in patterns:
+        if not any(pattern.matches(name) for name in names):
+            raise UsageError(
+                f"`--{option} {pattern.text}` matches nothing",
+                hint="patterns are exact names, globs, or `re:` and a regular expression",
+            )
+
+
+def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
+    """Return the encoding that the options ask for."""
+    channel = options.scheme == Scheme.CHANNEL
+    block_rows, block_cols = (1, 0) if channel else quantization_config.DEFAULT_BLOCK
+    return Fp8(
+        block_rows,
+        block_cols,
+        quantization_config.suffix_of(options.resolved_dialect),
+        options.resolved_scale_dtype,
+        power_of_two=power_of_two,
+    )
+
+
+def _choose_mix(model: Model, options: ConvertOptions) -> Mix:
+    """Return the mix that was asked for; `auto` is the 16-bit float that the weights are in."""
+    if options.gguf.outtype != AUTO:
+        return MIXES[options.gguf.outtype]
+    f16 = PLAIN[DType.F16]
+    matrices = [stored for stored in model.stored.values() if len(stored.shape) > 1]
+    return Mix.F16 if matrices and matrices[0].encoding == f16 else Mix.BF16
+
+
+def _choose_types(
+    layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, mix: Mix
+) -> dict[str, GgmlType]:
+    """Return the type of every tensor of a GGUF target."""
+    size = ModelSize(
+        symbols["all_layers"], symbols["experts"], symbols["heads"], symbols["kv_heads"]
+    )
+    tensors = [Tensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
+    return choose_types(tensors, mix, size, options.gguf.overrides())
+
+
+def _is_copy(tensor: PhysicalTensor, segments: Iterable[Segment], target: Encoding) -> bool:
+    """Return whether the bytes of all segments are right in the target as they are.
+
+    Segments of FP8 have to be whole blocks, where they come from and where they go.
+    """
+    if not all(target.can_hold(segment.source.encoding) for segment in segments):
+        return False
+    if not isinstance(target, Fp8):
+        return True
+    row = 0
+    for segment in segments:
+        source = segment.source
+        if not target.has_whole_blocks(segment.first_row, segment.num_rows, source.height):
+            return False
+        if not target.has_whole_blocks(row, segment.num_rows, tensor.height):
+            return False
+        if segment.num_rows > tensor.height != source.height:
+            return False
+        row += segment.num_rows
+    return True
+
+
+def _apply_policy(policy: ScalePolicy, tensor: PhysicalTensor) -> Scaling:
+    ue8m0 = any(
+        fnmatch.fnmatchcase(rows.logical, glob) for rows in tensor.rows for glob in policy.ue8m0
+    )
+    return Scaling(policy.min_amax, power_of_two=ue8m0)

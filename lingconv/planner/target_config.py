@@ -1,0 +1,56 @@
+"""config.json of a target: the source's, with what a conversion changes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lingconv.checkpoint.recognised_checkpoint import Model
+from lingconv.encodings import Fp8, Plain, quantization_config
+from lingconv.model.family import PhysicalName
+from lingconv.model.layout import HF, Layout
+from lingconv.plans.options import ConvertOptions, Mtp, TargetDType
+from lingconv.plans.plan import Transfer
+
+_DTYPES = {
+    TargetDType.BF16: "bfloat16",
+    TargetDType.F16: "float16",
+    TargetDType.F32: "float32",
+}
+
+
+def target_config(
+    model: Model, layout: Layout, options: ConvertOptions, transfers: Sequence[Transfer]
+) -> dict[str, Any]:
+    """Return config.json for the target; unknown keys stay, in their order."""
+    config = dict(model.checkpoint.config)
+    config.update(_mtp_keys(model, options))
+    if options.dtype in _DTYPES:
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = _DTYPES[TargetDType(options.dtype)]
+    fp8 = [t.target.encoding for t in transfers if isinstance(t.target.encoding, Fp8)]
+    if not fp8:
+        config.pop(quantization_config.KEY, None)
+        return config
+    kept = [
+        transfer.target.name.removesuffix(".weight")
+        for transfer in transfers
+        if isinstance(transfer.target.encoding, Plain)
+        and layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
+    ]
+    stated = config.get(quantization_config.KEY)
+    if options.dtype or options.mtp == Mtp.ONLY:
+        config[quantization_config.KEY] = quantization_config.build(fp8, kept)
+    elif stated and model.layout.name != layout.name:
+        quantized = [t.target.name for t in transfers if isinstance(t.target.encoding, Fp8)]
+        config[quantization_config.KEY] = quantization_config.with_kept(stated, kept, quantized)
+    return config
+
+
+def _mtp_keys(model: Model, options: ConvertOptions) -> Mapping[str, Any]:
+    """Return the config keys that change with the number of MTP layers."""
+    symbols, key = model.symbols, model.family.key
+    if options.mtp == Mtp.KEEP or not symbols["mtp_layers"]:
+        return {}
+    if options.mtp == Mtp.DROP:
+        return {key("mtp_layers", HF): 0, key("layers", HF): symbols["layers"]}
+    # As Ling-V2's converter writes a stand-alone MTP model (`--mtp-path`).
+    return {key("layers", HF): symbols["mtp_layers"], key("dense_layers", HF): 0}

@@ -1,0 +1,45 @@
+"""key_values."""
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+
+class ValueType(IntEnum):
+    """`gguf_type`: what a value of a key is."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+class Value(NamedTuple):
+    """A typed value; an array is a list of `item` values."""
+
+    type: ValueType
+    data: Any
+    item: ValueType | None = None
+
+
+Metadata = Mapping[str, Value]
+
+
+def value_to_json(value: Value) -> list[Any]:
+    """Return a value as JSON."""
+    return [value.type, value.data, value.item]
+
+
+def value_from_json(fields: Sequence[Any]) -> Value:
+    """Build a value from what `value_to_json` returned."""
+    kind, data, item = fields
+    return Value(ValueType(kind), data, None if item is None else ValueType(item))

@@ -1,0 +1,273 @@
+"""Lowering: from a plan's transfers to the strips that are worked on one at a time.
+
+A strip is a few whole rows of one matrix, so memory depends neither on the size of a tensor, nor of
+a shard, nor of the model. Pure, like the plan.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+from lingconv.encodings import Encoding, Fp8, Ggml, Plain
+from lingconv.encodings.dtypes import DType
+from lingconv.encodings.plain import PLAIN
+from lingconv.errors import ResourceError
+from lingconv.plans.plan import OutputFile, Plan, Term, Transfer, in_term_runs
+from lingconv.plans.tensor_map import Extent, Segment
+
+# Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
+STRIP_BYTES = 4 << 20
+_F32_BYTES = 4
+_SUM_BYTES = 8  # averages are added in float64,
+_AT_ONCE = 8  # so many checkpoints at a time
+_SCATTERED = 8
+
+
+class _Move(NamedTuple):
+    """Bytes of a source, and where they go in the target's file."""
+
+    source: Extent
+    offset: int
+
+
+class CopyStrip(NamedTuple):
+    """Bytes that are moved as they are: `sources`, one behind the other, to `offset`."""
+
+    sources: tuple[Extent, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.nbytes for source in self.sources)
+
+
+class RowStrip(NamedTuple):
+    """Rows `first` to `last` of a target matrix, which `terms` hold.
+
+    They are decoded and encoded, or put together as they are where the transfer copies.
+    """
+
+    transfer: Transfer
+    first: int
+    last: int
+    terms: tuple[Term, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What holds them in the last of its sources."""
+        return self.terms[-1].segments
+
+    @property
+    def offset(self) -> int:
+        """Where its elements begin in the target's file."""
+        target = self.transfer.target
+        return target.extents[0].offset + self.first * target.encoding.row_bytes(target.cols)
+
+
+Strip = CopyStrip | RowStrip
+
+
+def lower(file: OutputFile) -> Iterator[Strip]:
+    """Yield the strips that fill a file, each byte of its tensors exactly once."""
+    moving = [transfer for transfer in file.transfers if _moves_bytes(transfer)]
+    yield from _cut([move for transfer in moving for move in _moves(transfer)])
+    for transfer in file.transfers:
+        if not _moves_bytes(transfer):
+            yield from _row_strips(transfer)
+
+
+def _moves_bytes(transfer: Transfer) -> bool:
+    """Return whether what fills a matrix lies in its sources as it is to lie in the target."""
+    turned = transfer.target.pitch or any(s.source.pitch for s in transfer.segments)
+    return (
+        transfer.copies
+        and not turned
+        and all(
+            segment.is_whole_rows and segment.num_cols == transfer.cols
+            for segment in transfer.segments
+        )
+    )
+
+
+def written_bytes(strip: Strip) -> int:
+    """Return the bytes that a strip fills, scales that are stored apart left out."""
+    if isinstance(strip, CopyStrip):
+        return strip.nbytes
+    target = strip.transfer.target
+    return (strip.last - strip.first) * target.encoding.row_bytes(target.cols)
+
+
+def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
+    """Yield the strips of a transfer, each with the rows of the source that fill it."""
+    rows = transfer.filled_rows
+    if not transfer.target.stack and 0 < rows <= rows_per_strip(transfer):
+        yield RowStrip(transfer, 0, rows, transfer.terms)
+        return
+    bounds = list(_bounds(transfer))
+    runs = in_term_runs(transfer, [last - first for first, last in bounds])
+    for (first, last), terms in zip(bounds, runs, strict=True):
+        yield RowStrip(transfer, first, last, terms)
+
+
+def _bounds(transfer: Transfer) -> Iterator[tuple[int, int]]:
+    """Yield where strips begin and end; where blocks would straddle stacked matrices, with them."""
+    target, step, rows = transfer.target, rows_per_strip(transfer), transfer.filled_rows
+    straddles = target.encoding.row_multiple > 1 and target.height % target.encoding.row_multiple
+    height = target.height if straddles else rows
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        for first in range(top, bottom, step):
+            yield first, min(first + step, bottom)
+
+
+def _moves(transfer: Transfer) -> Iterator[_Move]:
+    """Yield the byte moves of a transfer: elements, and scales where there are some."""
+    for part, target in enumerate(transfer.target.extents):
+        offset = target.offset
+        for segment in transfer.segments:
+            extent = rows_of(segment, part)
+            yield _Move(extent, offset)
+            offset += extent.nbytes
+
+
+def rows_of(segment: Segment, part: int) -> Extent:
+    """Return the bytes of a segment in tensor `part` of its source (0 elements, 1 scales)."""
+    source = segment.source
+    extent = source.extents[part]
+    if segment.num_rows == source.rows:
+        return extent
+    rows = segment.first_row, segment.num_rows
+    if part == 0:
+        first, end, total = rows[0], sum(rows), source.rows
+    else:
+        encoding = cast("Fp8", source.encoding)
+        first, end = encoding.scale_rows(*rows, source.height)
+        _, total = encoding.scale_rows(0, source.rows, source.height)
+    unit_bytes = extent.nbytes // total
+    return Extent(extent.file, extent.offset + first * unit_bytes, (end - first) * unit_bytes)
+
+
+def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
+    """Cut moves into strips that end at multiples of STRIP_BYTES of the target's file.
+
+    Neighbours in the target share a strip, so that what is written is large and aligned, however
+    small and scattered its sources are.
+    """
+    sources: list[Extent] = []
+    start = end = 0
+    for source, offset in sorted(moves, key=lambda move: move.offset):
+        if sources and offset != end:
+            yield CopyStrip(tuple(sources), start)
+            sources = []
+        if not sources:
+            start = end = offset
+        done = 0
+        while done < source.nbytes:
+            count = min(STRIP_BYTES - end % STRIP_BYTES, source.nbytes - done)
+            _append(sources, Extent(source.file, source.offset + done, count))
+            done += count
+            end += count
+            if end % STRIP_BYTES == 0:
+                yield CopyStrip(tuple(sources), start)
+                sources, start = [], end
+    if sources:
+        yield CopyStrip(tuple(sources), start)
+
+
+def _append(sources: list[Extent], extent: Extent) -> None:
+    """Add an extent, or lengthen the last one if it goes on right behind."""
+    last = sources[-1] if sources else None
+    if last and last.file == extent.file and last.offset + last.nbytes == extent.offset:
+        sources[-1] = last._replace(nbytes=last.nbytes + extent.nbytes)
+    else:
+        sources.append(extent)
+
+
+def rows_per_strip(transfer: Transfer) -> int:
+    """Return how many rows a strip has: whole blocks, about STRIP_BYTES, at least one block."""
+    if transfer.target.pitch:
+        return transfer.target.pitch  # a matrix that is stored by columns is written at once
+    multiple = transfer.target.encoding.row_multiple
+    block_bytes = multiple * max(1, transfer.cols) * _widest(transfer)
+    # Rows of a matrix that is stored by columns cost the reading of all columns, every time.
+    scattered = any(segment.source.pitch for segment in transfer.segments)
+    return multiple * max(1, (_SCATTERED if scattered else 1) * STRIP_BYTES // block_bytes)
+
+
+def _widest(transfer: Transfer) -> int:
+    """Return the bytes of an element where it is widest: source, target or in between."""
+    if transfer.copies:
+        return _element_bytes(transfer.target.encoding)
+    if transfer.is_average:
+        return _SUM_BYTES
+    encodings = [transfer.target.encoding, *_sources(transfer)]
+    in_f32 = works_in_f32(transfer) or isinstance(transfer.target.encoding, Ggml)
+    return max(_F32_BYTES if in_f32 else 2, *map(_element_bytes, encodings))
+
+
+def _element_bytes(encoding: Encoding) -> int:
+    return encoding.dtype.itemsize if isinstance(encoding, Plain) else 1
+
+
+def works_in_f32(transfer: Transfer) -> bool:
+    """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
+    if transfer.is_average:
+        return transfer.target.encoding != PLAIN[DType.BF16]
+    sources = {segment.source.encoding for segment in transfer.segments}
+    target = transfer.target.encoding
+    if isinstance(target, Fp8):
+        return any(isinstance(source, Fp8) or not _fits_bf16(source) for source in sources)
+    if isinstance(target, Ggml) or target.dtype == DType.BF16:
+        return not all(map(_fits_bf16, sources))
+    return True
+
+
+def _fits_bf16(encoding: Encoding) -> bool:
+    """Whether BF16 is what the numbers are, or what they are meant to be: FP8 x scale."""
+    return isinstance(encoding, Fp8) or encoding == PLAIN[DType.BF16]
+
+
+def strip_memory(strip: Strip) -> int:
+    """Return the bytes of buffers that a strip needs: read, worked on, written."""
+    if isinstance(strip, CopyStrip):
+        return strip.nbytes
+    transfer = strip.transfer
+    elements = (strip.last - strip.first) * max(1, transfer.cols)
+    segments = [segment for term in transfer.terms for segment in term.segments]
+    columns = max((segment.source.pitch * segment.source.cols for segment in segments), default=0)
+    if not transfer.is_average:
+        return 3 * (elements + columns) * _widest(transfer)
+    bf16 = all(segment.source.encoding == PLAIN[DType.BF16] for segment in segments)
+    term_bytes = 2 if bf16 else 2 * _F32_BYTES  # with what they are decoded from
+    per_element = _AT_ONCE * term_bytes + _SUM_BYTES + 3 * _F32_BYTES
+    return per_element * elements + columns * _F32_BYTES
+
+
+def _sources(transfer: Transfer) -> tuple[Encoding, ...]:
+    return tuple(segment.source.encoding for segment in transfer.segments)
+
+
+def _transfer_memory(transfer: Transfer) -> int:
+    if _moves_bytes(transfer):
+        return STRIP_BYTES
+    rows = min(rows_per_strip(transfer), transfer.rows)
+    return strip_memory(RowStrip(transfer, 0, rows, ()))
+
+
+def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]:
+    """Return how many jobs fit the budget, and the bytes of buffers that they take together.
+
+    Raises ResourceError when the budget is too small for a single strip.
+    """
+    kinds = {
+        (t.target.shape, t.target.encoding, t.copies, t.is_average, _sources(t)): t
+        for t in plan.transfers()
+    }
+    largest, name = max((_transfer_memory(t), t.target.name) for t in kinds.values())
+    fitting = min(jobs, max_memory_bytes // max(largest, 1))
+    if fitting < 1:
+        raise ResourceError(
+            f"{name} needs buffers of {largest:,} bytes, the budget is {max_memory_bytes:,}",
+            hint="raise `--max-memory`",
+        )
+    return fitting, fitting * largest

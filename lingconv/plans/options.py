@@ -1,0 +1,342 @@
+"""What the user may ask of a conversion: one frozen value, checked once.
+
+Everything here changes the output; what a conversion is asked for is part of a run's identity.
+Threads, memory and progress do not, and live with the engine.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from lingconv.encodings.dtypes import GGML_TYPES, DType, GgmlType
+from lingconv.encodings.ggml_ftype import MIXES, Mix, is_written
+from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
+from lingconv.errors import UsageError
+from lingconv.model.parallelism import Parallel
+
+DEFAULT_SHARD_BYTES = 10_000_000_000
+DISTCP_BYTES = 2_000_000_000
+AUTO = "auto"
+DEFAULT_MERGED = "dfactory"
+
+
+class Target(StrEnum):
+    """`--to`: the layout to write, and with it the container."""
+
+    HF = "hf"
+    HF_MERGED = "hf-merged"
+    GGUF = "gguf"
+    MEGATRON = "megatron"
+    RANKS = "megatron-ranks"
+
+
+class ExpertNames(StrEnum):
+    """How a rank's file names its experts."""
+
+    GROUPED = "grouped"
+    SEQUENTIAL = "sequential"
+    FUSED = "fused"
+
+
+class Spec(StrEnum):
+    """`--spec`: which of Megatron's layers are to read the checkpoint."""
+
+    TE = "te"
+    LOCAL = "local"
+
+
+class TargetDType(StrEnum):
+    """`--dtype`: what the weights are to be stored in."""
+
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+    FP8 = "fp8"
+
+
+class Scheme(StrEnum):
+    """`--scheme`: how many weights share a scale."""
+
+    BLOCK = "block"
+    CHANNEL = "channel"
+
+
+class Mtp(StrEnum):
+    """`--mtp`: what happens to multi-token-prediction layers."""
+
+    KEEP = "keep"
+    DROP = "drop"
+    ONLY = "only"
+
+
+SCALE_F32 = "f32"
+SCALE_UE8M0 = "ue8m0"
+SCALE_DTYPES = {"f32": DType.F32, "bf16": DType.BF16, "e8m0": DType.F8_E8M0}
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Options:
+    """How weights are quantized; empty strings stand for the scheme's own default."""
+
+    scheme: str = Scheme.BLOCK
+    dialect: str = ""
+    scale: str = SCALE_F32
+    scale_rules: tuple[tuple[str, str], ...] = ()
+    scale_dtype: str = ""
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def resolved_dialect(self) -> str:
+        """The dialect: block scales default to `fp8`, channel scales to compressed-tensors."""
+        return self.dialect or (FP8 if self.scheme == Scheme.BLOCK else COMPRESSED_TENSORS)
+
+    @property
+    def resolved_scale_dtype(self) -> DType:
+        """The dtype that scales are stored in: what each dialect's own tool writes."""
+        usual = "f32" if self.resolved_dialect == FP8 else "bf16"
+        return SCALE_DTYPES[self.scale_dtype or usual]
+
+    def check(self, policies: Iterable[str]) -> None:
+        """Raise UsageError for values or combinations that no runtime reads."""
+        known = (SCALE_F32, SCALE_UE8M0, *policies)
+        for policy in (self.scale, *(policy for _, policy in self.scale_rules)):
+            if policy not in known:
+                raise UsageError(f"no scale policy `{policy}`", hint=f"one of {', '.join(known)}")
+        _check_word("scheme", self.scheme, list(Scheme))
+        _check_word("dialect", self.resolved_dialect, [FP8, COMPRESSED_TENSORS])
+        _check_word("scale-dtype", self.scale_dtype or "f32", list(SCALE_DTYPES))
+        if self.scheme == Scheme.CHANNEL and self.resolved_dialect == FP8:
+            raise UsageError(
+                "the `fp8` dialect has no per-channel scales",
+                hint=f"leave `--dialect` out, or pass `--dialect {COMPRESSED_TENSORS}`",
+            )
+        if self.resolved_scale_dtype == DType.F8_E8M0:
+            if self.resolved_dialect != FP8:
+                raise UsageError("only the `fp8` dialect stores F8_E8M0 scales")
+            if self.scale != SCALE_UE8M0 or any(p != SCALE_UE8M0 for _, p in self.scale_rules):
+                raise UsageError(
+                    "F8_E8M0 holds powers of two only", hint="add `--scale ue8m0` for all weights"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class GgufOptions:
+    """What goes into GGUF files; empty strings and 0 stand for what the model itself suggests.
+
+    `tensor_types` are (regular expression, ggml type), the first one that is found in a name
+    counts; `metadata` are further texts under their keys; `stem` is the files' name without suffix.
+    """
+
+    outtype: str = AUTO
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    tokenizer_pre: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+    max_shard_tensors: int = 0
+    stem: str = ""
+
+    def overrides(self) -> list[tuple[re.Pattern[str], GgmlType]]:
+        """Return `tensor_types` compiled, as llama-quantize spells and compares them."""
+        found = []
+        known = [kind.lower() for kind in GgmlType if is_written(kind)]
+        for pattern, word in self.tensor_types:
+            _check_word("tensor-type", word.lower(), known)
+            try:
+                found.append((re.compile(pattern.lower()), GGML_TYPES[word.upper()]))
+            except re.error as exc:
+                raise UsageError(
+                    f"`--tensor-type {pattern}={word}` is no regular expression: {exc}"
+                ) from exc
+        return found
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be carried out."""
+        _check_word("outtype", self.outtype, [AUTO, *Mix])
+        overrides = self.overrides()
+        if overrides and (self.outtype == AUTO or not MIXES[self.outtype].default.is_quantized):
+            raise UsageError(
+                f"`--tensor-type` changes a quantized mix, `--outtype` is {self.outtype}",
+                hint="choose one, for example `--outtype q8_0`",
+            )
+        if self.max_shard_tensors < 0:
+            raise UsageError("`--split-max-tensors` must be positive")
+        for key, _ in self.metadata:
+            if not key.startswith("general."):
+                raise UsageError(
+                    f"`--metadata {key}=...`: only texts under `general.` are the user's to set",
+                    hint="for example `--metadata general.quantized_by=NAME`",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronOptions:
+    """What Megatron's formats leave open: the names of its layers, and how experts are stored."""
+
+    spec: str = Spec.TE
+    singleton_experts: bool = False
+    experts: str = ExpertNames.GROUPED
+    parallel: Parallel = field(default_factory=Parallel)
+
+    @property
+    def rank_layout(self) -> str:
+        """The layout of the older files, where names are those of a rank's own modules."""
+        modules = ["modules"] if self.spec == Spec.LOCAL else []
+        return "+".join([Target.MEGATRON, self.experts, *modules])
+
+    @property
+    def layout(self) -> str:
+        """The layout of torch_dist with its refinements, as the family file names them."""
+        local = ["local"] if self.spec == Spec.LOCAL else []
+        singleton = ["singleton"] if self.singleton_experts else []
+        return "+".join([Target.MEGATRON, *local, *singleton])
+
+    def check(self) -> None:
+        """Raise UsageError for words that mean nothing here."""
+        _check_word("spec", self.spec, list(Spec))
+        _check_word("experts", self.experts, list(ExpertNames))
+        for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
+            if value < 1:
+                raise UsageError(f"`--{name}` must be at least 1")
+        if self.parallel.layers and self.parallel.vpp > 1:
+            raise UsageError("`--pp-layers` and `--vpp` cannot be combined")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """A whole request. `dtype` empty keeps every encoding as it is found.
+
+    `merged` is the name in the family file by which `hf-merged` keeps stacked experts; `exclude`
+    are tensors that an average takes from its last checkpoint.
+    `max_shard_bytes` None is the layout's own: 10 GB for safetensors, one file for GGUF.
+    """
+
+    layout: str = Target.HF
+    dtype: str = ""
+    fp8: Fp8Options = field(default_factory=Fp8Options)
+    gguf: GgufOptions = field(default_factory=GgufOptions)
+    megatron: MegatronOptions = field(default_factory=MegatronOptions)
+    merged: str = DEFAULT_MERGED
+    mtp: str = Mtp.KEEP
+    max_shard_bytes: int | None = None
+    drop: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
+    allow_requantize: bool = False
+
+    def check(self, policies: Iterable[str], merged: Iterable[str]) -> None:
+        """Raise UsageError for what cannot be carried out.
+
+        `policies` are the family's own, and so are the names that stacked experts go by, `merged`.
+        """
+        _check_word("to", self.layout, list(Target))
+        if self.layout == Target.HF_MERGED:
+            _check_word("experts-as", self.merged, merged)
+        elif self.merged != DEFAULT_MERGED:
+            raise UsageError(
+                "`--experts-as` is for stacked experts", hint=f"add `--to {Target.HF_MERGED}`"
+            )
+        _check_word("mtp", self.mtp, list(Mtp))
+        if self.dtype:
+            _check_word("dtype", self.dtype, list(TargetDType))
+        if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
+            raise UsageError("`--max-shard-size` must be positive")
+        self.fp8.check(policies)
+        self._check_gguf()
+        self._check_megatron()
+        if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
+            raise UsageError(
+                "`--scheme`, `--dialect`, `--scale`, `--scale-dtype` and `--ignore` are for FP8",
+                hint="add `--dtype fp8`",
+            )
+
+    def _check_gguf(self) -> None:
+        self.gguf.check()
+        if self.layout != Target.GGUF and self.gguf != GgufOptions():
+            raise UsageError(
+                "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and"
+                " `--split-max-tensors` are for GGUF",
+                hint="add `--to gguf`, or let DST end with `.gguf`",
+            )
+        if self.layout == Target.GGUF and self.dtype:
+            raise UsageError(
+                "a GGUF file's types are chosen by `--outtype`, not by `--dtype`",
+                hint=f"one of {', '.join([AUTO, *Mix])}",
+            )
+        if self.layout == Target.GGUF and self.mtp == Mtp.ONLY:
+            raise UsageError("llama.cpp has no model that is MTP layers alone")
+
+    def _check_megatron(self) -> None:
+        self.megatron.check()
+        if not self.is_megatron:
+            if self.megatron != MegatronOptions():
+                raise UsageError(
+                    "`--spec`, `--singleton-experts`, `--sequential` and the numbers of ranks are"
+                    " for Megatron",
+                    hint="add `--to megatron` or `--to megatron-ranks`",
+                )
+            return
+        if self.layout == Target.MEGATRON and self.megatron.parallel != Parallel():
+            raise UsageError(
+                "torch_dist is loaded at any parallelism: it has no numbers of ranks",
+                hint="leave them out, or write `--to megatron-ranks`",
+            )
+        grouped = self.megatron.experts == ExpertNames.GROUPED
+        if self.layout == Target.RANKS and grouped and self.megatron.spec == Spec.LOCAL:
+            raise UsageError(
+                "Megatron's local layers have no grouped experts", hint="add `--sequential`"
+            )
+        if self.layout == Target.RANKS and self.megatron.singleton_experts:
+            raise UsageError("`--singleton-experts` is for torch_dist: `--to megatron`")
+        if self.layout == Target.RANKS and self.max_shard_bytes is not None:
+            raise UsageError("the files of ranks are not cut: leave `--max-shard-size` out")
+        if self.dtype == TargetDType.FP8:
+            raise UsageError(
+                "Megatron's checkpoints hold no FP8 weights with scales",
+                hint="leave `--dtype` out: FP8 is dequantized to BF16",
+            )
+        if self.mtp == Mtp.ONLY:
+            raise UsageError("Megatron has no model that is MTP layers alone")
+
+    @property
+    def layout_name(self) -> str:
+        """The target's layout as the family file names it, refinements included."""
+        if self.layout == Target.RANKS:
+            return Target.MEGATRON
+        if self.layout == Target.HF_MERGED:
+            return f"{Target.HF}+{self.merged}"
+        return self.megatron.layout if self.layout == Target.MEGATRON else self.layout
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether the target is one of Megatron's formats."""
+        return self.layout in (Target.MEGATRON, Target.RANKS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ConvertOptions":
+        """Build from what `to_json` returned (lists are tuples again)."""
+        fields = dict(value)
+        fp8 = dict(fields.pop("fp8"))
+        fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
+        fp8["ignore"] = tuple(fp8["ignore"])
+        gguf, megatron = dict(fields.pop("gguf")), dict(fields.pop("megatron"))
+        tp, pp, ep, etp, vpp, layers = megatron["parallel"]
+        parallel = Parallel(tp, pp, ep, etp, vpp, tuple(layers))
+        for name in ("tensor_types", "metadata"):
+            gguf[name] = tuple((left, right) for left, right in gguf[name])
+        return cls(
+            **{**fields, "drop": tuple(fields["drop"]), "exclude": tuple(fields["exclude"])},
+            fp8=Fp8Options(**fp8),
+            gguf=GgufOptions(**gguf),
+            megatron=MegatronOptions(**{**megatron, "parallel": parallel}),
+        )
+
+
+def _check_word(option: str, word: str, known: Iterable[str]) -> None:
+    words = [str(each) for each in known]
+    if word not in words:
+        raise UsageError(f"`--{option}` is `{word}`", hint=f"one of {', '.join(words)}")

@@ -1,0 +1,409 @@
+"""The plan: every output file, every byte range, and the source ranges that fill it.
+
+A Plan is a frozen value that survives JSON and has a digest. It knows names, shapes and bytes; it
+holds no tensor data, opens no file, and imports neither torch nor numba. `planner.py` builds one.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
+from lingconv.encodings.dtypes import DTYPES, GGML_TYPES
+from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
+from lingconv.errors import UsageError
+from lingconv.plans.key_values import Metadata, value_from_json, value_to_json
+from lingconv.plans.options import ConvertOptions
+from lingconv.plans.tensor_map import Extent, Segment, Stored, in_runs
+from lingconv.storage import FileStat
+
+SCHEMA = "lingconv.plan/4"
+
+
+class Scaling(NamedTuple):
+    """How scales are chosen for one matrix: lower bound of amax, powers of two or not."""
+
+    min_amax: float
+    power_of_two: bool
+
+
+class Source(NamedTuple):
+    """A checkpoint that is read: its files, and its weight where several are averaged.
+
+    `revision` is what is known of its version, in words.
+    """
+
+    uri: str
+    files: Mapping[str, FileStat]
+    weight: float = 1.0
+    revision: str = ""
+
+
+class Term(NamedTuple):
+    """What fills a matrix, from its first row to its last, in each of some sources.
+
+    `sources` are their numbers in the plan; all of them keep it in the same places.
+    """
+
+    sources: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
+class Transfer(NamedTuple):
+    """One target matrix and what fills it: a source, or the average of all terms' sources.
+
+    `copies` means that the bytes are moved as they are; otherwise rows are decoded and encoded.
+    """
+
+    target: Stored
+    terms: tuple[Term, ...]
+    scaling: Scaling
+    copies: bool
+
+    @property
+    def is_average(self) -> bool:
+        """Whether there is more than one source."""
+        return len(self.terms) > 1 or len(self.terms[0].sources) > 1
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What fills it in the last of its sources."""
+        return self.terms[-1].segments
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.target.rows
+
+    @property
+    def filled_rows(self) -> int:
+        """Rows that segments fill; what is behind them stays zeros (a padded vocabulary)."""
+        elements = sum(segment.num_rows * segment.num_cols for segment in self.segments)
+        return elements // self.cols
+
+    @property
+    def cols(self) -> int:
+        """Elements in a row."""
+        return self.target.cols
+
+
+def in_term_runs(transfer: Transfer, counts: Sequence[int]) -> Iterator[tuple[Term, ...]]:
+    """Yield the terms of the first of `counts` rows of a transfer, of the next ones, and so on."""
+    runs = [in_runs(term.segments, transfer.cols, counts) for term in transfer.terms]
+    for beside in zip(*runs, strict=True):
+        yield tuple(
+            term._replace(segments=segments)
+            for term, segments in zip(transfer.terms, beside, strict=True)
+        )
+
+
+class Container(StrEnum):
+    """The format of a weight file."""
+
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
+    TORCH_DIST = "torch_dist"
+    TORCH = "torch"
+
+
+class OutputFile(NamedTuple):
+    """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
+
+    `metadata` are the key-values of a GGUF file, `state` what the file of a Megatron rank says
+    besides its tensors; others have None.
+    """
+
+    name: str
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+    transfers: tuple[Transfer, ...]
+    container: Container = Container.SAFETENSORS
+    metadata: Metadata | None = None
+    state: Mapping[str, Any] | None = None
+
+
+class Dropped(NamedTuple):
+    """A source tensor or file that has no place in the target, and why."""
+
+    name: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion as a value.
+
+    Of several `sources`, oldest first, the last one is the base: its config and small files are
+    the target's. `weighting` is how their weights were chosen.
+    `args` are the arguments that Megatron's formats carry, `states` the keys of the modules' states
+    in torch_dist, each with the number of its shards.
+    """
+
+    sources: tuple[Source, ...]
+    family: str
+    options: ConvertOptions
+    files: tuple[OutputFile, ...]
+    side_files: Mapping[str, int]
+    config: Mapping[str, Any]
+    dropped: tuple[Dropped, ...]
+    total_parameters: int
+    warnings: tuple[str, ...]
+    args: Mapping[str, Any] | None = None
+    states: tuple[tuple[str, int], ...] = ()
+    weighting: str = ""
+
+    @property
+    def source(self) -> str:
+        """What is read, in words."""
+        if self.weighting:
+            return f"{self.weighting} of {len(self.sources)} checkpoints"
+        return self.sources[-1].uri
+
+    @property
+    def source_files(self) -> dict[str, FileStat]:
+        """All files that are read; those of several sources with where they are."""
+        if not self.weighting:
+            return dict(self.sources[-1].files)
+        return {
+            f"{source.uri}/{name}": stat
+            for source in self.sources
+            for name, stat in source.files.items()
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the output's bytes; not over time stamps."""
+        encodings = _Numbers()
+        sha = hashlib.sha256()
+        for file in self.files:
+            sha.update(f"{file.name} {file.nbytes} {file.container}\n".encode())
+            sha.update(json.dumps([_metadata_to_json(file.metadata), file.state]).encode())
+            sha.update("".join(_line(t, encodings) for t in file.transfers).encode())
+        rest = {
+            "schema": SCHEMA,
+            "sources": [
+                [{name: stat.size for name, stat in source.files.items()}, source.weight]
+                for source in self.sources
+            ],
+            "weighting": self.weighting,
+            "family": self.family,
+            "options": self.options.to_json(),
+            "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
+            "side_files": dict(self.side_files),
+            "config": self.config,
+            "dropped": self.dropped,
+            "args": self.args,
+            "states": self.states,
+        }
+        sha.update(json.dumps(rest, sort_keys=True).encode())
+        return sha.hexdigest()
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all weight files and carried files."""
+        return sum(file.nbytes for file in self.files) + sum(self.side_files.values())
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes read from the source's weight files."""
+        return sum(
+            len(term.sources) * segment.nbytes
+            for transfer in self.transfers()
+            for term in transfer.terms
+            for segment in term.segments
+        )
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all target tensors: the index's `total_size`."""
+        return sum(spec.nbytes for file in self.files for spec in file.tensors)
+
+    def transfers(self) -> Iterator[Transfer]:
+        """Yield the transfers of all files."""
+        for file in self.files:
+            yield from file.transfers
+
+    @cached_property
+    def encodings(self) -> dict[str, int]:
+        """Return how many target matrices have each encoding, by label."""
+        counts = Counter(transfer.target.encoding for transfer in self.transfers())
+        return {encoding.label: count for encoding, count in counts.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values; shared parts are stored once and referred to."""
+        encodings = _Numbers()
+        files = [_file_to_json(file, encodings) for file in self.files]
+        return {
+            "schema": SCHEMA,
+            "sources": [
+                {
+                    "uri": source.uri,
+                    "files": {name: list(stat) for name, stat in source.files.items()},
+                    "weight": source.weight,
+                    "revision": source.revision,
+                }
+                for source in self.sources
+            ],
+            "weighting": self.weighting,
+            "family": self.family,
+            "options": self.options.to_json(),
+            "encodings": [encoding_to_json(encoding) for encoding in encodings.seen],
+            "files": files,
+            "side_files": dict(self.side_files),
+            "config": self.config,
+            "dropped": [list(item) for item in self.dropped],
+            "total_parameters": self.total_parameters,
+            "warnings": list(self.warnings),
+            "args": self.args,
+            "states": [list(state) for state in self.states],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
+        """Build a plan from `to_json`'s value; raise UsageError for another schema."""
+        if value.get("schema") != SCHEMA:
+            raise UsageError(f"not a plan of schema {SCHEMA}: {value.get('schema')!r}")
+        encodings = [encoding_from_json(item) for item in value["encodings"]]
+        return cls(
+            sources=tuple(
+                Source(
+                    item["uri"],
+                    {name: FileStat(*stat) for name, stat in item["files"].items()},
+                    item["weight"],
+                    item["revision"],
+                )
+                for item in value["sources"]
+            ),
+            weighting=value["weighting"],
+            family=value["family"],
+            options=ConvertOptions.from_json(value["options"]),
+            files=tuple(_file_from_json(item, encodings) for item in value["files"]),
+            side_files=value["side_files"],
+            config=value["config"],
+            dropped=tuple(Dropped(*item) for item in value["dropped"]),
+            total_parameters=value["total_parameters"],
+            warnings=tuple(value["warnings"]),
+            args=value["args"],
+            states=tuple((key, shards) for key, shards in value["states"]),
+        )
+
+
+class _Numbers:
+    """Numbers encodings in order of first use, so that each one is spelled out once."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Encoding, int] = {}
+
+    def of(self, encoding: Encoding) -> int:
+        return self.seen.setdefault(encoding, len(self.seen))
+
+
+def _line(transfer: Transfer, encodings: _Numbers) -> str:
+    """Return a transfer as a line of text, for the digest."""
+    sources = " < ".join(
+        f"{term.sources} {_describe(segment.source, encodings)}"
+        f" {segment.first_row}+{segment.num_rows} {segment.first_col}+{segment.num_cols}"
+        for term in transfer.terms
+        for segment in term.segments
+    )
+    scaling = f"{transfer.scaling.min_amax!r} {transfer.scaling.power_of_two}"
+    target = _describe(transfer.target, encodings)
+    return f"{target} < {sources} | {scaling} {transfer.copies}\n"
+
+
+def _describe(stored: Stored, encodings: _Numbers) -> str:
+    places = " ".join(f"{e.file}@{e.offset}+{e.nbytes}" for e in stored.extents)
+    number = encodings.of(stored.encoding)
+    return f"{stored.name} {stored.shape} x{stored.stack} /{stored.pitch} #{number} {places}"
+
+
+def _metadata_to_json(metadata: Metadata | None) -> dict[str, Any] | None:
+    if metadata is None:
+        return None
+    return {key: value_to_json(value) for key, value in metadata.items()}
+
+
+def _metadata_from_json(value: Mapping[str, Any] | None) -> Metadata | None:
+    if value is None:
+        return None
+    return {key: value_from_json(fields) for key, fields in value.items()}
+
+
+def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "bytes": file.nbytes,
+        "container": file.container,
+        "metadata": _metadata_to_json(file.metadata),
+        "state": file.state,
+        "tensors": [[spec.name, spec.dtype, spec.shape, spec.offsets] for spec in file.tensors],
+        "transfers": [
+            {
+                "target": _stored_to_json(transfer.target, encodings),
+                "from": [
+                    {
+                        "sources": term.sources,
+                        "segments": [
+                            [_stored_to_json(source, encodings), *window]
+                            for source, *window in term.segments
+                        ],
+                    }
+                    for term in transfer.terms
+                ],
+                "scaling": list(transfer.scaling),
+                "copies": transfer.copies,
+            }
+            for transfer in file.transfers
+        ],
+    }
+
+
+def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFile:
+    return OutputFile(
+        value["name"],
+        value["bytes"],
+        tuple(
+            tensor_spec(name, DTYPES.get(dtype) or GGML_TYPES[dtype], tuple(shape), tuple(offsets))
+            for name, dtype, shape, offsets in value["tensors"]
+        ),
+        tuple(
+            Transfer(
+                _stored_from_json(item["target"], encodings),
+                tuple(
+                    Term(
+                        tuple(term["sources"]),
+                        tuple(
+                            Segment(_stored_from_json(stored, encodings), *window)
+                            for stored, *window in term["segments"]
+                        ),
+                    )
+                    for term in item["from"]
+                ),
+                Scaling(*item["scaling"]),
+                item["copies"],
+            )
+            for item in value["transfers"]
+        ),
+        Container(value["container"]),
+        _metadata_from_json(value["metadata"]),
+        value["state"],
+    )
+
+
+def _stored_to_json(stored: Stored, encodings: _Numbers) -> list[Any]:
+    extents = [list(extent) for extent in stored.extents]
+    number = encodings.of(stored.encoding)
+    turned = [stored.pitch, stored.stored_as]
+    return [stored.name, list(stored.shape), number, extents, stored.stack, turned]
+
+
+def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
+    name, shape, number, extents, stack, (pitch, stored_as) = value
+    places = tuple(Extent(*item) for item in extents)
+    return Stored(name, tuple(shape), encodings[number], places, stack, (), pitch, tuple(stored_as))

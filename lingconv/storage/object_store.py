@@ -1,0 +1,160 @@
+"""Folders of object stores and whatever else fsspec opens: `s3://bucket/folder`, `gs://`, `az://`.
+
+The client is the one that fsspec names for the scheme (s3fs, gcsfs, adlfs ...), installed and
+configured as its own documentation says; it finds credentials and tries again by itself.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+
+from lingconv.errors import (
+    SAME_COMMAND,
+    CheckpointError,
+    LingconvError,
+    NetworkError,
+    PermissionDenied,
+    UsageError,
+)
+from lingconv.storage import Blob, FileStat
+from lingconv.storage.byte_ranges import PARALLEL, Ranges
+
+T = TypeVar("T")
+
+# What stores call the stamp of a content, the most telling first; a time is better than nothing.
+_STAMPS = ("ETag", "etag", "generation", "md5Hash", "version_id", "LastModified", "mtime")
+_REFUSED = re.compile(
+    r"credential|forbidden|access.?denied|unauthori[sz]ed|\b40[13]\b", re.IGNORECASE
+)
+
+
+def open_file_system(uri: str) -> tuple[Any, str]:
+    """Return the client for an address, and the path that it knows the folder by.
+
+    Raises UsageError where the client is not installed.
+    """
+    try:
+        system, root = url_to_fs(uri)
+    except (ImportError, ValueError) as exc:
+        raise UsageError(f"{uri} cannot be opened: {exc}", hint="install what it names") from exc
+    system.use_listings_cache = False
+    return system, str(root).rstrip("/")
+
+
+def asked(uri: str, action: Callable[[], T]) -> T:
+    """Return what `action` returns; raise an error of `lingconv.errors` that names `uri`."""
+    try:
+        return action()
+    except LingconvError:
+        raise
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{uri} is not there (any more)", hint=SAME_COMMAND) from exc
+    except PermissionError as exc:
+        raise PermissionDenied(f"{uri}: the store refuses it: {exc}") from exc
+    except Exception as exc:  # each client has its own
+        text = f"{type(exc).__name__}: {exc}".splitlines()[0]
+        if _REFUSED.search(text):
+            raise PermissionDenied(
+                f"{uri}: the store refuses it: {text}", hint="give its client credentials"
+            ) from exc
+        raise NetworkError(f"{uri}: {text}", hint=SAME_COMMAND) from exc
+
+
+def list_objects(system: Any, root: str, uri: str) -> dict[str, FileStat]:
+    """Return every file below `root` by its relative path.
+
+    Raises CheckpointError when a name leads out of the folder.
+    """
+
+    def listing() -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = system.find(root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return found
+
+    stats = {}
+    for path, info in asked(uri, listing).items():
+        name = str(path).removeprefix(root).lstrip("/")
+        if not name or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{uri} lists a file that leads out of it: {path!r}")
+        stats[name] = stat_of(info)
+    return stats
+
+
+def stat_of(info: Mapping[str, Any]) -> FileStat:
+    """Return size and stamp of a file, from what a client tells of it."""
+    stamp = next((str(info[key]).strip('"') for key in _STAMPS if info.get(key)), "")
+    return FileStat(int(info["size"] or 0), stamp)
+
+
+class ObjectFile:
+    """One file of a store: bytes in, or an error that says why not. Many threads share it."""
+
+    def __init__(self, system: Any, path: str, uri: str, size: int) -> None:
+        self._system = system
+        self._path = path
+        self._uri = uri
+        self.size = size
+
+    def fetch(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset`."""
+        end = offset + len(buffer)
+        data = asked(self._uri, lambda: self._system.cat_file(self._path, start=offset, end=end))
+        if len(data) != len(buffer):
+            raise CheckpointError(
+                f"{self._uri} ends at byte {offset + len(data):,}, before {end:,}: it was changed"
+                " while it was read",
+                hint="restore the source and run the same command again",
+            )
+        buffer[:] = data
+
+
+class ObjectStorage:
+    """The files below an address."""
+
+    parallel_reads = PARALLEL
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self._system, self._root = open_file_system(self.uri)
+        self._files = list_objects(self._system, self._root, self.uri)
+        if not self._files:
+            raise UsageError(f"{self.uri} holds no files", hint="check its name")
+        self._ranges = Ranges()
+        self._objects: dict[str, ObjectFile] = {}
+
+    def files(self) -> Mapping[str, FileStat]:
+        """Return every file, hidden ones left out."""
+        return {
+            name: stat
+            for name, stat in self._files.items()
+            if not any(part.startswith(".") for part in name.split("/"))
+        }
+
+    def stat(self, name: str) -> FileStat:
+        """Return size and stamp as they are now."""
+        where = f"{self.uri}/{name}"
+        return stat_of(asked(where, lambda: self._system.info(f"{self._root}/{name}")))
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return bytes of a file."""
+        return self._ranges.read(self._object(name), offset, size)
+
+    def open(self, name: str) -> Blob:
+        """Open a file for reading by ranges."""
+        return self._ranges.open(self._object(name))
+
+    def release(self, name: str) -> None:
+        """Do nothing: what was read is not kept."""
+
+    def _object(self, name: str) -> ObjectFile:
+        if name not in self._files:
+            raise CheckpointError(f"{self.uri} has no file {name}")
+        if name not in self._objects:
+            where, size = f"{self.uri}/{name}", self._files[name].size
+            self._objects[name] = ObjectFile(self._system, f"{self._root}/{name}", where, size)
+        return self._objects[name]

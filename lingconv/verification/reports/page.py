@@ -1,0 +1,48 @@
+"""HTML pages that need nothing else: no network, no script; light, dark, paper."""
+
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from lingconv.errors import UsageError
+from lingconv.storage.atomic_file import replace_file
+from lingconv.storage.local_output import explained_writing
+
+
+def check() -> None:
+    """Raise UsageError when matplotlib, which draws the pictures, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "reports are drawn by matplotlib, which is not installed",
+            hint="pip install 'lingconv[report]'",
+        )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page of this folder's templates, all values escaped."""
+    return _render(template, values, escaped=True)
+
+
+def render_text(template: str, **values: Any) -> str:
+    """Return a text of this folder's templates, values as they are."""
+    return _render(template, values, escaped=False)
+
+
+def _render(template: str, values: dict[str, Any], *, escaped: bool) -> str:
+    folder = files("lingconv.verification.reports")
+    environment = Environment(
+        autoescape=escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),
+    )
+    return environment.get_template(template).render(**values)
+
+
+def write(html: str, path: Path) -> None:
+    """Write a page, all of it or nothing."""
+    with explained_writing(path):
+        replace_file(path, [html.encode()])
