@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import CALL_BYTES, arguments, machine, publish, warm, workplace
 from lingconv.storage.aligned_buffers import aligned_buffer
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 from lingconv.storage.machine import num_processors
 
 _BYTES = 2 << 30
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
         """Return the descriptor of one of them; a target is made with all its room."""
         if path == self.source:
             return os.open(path, os.O_RDONLY | flags)
-        made = OutputBlob(path, self.nbytes)
+        made = LocalOutput(path, self.nbytes)
         made.reserve()
         made.close()
         return os.open(path, os.O_RDWR | flags)
@@ -96,7 +96,7 @@ def copy_in_kernel(pair: Pair) -> None:
 def share(pair: Pair) -> None:
     """Have two files share their blocks (FICLONERANGE); raise OSError where that cannot be."""
     source = pair.open(pair.source, _CACHED)
-    target = OutputBlob(pair.target, pair.nbytes)
+    target = LocalOutput(pair.target, pair.nbytes)
     could = target.clone(source, 0, pair.nbytes, 0)
     target.sync()
     target.close()

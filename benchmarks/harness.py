@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lingconv.storage.aligned_buffers import aligned_buffer
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 from lingconv.storage.machine import num_processors
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def _read(files: list[Path]) -> None:
 
 def _write(path: Path, nbytes: int) -> None:
     buffer = aligned_buffer(CALL_BYTES)
-    output = OutputBlob(path, nbytes)
+    output = LocalOutput(path, nbytes)
     output.reserve()
     for offset in range(0, nbytes, CALL_BYTES):
         output.write(memoryview(buffer), offset)

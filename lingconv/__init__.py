@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lingconv.version import __version__
 
 if TYPE_CHECKING:
-    pass
+    from lingconv import api as api
     from lingconv.api import (
         convert,
         diff,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lingconv.execution.engine import Result
-    from lingconv.execution.plan_share import Part
+    from lingconv.execution.plan_share import PlanShare as Part
     from lingconv.execution.progress import Progress
     from lingconv.execution.resources import Resources
     from lingconv.plans.checkpoint_weights import Weighting, by_decay, by_hand, mean
@@ -91,31 +91,44 @@ __all__ = [
     "verify",
 ]
 
-# Where the names above are, those first that cost the least to import.
-_HOMES = (
-    "errors",
-    "execution.progress",
-    "plans.options",
-    "verification.progress",
-    "verification.options",
-    "storage.upload_target",
-    "plans.checkpoint_weights",
-    "execution.plan_share",
-    "execution.resources",
-    "plans.plan",
-    "checkpoint.inspection",
-    "execution.engine",
-    "api",
-)
+# Modules that hold public names, and those names. A module is imported when a name of it is first
+# asked for: `lingconv --help` needs next to nothing.
+_HOMES = {
+    "errors": (
+        "CheckpointError", "DestinationError", "Fault", "Interrupted", "LingconvError",
+        "NetworkError", "PermissionDenied", "ResourceError", "UsageError",
+    ),
+    "execution.progress": ("Progress",),
+    "execution.plan_share": ("PlanShare",),
+    "execution.resources": ("Resources",),
+    "execution.engine": ("Result",),
+    "checkpoint.inspection": ("Report",),
+    "plans.options": ("ConvertOptions", "Fp8Options", "GgufOptions"),
+    "plans.checkpoint_weights": ("Weighting", "by_decay", "by_hand", "mean"),
+    "plans.plan": ("Plan",),
+    "storage.upload_target": ("PublishOptions",),
+    "verification.options": ("ForwardOptions", "VerifyOptions"),
+    "verification.progress": ("Watcher",),
+    "api": (
+        "convert", "diff", "finish", "forward", "inspect", "merge_checkpoints", "plan", "push",
+        "quantize", "synth", "verify",
+    ),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+# Public names that are spelled otherwise where they are defined.
+_ALIASES = {"Part": "PlanShare"}
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for when it is asked for: `lingconv --help` needs next to nothing."""
-    if name in _HOMES:
-        return import_module(f"lingconv.{name}")
-    if name in __all__:
-        for home in _HOMES:
-            found = vars(import_module(f"lingconv.{home}"))
-            if name in found:
-                return found[name]
+    """Import a public name, or the module `api`, on first use."""
+    if name == "api":
+        return import_module("lingconv.api")
+    defined = _ALIASES.get(name, name)
+    if name in __all__ and defined in _MODULE_OF:
+        return getattr(import_module(f"lingconv.{_MODULE_OF[defined]}"), defined)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "api"]

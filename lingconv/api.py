@@ -11,13 +11,13 @@ from lingconv.checkpoint.inspection import Report, inspect_model
 from lingconv.checkpoint.open import open_checkpoint
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.checkpoint.recognition import recognise
-from lingconv.containers.source_overrides import Given
+from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.errors import DestinationError, UsageError
 from lingconv.execution.destination import Destination
 from lingconv.execution.engine import Result, execute
 from lingconv.execution.progress import Progress
 from lingconv.execution.resources import Resources
-from lingconv.execution.run_folder import VERDICT_NAME, kept_plan, pinned_commits, place_of
+from lingconv.execution.run_folder import VERDICT_NAME, kept_plan, location_of, pinned_commits
 from lingconv.model.family_file import load_families
 from lingconv.planner.average_sources import open_average
 from lingconv.planner.planner import build_average, build_plan
@@ -28,7 +28,7 @@ from lingconv.plans.plan import Plan
 from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import SUFFIX
 from lingconv.storage.hub.address import parse_address
-from lingconv.storage.locations import is_far, open_storage
+from lingconv.storage.locations import is_remote, open_storage
 from lingconv.storage.machine import num_processors
 from lingconv.storage.upload_target import PublishOptions
 from lingconv.verification.options import ForwardOptions, Level, VerifyOptions
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    source: str | Path, *, formats: str | None = None, given: Given | None = None
+    source: str | Path, *, formats: str | None = None, given: SourceOverrides | None = None
 ) -> Model:
     """Open a checkpoint and find out what it is.
 
@@ -59,7 +59,7 @@ def open_model(
 
 
 def inspect(
-    source: str | Path, *, formats: str | None = None, given: Given | None = None
+    source: str | Path, *, formats: str | None = None, given: SourceOverrides | None = None
 ) -> Report:
     """Return what `source` is, and everything odd about it. Reads headers only."""
     return inspect_model(open_model(source, formats=formats, given=given))
@@ -71,7 +71,7 @@ def plan(
     *,
     destination: str | Path = "",
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
 ) -> Plan:
     """Return the plan of a conversion, down to the byte, without writing anything.
 
@@ -87,7 +87,7 @@ def convert(
     options: ConvertOptions | None = None,
     *,
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
@@ -135,8 +135,8 @@ def estimate(
         rates,
         machines=machines,
         network_bytes_per_s=network_bytes_per_s,
-        reads_far=any(is_far(source.uri) for source in plan.sources),
-        writes_far=is_far(destination),
+        reads_far=any(is_remote(source.uri) for source in plan.sources),
+        writes_far=is_remote(destination),
     )
 
 
@@ -147,7 +147,7 @@ def finish(destination: str | Path, *, progress: Progress | None = None) -> Resu
     """
     path = Path(destination)
     plan = kept_plan(path)
-    missing = [f.name for f in plan.files if not (place_of(path).folder / f.name).exists()]
+    missing = [f.name for f in plan.files if not (location_of(path).folder / f.name).exists()]
     if missing:
         raise DestinationError(
             f"{path} lacks {len(missing)} of {len(plan.files)} weight files",
@@ -165,7 +165,7 @@ def plan_average(
     *,
     destination: str | Path = "",
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
 ) -> tuple[Plan, Average]:
     """Return the plan of `merge_checkpoints`, and the checkpoints as they were opened."""
     options = _named(options or ConvertOptions(), Path(destination))
@@ -188,7 +188,7 @@ def merge_checkpoints(
     *,
     report: str | Path | None = None,
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
@@ -254,7 +254,7 @@ def synth(
     fresh: bool = False,
 ) -> Result:
     """Write a checkpoint of random weights: `config` is a preset or a config.json."""
-    if is_far(destination):
+    if is_remote(destination):
         raise UsageError("random weights are written to a folder", hint="then `lingconv push` it")
     if resources is not None and resources.part is not None:
         raise UsageError("random weights are written by one run: leave `--part` out")
@@ -304,7 +304,7 @@ def forward(
     chat: bool = False,
     tokens: str | None = None,
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
     watcher: Watcher | None = None,
 ) -> "Trace":
     """Run the reference forward pass over `source`, one layer in memory at a time.
@@ -329,7 +329,7 @@ def verify(
     chat: bool = False,
     tokens: str | None = None,
     formats: str | None = None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
     jobs: int = 0,
     watcher: Watcher | None = None,
 ) -> "Verdict":
@@ -397,6 +397,7 @@ def push(
     sent that the Hub has already: the same call again goes on.
     """
     from lingconv.execution.publishing import push as pushing  # with huggingface_hub
+    from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
 
     address = parse_address(repository)
     if address.path:
@@ -405,7 +406,7 @@ def push(
         Path(folder),
         address,
         publish or PublishOptions(),
-        pushing.read_proof(verdict, report),
+        pushing.read_proof(verdict, report, VERDICT_SCHEMA),
         progress,
     )
 

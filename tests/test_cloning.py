@@ -10,7 +10,7 @@ import lingconv
 from lingconv import ConvertOptions, ResourceError
 from lingconv.execution.progress import Silent
 from lingconv.storage import local_output as output
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 
 BLOCK = 4096
 MANY = ConvertOptions(max_shard_bytes=1_000_000)
@@ -101,7 +101,7 @@ def test_a_real_file_system_shares_what_it_can(tmp_path):
     """Run the tests with `--basetemp` on XFS or Btrfs to see it do so."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(4 * BLOCK))
-    blob = OutputBlob(target, 4 * BLOCK)
+    blob = LocalOutput(target, 4 * BLOCK)
     blob.reserve()
     with source.open("rb") as file:
         could = blob.clone(file.fileno(), BLOCK, 2 * BLOCK, 2 * BLOCK)

@@ -151,12 +151,14 @@ def test_convert_rounds_as_torch_does(cuda, dtype):
 @pytest.fixture
 def strips(monkeypatch):
     """The strips that a GPU filled."""
-    from lingconv.execution.pipeline.gpu_transcoder import Offload
+    from lingconv.execution.pipeline.gpu_transcoder import GpuTranscoder
 
     seen = []
-    run = Offload.run
+    run = GpuTranscoder.run
     monkeypatch.setattr(
-        Offload, "run", lambda self, strip, *rest: (seen.append(strip), run(self, strip, *rest))[1]
+        GpuTranscoder,
+        "run",
+        lambda self, strip, *rest: (seen.append(strip), run(self, strip, *rest))[1],
     )
     return seen
 

@@ -25,7 +25,7 @@ from lingconv.api import open_model
 from lingconv.execution.engine import execute
 from lingconv.execution.progress import Silent
 from lingconv.planner.planner import build_plan
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 from tests.support import copy_checkpoint, edit_json, tree_digest
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +215,7 @@ def test_a_source_that_changes_mid_run(golden, tmp_path, change):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up(golden, tmp_path, monkeypatch, code):
-    real, left = OutputBlob.write, [20]
+    real, left = LocalOutput.write, [20]
 
     def write(self, data, offset):
         left[0] -= 1
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up(golden, tmp_path, monkeypatch, code):
             raise OSError(code, os.strerror(code))
         return real(self, data, offset)
 
-    monkeypatch.setattr(OutputBlob, "write", write)
+    monkeypatch.setattr(LocalOutput, "write", write)
     with pytest.raises(ResourceError, match="no space left") as caught:
         convert(golden, tmp_path / "out", MANY)
     assert caught.value.exit_code == 6
@@ -295,7 +295,7 @@ def test_a_file_system_without_direct_io(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "O_DIRECT", 0)
     convert(golden, tmp_path / "cached", MANY)
     monkeypatch.undo()
-    monkeypatch.setattr(OutputBlob, "_write_direct", lambda self, data, offset: 0)
+    monkeypatch.setattr(LocalOutput, "_write_direct", lambda self, data, offset: 0)
     convert(golden, tmp_path / "refused", MANY)
     assert tree_digest(tmp_path / "direct") == tree_digest(tmp_path / "cached")
     assert tree_digest(tmp_path / "direct") == tree_digest(tmp_path / "refused")

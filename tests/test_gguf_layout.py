@@ -8,7 +8,7 @@ import pytest
 
 from lingconv.api import open_model
 from lingconv.encodings.dtypes import GgmlType
-from lingconv.encodings.ggml_ftype import Mix, ModelSize, Tensor, choose_types
+from lingconv.encodings.ggml_ftype import FileType, GgufTensor, ModelSize, choose_types
 from lingconv.model.layout import build_layout
 from tests.conftest import DATA
 
@@ -21,7 +21,7 @@ def tensors(golden):
     """The tensors of the golden model in the GGUF layout."""
     model = open_model(golden)
     layout = build_layout(model.family, model.symbols, "gguf")
-    return [Tensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
+    return [GgufTensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
 
 
 def test_names_and_shapes_equal_the_converter(tensors):
@@ -39,7 +39,7 @@ def test_experts_are_the_rows_of_a_stack_in_their_order(golden):
 
 @pytest.mark.parametrize("outtype", EXPECTED)
 def test_types_equal_llama_quantize(outtype, tensors):
-    mix = Mix(outtype.lower())
+    mix = FileType(outtype.lower())
     expected = {name: kind for name, (kind, _, _) in EXPECTED[outtype]["tensors"].items()}
     assert choose_types(tensors, mix, GOLDEN_SIZE) == expected
     assert mix.file_type == EXPECTED[outtype]["metadata"]["general.file_type"]
@@ -51,7 +51,7 @@ def test_overrides_come_first_and_leave_what_stays_plain(tensors):
         (re.compile("ffn_"), GgmlType.Q6_K),
         (re.compile("attn_norm"), GgmlType.Q4_K),
     ]
-    chosen = choose_types(tensors, Mix.Q4_K_M, GOLDEN_SIZE, overrides)
+    chosen = choose_types(tensors, FileType.Q4_K_M, GOLDEN_SIZE, overrides)
     assert chosen["blk.1.ffn_down_exps.weight"] == GgmlType.Q8_0
     assert chosen["blk.1.ffn_up_exps.weight"] == GgmlType.Q6_K
     assert chosen["blk.1.ffn_down_shexp.weight"] == GgmlType.Q8_0  # rows of 128 elements
@@ -60,7 +60,9 @@ def test_overrides_come_first_and_leave_what_stays_plain(tensors):
 
 
 def test_rows_of_odd_length_fall_back_to_f16():
-    chosen = choose_types([Tensor("blk.0.ffn_up.weight", (8, 40))], Mix.Q4_K_M, GOLDEN_SIZE)
+    chosen = choose_types(
+        [GgufTensor("blk.0.ffn_up.weight", (8, 40))], FileType.Q4_K_M, GOLDEN_SIZE
+    )
     assert chosen == {"blk.0.ffn_up.weight": GgmlType.F16}
 
 
@@ -70,7 +72,7 @@ def test_sizes_equal_gguf_py(kind):
     assert (number.value, gguf.GGML_QUANT_SIZES[number]) == (kind.id, (kind.elements, kind.nbytes))
 
 
-@pytest.mark.parametrize("mix", Mix)
+@pytest.mark.parametrize("mix", FileType)
 def test_file_types_equal_gguf_py(mix):
     by_number = {member.value: member.name for member in gguf.LlamaFileType}
     name = by_number[mix.file_type].removeprefix("MOSTLY_").removeprefix("ALL_").lower()

@@ -17,7 +17,7 @@ from lingconv.api import convert, diff, forward, inspect, open_model, verify
 from lingconv.containers.gguf.header import MAX_HEADER_BYTES, read_header
 from lingconv.containers.stored_tensor import HeaderError
 from lingconv.encodings.dtypes import GgmlType
-from lingconv.encodings.ggml_ftype import Mix
+from lingconv.encodings.ggml_ftype import FileType
 from lingconv.encodings.kernels import ggml_decode
 from lingconv.errors import CheckpointError, LingconvError, UsageError
 from lingconv.plans.options import ConvertOptions, GgufOptions
@@ -117,7 +117,7 @@ def test_transformers_loads_the_rebuilt_tokenizer(files, tmp_path):
     assert text == "<role>HUMAN</role>Hi<|role_end|>"
 
 
-@pytest.mark.parametrize("mix", Mix)
+@pytest.mark.parametrize("mix", FileType)
 def test_every_type_is_decoded_as_gguf_py_decodes_it(golden, tmp_path, mix):
     convert(golden, tmp_path / "x.gguf", to_gguf(mix))
     convert(tmp_path / "x.gguf", tmp_path / "f32", ConvertOptions(dtype="f32"))
@@ -257,7 +257,7 @@ def test_a_prompt_goes_through_the_rebuilt_tokenizer(golden, files):
     assert torch.equal(ours["logits"], theirs["logits"])
 
 
-@pytest.mark.parametrize("mix", [mix for mix in Mix if not mix.value.startswith("tq")])
+@pytest.mark.parametrize("mix", [mix for mix in FileType if not mix.value.startswith("tq")])
 def test_verify_says_yes_to_every_type(golden, tmp_path, mix):
     convert(golden, tmp_path / "x.gguf", to_gguf(mix))
     verdict = verify(golden, tmp_path / "x.gguf", VerifyOptions(level="tensors"))

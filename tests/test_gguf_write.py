@@ -20,10 +20,10 @@ from lingconv.api import convert, open_model
 from lingconv.containers.gguf.tokenizer import CHECK_TEXT
 from lingconv.containers.registry import header
 from lingconv.encodings.dtypes import GgmlType
-from lingconv.encodings.ggml_ftype import Mix
+from lingconv.encodings.ggml_ftype import FileType
 from lingconv.encodings.kernels.ggml_encode import QUANTIZERS
 from lingconv.errors import CheckpointError, DestinationError, Interrupted, UsageError
-from lingconv.execution.pipeline.worker_pool import Crew
+from lingconv.execution.pipeline.worker_pool import WorkerPool
 from lingconv.planner.planner import build_plan
 from lingconv.plans.options import ConvertOptions, GgufOptions
 from lingconv.plans.plan import Plan
@@ -75,7 +75,7 @@ def test_tensors_and_metadata_equal_llama_cpp(golden, tmp_path, outtype):
     assert not found
 
 
-@pytest.mark.parametrize("mix", Mix)
+@pytest.mark.parametrize("mix", FileType)
 def test_gguf_py_reads_every_type(golden, tmp_path, mix):
     convert(golden, tmp_path / "out.gguf", to_gguf(mix))
     model = open_model(golden)
@@ -87,7 +87,7 @@ def test_gguf_py_reads_every_type(golden, tmp_path, mix):
     original = load_file(shard)["model.word_embeddings.weight"].float().numpy()
     error = np.linalg.norm(values - original) / np.linalg.norm(original)
     assert error < (0.9 if mix.value.startswith("tq") else 0.4)
-    assert (error == 0) == (mix in (Mix.BF16, Mix.F32))
+    assert (error == 0) == (mix in (FileType.BF16, FileType.F32))
 
 
 def test_auto_is_the_float_that_the_weights_are_in(golden, tmp_path):
@@ -383,7 +383,9 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
 def test_a_partial_file_that_is_gone_is_written_anew(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(lingconv.execution.pipeline.worker_pool, "PIECE_BYTES", 100_000)
     target = tmp_path / "x.gguf"
-    monkeypatch.setattr(Crew, "_finish", lambda *_: (_ for _ in ()).throw(Interrupted("stop")))
+    monkeypatch.setattr(
+        WorkerPool, "_finish", lambda *_: (_ for _ in ()).throw(Interrupted("stop"))
+    )
     with pytest.raises(Interrupted):
         convert(golden, target, to_gguf("q8_0"))
     journal = (tmp_path / ".lingconv" / "x.gguf" / "journal.jsonl").read_text()

@@ -20,7 +20,7 @@ from lingconv import (
     convert,
 )
 from lingconv.storage import byte_ranges as ranges
-from lingconv.storage.object_upload import Bucket
+from lingconv.storage.object_upload import ObjectUpload
 from tests.hub_support import sampled, weight_bytes
 from tests.s3_server import BUCKET, client, listing, s3
 
@@ -102,7 +102,7 @@ def test_gguf_both_ways(store, golden, tmp_path):
 
 
 def test_a_run_goes_on_and_sends_nothing_twice(store, golden, tmp_path, monkeypatch):
-    sent, put = [], Bucket._put
+    sent, put = [], ObjectUpload._put
 
     def failing(self, name, content):
         if len(sent) == 3:
@@ -110,7 +110,7 @@ def test_a_run_goes_on_and_sends_nothing_twice(store, golden, tmp_path, monkeypa
         sent.append(name)
         return put(self, name, content)
 
-    monkeypatch.setattr(Bucket, "_put", failing)
+    monkeypatch.setattr(ObjectUpload, "_put", failing)
     with pytest.raises(NetworkError, match="went away"):
         convert(golden, f"{store}/out", MANY)
     assert "model.safetensors.index.json" not in listing("out")
@@ -120,7 +120,7 @@ def test_a_run_goes_on_and_sends_nothing_twice(store, golden, tmp_path, monkeypa
         sent.append(name)
         return put(self, name, content)
 
-    monkeypatch.setattr(Bucket, "_put", counting)
+    monkeypatch.setattr(ObjectUpload, "_put", counting)
     convert(golden, f"{store}/out", MANY)
     assert len(sent) == len(set(sent))
     convert(golden, tmp_path / "near", MANY)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_and_sends_nothing_twice(store, golden, tmp_path, monkeypa
 
 def test_what_somebody_changed_is_sent_again(store, golden, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "complete", lambda *_: 1 / 0)
+        patch.setattr(ObjectUpload, "complete", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(golden, f"{store}/out", MANY)
     name = sorted(weights(listing("out")))[1]

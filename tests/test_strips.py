@@ -12,9 +12,9 @@ from lingconv.encodings.dtypes import DType
 from lingconv.execution.pipeline.transcoder import Transcoder
 from lingconv.plans.lowering import CopyStrip, lower
 from lingconv.plans.plan import OutputFile, Scaling, Source, Term, Transfer
-from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 from lingconv.storage.aligned_buffers import Arena
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
 BF16, F32 = Plain(DType.BF16), Plain(DType.F32)
@@ -50,9 +50,9 @@ def store(name, weight, encoding, blobs):
     blobs[name] = Bytes(b"".join(parts))
     extents, offset = [], 0
     for part in parts:
-        extents.append(Extent(name, offset, len(part)))
+        extents.append(ByteRange(name, offset, len(part)))
         offset += len(part)
-    return Stored(name, tuple(weight.shape), encoding, tuple(extents)), values
+    return StoredMatrix(name, tuple(weight.shape), encoding, tuple(extents)), values
 
 
 def fill(path, transfer, blobs):
@@ -61,10 +61,10 @@ def fill(path, transfer, blobs):
     specs = target.encoding.tensors(target.name, target.shape)
     extents, offset = [], 0
     for spec in specs:
-        extents.append(Extent("out", offset, spec.nbytes))
+        extents.append(ByteRange("out", offset, spec.nbytes))
         offset += spec.nbytes
     placed = transfer._replace(target=target._replace(extents=tuple(extents)))
-    output = OutputBlob(path, offset)
+    output = LocalOutput(path, offset)
     transcoder = Transcoder(Arena(), [blobs], [Source("", {})], allow_nonfinite=False)
     written = 0
     for strip in lower(OutputFile("out", offset, specs, (placed,))):
@@ -105,7 +105,7 @@ def test_rows_of_several_sources(rows, skips, cols, source, target, strip_bytes,
     expected = torch.cat(pieces)
     copies = source == target and source != BLOCK
     transfer = Transfer(
-        Stored("w", tuple(expected.shape), target, ()),
+        StoredMatrix("w", tuple(expected.shape), target, ()),
         (Term((0,), tuple(segments)),),
         SCALING,
         copies,
@@ -135,7 +135,7 @@ def test_fp8_blocks_are_copied_with_their_scales(splits, tmp_path):
         segments += stored.segments(first, count)
     total = sum(splits)
     terms = (Term((0,), tuple(segments)),)
-    transfer = Transfer(Stored("w", (total, 200), BLOCK, ()), terms, SCALING, copies=True)
+    transfer = Transfer(StoredMatrix("w", (total, 200), BLOCK, ()), terms, SCALING, copies=True)
     found = fill(tmp_path / "out", transfer, blobs)
     codes, scales = reference_quantize(weight)
     rows = [row for s in segments for row in range(s.first_row, s.first_row + s.num_rows)]
@@ -151,9 +151,9 @@ def test_fp8_blocks_are_copied_with_their_scales(splits, tmp_path):
 
 def test_a_file_that_is_closed_reserves_nothing_of_the_next_one(tmp_path):
     """The system gives the number of a closed file to the next one that is opened."""
-    first = OutputBlob(tmp_path / "first", 1 << 20)
+    first = LocalOutput(tmp_path / "first", 1 << 20)
     first.close()
-    second = OutputBlob(tmp_path / "second", 10)
+    second = LocalOutput(tmp_path / "second", 10)
     first.reserve()
     second.close()
     assert (tmp_path / "second").stat().st_size == 10

@@ -23,7 +23,7 @@ import lingconv
 from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron import pickles
-from lingconv.containers.source_overrides import Given
+from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
@@ -65,7 +65,7 @@ def load_with_torch(folder):
 
 
 def test_what_megatron_core_saved_becomes_the_golden_model(golden, golden_dist, config, tmp_path):
-    lingconv.convert(golden_dist, tmp_path / "hf", given=Given(config))
+    lingconv.convert(golden_dist, tmp_path / "hf", given=SourceOverrides(config))
     assert_same_model(golden, tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text()) == config
 
@@ -161,7 +161,7 @@ def test_other_routing_is_warned_of(golden, config, tmp_path):
     """Megatron adds the topk // group_topk best scores of a group, the model's own code two."""
     options = ConvertOptions(layout="megatron")
     assert lingconv.plan(golden, options).warnings == ()
-    changed = Given({**config, "topk_group": 2})
+    changed = SourceOverrides({**config, "topk_group": 2})
     (warning,) = lingconv.plan(golden, options, given=changed).warnings
     assert "by its 1 best experts" in warning
 
@@ -194,7 +194,7 @@ def test_megatron_core_loads_runs_and_saves_it(golden, config, parallel, tmp_pat
     errors = json.loads(done.stdout.splitlines()[-1])["errors"]
     assert errors
     assert all(len(each) == 2 and max(each) < 1e-4 for each in errors), errors
-    lingconv.convert(tmp_path / "saved", tmp_path / "hf", given=Given(config))
+    lingconv.convert(tmp_path / "saved", tmp_path / "hf", given=SourceOverrides(config))
     assert_same_model(golden, tmp_path / "hf")
 
 
@@ -285,13 +285,13 @@ def test_layers_in_one_tensor_vocabulary_padded_and_optimizer_beside(golden_dist
     state["rng_state/shard_0_1"] = torch.zeros(3)
     genuine, rewriter.state = rewriter.state, state
     source = rewriter.save(tmp_path / "old", golden_dist)
-    report = lingconv.inspect(source, given=Given(config))
+    report = lingconv.inspect(source, given=SourceOverrides(config))
     assert report.sound
     assert {kind: held.entries for kind, held in report.left_out.items()} == {
         "optimizer state": 1, "random state": 1,
     }  # fmt: skip
     assert sum("16 rows of padding" in str(fault) for fault in report.faults) == 2
-    lingconv.convert(source, tmp_path / "hf", given=Given(config))
+    lingconv.convert(source, tmp_path / "hf", given=SourceOverrides(config))
     found = read_tensors(tmp_path / "hf")
     weight = genuine["decoder.layers.0.self_attention.linear_proj.weight"]
     for layer, factor in ((0, 1), (1, 2)):
@@ -311,16 +311,18 @@ def test_main_params_of_the_optimizer(golden, golden_dist, config, tmp_path):
             rewriter.state[f"{prefix}optimizer.state.exp_avg.{name}"] = torch.zeros(value.shape)
     source = rewriter.save(tmp_path / "m", golden_dist)
     request = ConvertOptions(dtype="f32")
-    lingconv.convert(source, tmp_path / "hf", request, given=Given(config, main_params=True))
+    lingconv.convert(
+        source, tmp_path / "hf", request, given=SourceOverrides(config, main_params=True)
+    )
     found = read_tensors(tmp_path / "hf")
     name = "decoder.layers.0.self_attention.linear_proj.weight"
     assert torch.equal(found["model.layers.0.attention.dense.weight"], fine[name])
     experts = fine["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
     assert torch.equal(found["model.layers.1.mlp.experts.5.down_proj.weight"], experts[5])
-    lingconv.convert(source, tmp_path / "plain", given=Given(config))
+    lingconv.convert(source, tmp_path / "plain", given=SourceOverrides(config))
     assert_same_model(golden, tmp_path / "plain")
     with pytest.raises(lingconv.CheckpointError, match="no optimizer state"):
-        lingconv.plan(golden_dist, given=Given(config, main_params=True))
+        lingconv.plan(golden_dist, given=SourceOverrides(config, main_params=True))
 
 
 # Faults ----------------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def broken(golden, tmp_path, change):
 def refuses(target, tmp_path, *words, **given):
     """Whether `plan` refuses, and names all of `words`."""
     with pytest.raises(lingconv.CheckpointError) as caught:
-        lingconv.plan(target, given=Given(**given) if given else None)
+        lingconv.plan(target, given=SourceOverrides(**given) if given else None)
     text = "\n".join([str(caught.value), *map(str, caught.value.faults), *caught.value.details])
     assert [word for word in words if word not in text] == [], text
 
@@ -433,7 +435,7 @@ def test_what_shapes_say_and_what_the_user_adds(golden, golden_dist, config, tmp
     missing = {detail.split("`")[1] for detail in caught.value.details}
     assert "hidden_size" not in missing
     settings = {key: config.get(key, config.get("partial_rotary_factor")) for key in missing}
-    lingconv.convert(golden_dist, tmp_path / "hf", given=Given(settings=settings))
+    lingconv.convert(golden_dist, tmp_path / "hf", given=SourceOverrides(settings=settings))
     assert_same_model(golden, tmp_path / "hf")
     rebuilt = json.loads((tmp_path / "hf/config.json").read_text())
     sizes = {
@@ -539,5 +541,5 @@ def test_unknown_classes_are_inert_records():
 
     found = pickles.loads(pickle.dumps({"x": decimal.Decimal("1.5"), "y": 3}))
     assert found["y"] == 3
-    assert isinstance(found["x"], pickles.Record)
+    assert isinstance(found["x"], pickles.OpaqueObject)
     assert (found["x"].name, found["x"].args) == ("decimal.Decimal", ("1.5",))

@@ -11,24 +11,26 @@ from typing import NamedTuple
 
 from lingconv.containers.stored_tensor import Box, StoredTensor
 from lingconv.encodings import Encoding
-from lingconv.plans.tensor_map import Band, Extent, Segment, Stored
+from lingconv.plans.tensor_map import ByteRange, ChunkBand, MatrixSlice, StoredMatrix
 
 
 class Gap(ValueError):
     """Some of a tensor is in no chunk; the message says what."""
 
 
-class Run(NamedTuple):
+class ColumnRun(NamedTuple):
     """Whole rows of a chunk, and where in the tensor's matrix they are."""
 
     row: int
     num_rows: int
     col: int
-    chunk: Stored
+    chunk: StoredMatrix
     chunk_row: int
 
 
-def stored_in_boxes(tensor: StoredTensor, encoding: Encoding) -> tuple[Stored, list[Run]]:
+def stored_in_boxes(
+    tensor: StoredTensor, encoding: Encoding
+) -> tuple[StoredMatrix, list[ColumnRun]]:
     """Return a tensor as a matrix of all its rows, without its bands, and the runs to make them of.
 
     The last axis is the matrix's columns, all others are its rows; a vector is one column.
@@ -37,10 +39,10 @@ def stored_in_boxes(tensor: StoredTensor, encoding: Encoding) -> tuple[Stored, l
     shape = tensor.shape if vector else (prod(tensor.shape[:-1]), tensor.shape[-1])
     stack = tensor.shape[0] if len(tensor.shape) > 2 else 0
     runs = [run for box in tensor.boxes for run in _runs(tensor, box, encoding)]
-    return Stored(tensor.name, shape, encoding, (), stack), runs
+    return StoredMatrix(tensor.name, shape, encoding, (), stack), runs
 
 
-def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Run]:
+def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[ColumnRun]:
     """Yield the runs of whole rows of a box."""
     vector = len(tensor.shape) == 1
     shape = (*tensor.shape, 1) if vector else tensor.shape
@@ -48,8 +50,8 @@ def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Run]:
     sizes = (*box.sizes, 1) if vector else box.sizes
     rows = prod(sizes[:-1])
     chunk_shape = (rows,) if vector else (rows, sizes[-1])
-    extent = Extent(box.file, box.offset, box.nbytes)
-    chunk = Stored(tensor.name, chunk_shape, encoding, (extent,), pitch=box.pitch)
+    extent = ByteRange(box.file, box.offset, box.nbytes)
+    chunk = StoredMatrix(tensor.name, chunk_shape, encoding, (extent,), pitch=box.pitch)
     outer, height = shape[:-2], sizes[-2]
     steps = product(
         *(range(first, first + size) for first, size in zip(offsets, sizes[:-2], strict=False))
@@ -59,10 +61,10 @@ def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Run]:
         for index, size in zip(place, outer, strict=True):
             row = row * size + index
         row = row * shape[-2] + offsets[-2]
-        yield Run(row, height, offsets[-1], chunk, number * height)
+        yield ColumnRun(row, height, offsets[-1], chunk, number * height)
 
 
-def with_bands(stored: Stored, runs: Sequence[Run]) -> Stored:
+def with_bands(stored: StoredMatrix, runs: Sequence[ColumnRun]) -> StoredMatrix:
     """Return a matrix with the bands that `runs` cover it with.
 
     Rows that are there twice are read once, those beyond the matrix (padding) not at all. Raises
@@ -71,12 +73,12 @@ def with_bands(stored: Stored, runs: Sequence[Run]) -> Stored:
     return stored._replace(bands=tuple(_join(_bands(stored, runs))))
 
 
-def _bands(stored: Stored, runs: Sequence[Run]) -> Iterator[Band]:
+def _bands(stored: StoredMatrix, runs: Sequence[ColumnRun]) -> Iterator[ChunkBand]:
     runs = [run for run in runs if run.row < stored.rows]
     ordered = sorted(runs, key=lambda run: run[:3])
     ends = {min(run.row + run.num_rows, stored.rows) for run in runs}
     borders = sorted({0, stored.rows, *(run.row for run in runs), *ends})
-    open_runs: list[Run] = []
+    open_runs: list[ColumnRun] = []
     waiting = iter(ordered)
     following = next(waiting, None)
     for top, bottom in pairwise(borders):
@@ -84,10 +86,12 @@ def _bands(stored: Stored, runs: Sequence[Run]) -> Iterator[Band]:
         while following is not None and following.row <= top:
             open_runs.append(following)
             following = next(waiting, None)
-        yield Band(top, bottom - top, tuple(_across(stored, open_runs, top, bottom)))
+        yield ChunkBand(top, bottom - top, tuple(_across(stored, open_runs, top, bottom)))
 
 
-def _across(stored: Stored, runs: Sequence[Run], top: int, bottom: int) -> Iterator[Segment]:
+def _across(
+    stored: StoredMatrix, runs: Sequence[ColumnRun], top: int, bottom: int
+) -> Iterator[MatrixSlice]:
     """Yield what covers rows `top` to `bottom` from left to right."""
     col = 0
     while col < stored.cols:
@@ -96,22 +100,22 @@ def _across(stored: Stored, runs: Sequence[Run], top: int, bottom: int) -> Itera
             raise Gap(f"rows {top:,} to {bottom:,}, column {col:,} are in no chunk")
         run = max(covering, key=lambda run: run.col + run.chunk.cols)
         first = col - run.col
-        yield Segment(
+        yield MatrixSlice(
             run.chunk, run.chunk_row + top - run.row, bottom - top, first, run.chunk.cols - first
         )
         col = run.col + run.chunk.cols
 
 
-def _join(bands: Iterator[Band]) -> Iterator[Band]:
+def _join(bands: Iterator[ChunkBand]) -> Iterator[ChunkBand]:
     """Join bands that go on in the same chunks."""
-    held: Band | None = None
+    held: ChunkBand | None = None
     for band in bands:
         if held is not None and _goes_on(held, band):
             chunks = tuple(
                 segment._replace(num_rows=segment.num_rows + band.num_rows)
                 for segment in held.chunks
             )
-            held = Band(held.start, held.num_rows + band.num_rows, chunks)
+            held = ChunkBand(held.start, held.num_rows + band.num_rows, chunks)
             continue
         if held is not None:
             yield held
@@ -120,7 +124,7 @@ def _join(bands: Iterator[Band]) -> Iterator[Band]:
         yield held
 
 
-def _goes_on(held: Band, band: Band) -> bool:
+def _goes_on(held: ChunkBand, band: ChunkBand) -> bool:
     return len(held.chunks) == len(band.chunks) and all(
         one.source is other.source
         and one.first_row + one.num_rows == other.first_row

@@ -14,7 +14,7 @@ from lingconv.encodings import Fp8, Ggml, Plain
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.kernels import fp8_decode, ggml_decode, numeric
 from lingconv.encodings.plain import PLAIN
-from lingconv.plans.tensor_map import Segment, Stored, side_by_side
+from lingconv.plans.tensor_map import MatrixSlice, StoredMatrix, side_by_side
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 
@@ -25,11 +25,11 @@ F32 = np.dtype(np.float32)
 class Nonfinite(NamedTuple):
     """NaN or Inf met while decoding: in `source`, at or below `row`."""
 
-    source: Stored
+    source: StoredMatrix
     row: int
 
 
-def source_of(segments: Sequence[Segment], cols: int, row: int) -> Nonfinite:
+def source_of(segments: Sequence[MatrixSlice], cols: int, row: int) -> Nonfinite:
     """Return where row `row` of what segments hold comes from."""
     for segment, *_ in side_by_side(segments, cols):
         if row < segment.num_rows:
@@ -45,7 +45,7 @@ class Decoder:
         self._arena = arena
         self._blobs = blobs
 
-    def fill(self, segments: Sequence[Segment], first: int, values: Array) -> Nonfinite | None:
+    def fill(self, segments: Sequence[MatrixSlice], first: int, values: Array) -> Nonfinite | None:
         """Fill `values` with the rows from `first` of all `segments`, one behind the other.
 
         Returns where NaN or Inf was met, as far as decoding had to look at the numbers.
@@ -65,7 +65,7 @@ class Decoder:
             top += beside[0].num_rows
         return found
 
-    def run_in_file(self, segments: Sequence[Segment]) -> tuple[int, int] | None:
+    def run_in_file(self, segments: Sequence[MatrixSlice]) -> tuple[int, int] | None:
         """Return the file descriptor and the offset of numbers that lie in a row as they are.
 
         None where they do not, or are no BF16 or F32 in a file that is open on this machine.
@@ -84,7 +84,7 @@ class Decoder:
             else (descriptor, extent.offset + first.first_row * row_bytes)
         )
 
-    def _fill_window(self, segment: Segment, into: Array) -> Nonfinite | None:
+    def _fill_window(self, segment: MatrixSlice, into: Array) -> Nonfinite | None:
         """Fill `into`, which may be a part of wider rows, with the numbers of a segment."""
         source = segment.source
         if segment.is_whole_rows and into.flags.c_contiguous:
@@ -95,12 +95,12 @@ class Decoder:
         into[...] = whole[:, left : left + segment.num_cols]
         return met
 
-    def read(self, source: Stored, part: int, offset: int, into: Array) -> None:
+    def read(self, source: StoredMatrix, part: int, offset: int, into: Array) -> None:
         """Fill `into` with stored bytes: `part` 0 holds elements, 1 scales; from byte `offset`."""
         extent = source.extents[part]
         self._blobs[extent.file].read_into(extent.offset + offset, as_bytes(into))
 
-    def scales(self, source: Stored, first: int, num_rows: int) -> Array:
+    def scales(self, source: StoredMatrix, first: int, num_rows: int) -> Array:
         """Return the scales of `num_rows` rows of an FP8 matrix from `first` on, as float32."""
         encoding = cast("Fp8", source.encoding)
         top, bottom = encoding.scale_rows(first, num_rows, source.height)
@@ -110,31 +110,31 @@ class Decoder:
         self.read(source, 1, top * width * raw.itemsize, raw)
         return decode_scales(raw, encoding.scale_dtype)
 
-    def _decode(self, source: Stored, row: int, values: Array) -> Nonfinite | None:
+    def _decode(self, source: StoredMatrix, row: int, values: Array) -> Nonfinite | None:
         encoding = source.encoding
         kind = encoding.dtype if isinstance(encoding, Plain) else encoding.kind
         nonfinite = _DECODERS[kind, values.dtype](self, source, row, values)
         return Nonfinite(source, row) if nonfinite else None
 
-    def _read_elements(self, source: Stored, row: int, into: Array) -> None:
+    def _read_elements(self, source: StoredMatrix, row: int, into: Array) -> None:
         read_rows(self._arena, self._blobs, source, row, into)
 
-    def _plain(self, source: Stored, row: int, values: Array) -> int:
+    def _plain(self, source: StoredMatrix, row: int, values: Array) -> int:
         self._read_elements(source, row, values)
         return 0  # nobody has to look at the values to read them
 
-    def _bf16_to_f32(self, source: Stored, row: int, values: Array) -> int:
+    def _bf16_to_f32(self, source: StoredMatrix, row: int, values: Array) -> int:
         stored = self._arena.take("read", values.shape, np.uint16)
         self._read_elements(source, row, stored)
         return numeric.bf16_to_f32(stored.reshape(-1), values.reshape(-1))
 
-    def _f16_to_f32(self, source: Stored, row: int, values: Array) -> int:
+    def _f16_to_f32(self, source: StoredMatrix, row: int, values: Array) -> int:
         stored = self._arena.take("read", values.shape, np.float16)
         self._read_elements(source, row, stored)
         np.copyto(values, stored)
         return not np.isfinite(stored).all()
 
-    def _fp8(self, source: Stored, row: int, values: Array) -> int:
+    def _fp8(self, source: StoredMatrix, row: int, values: Array) -> int:
         codes = self._arena.take("read", values.shape, np.uint8)
         self._read_elements(source, row, codes)
         encoding = cast("Fp8", source.encoding)
@@ -153,7 +153,7 @@ class Decoder:
             )
         return nonfinite
 
-    def _ggml(self, source: Stored, row: int, values: Array) -> int:
+    def _ggml(self, source: StoredMatrix, row: int, values: Array) -> int:
         kind = cast("Ggml", source.encoding).type
         count = values.size // kind.elements
         blocks = self._arena.take("read", (count, kind.nbytes), np.uint8)

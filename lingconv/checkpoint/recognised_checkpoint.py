@@ -6,11 +6,11 @@ from typing import Any
 
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.encodings.dtypes import DType
-from lingconv.encodings.quantization_config import Stated
+from lingconv.encodings.quantization_config import StatedQuantization
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import MEGATRON, Layout, PhysicalTensor
-from lingconv.plans.tensor_map import Locator, Stored
+from lingconv.plans.tensor_map import Locator, StoredMatrix
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -22,9 +22,9 @@ class Model:
     architecture: str
     symbols: Mapping[str, Any]
     layout: Layout
-    stored: Mapping[PhysicalName, Stored]
+    stored: Mapping[PhysicalName, StoredMatrix]
     dropped: Mapping[str, str]
-    stated: Stated | None
+    stated: StatedQuantization | None
     faults: tuple[Fault, ...]
 
     def __repr__(self) -> str:

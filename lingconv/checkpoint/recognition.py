@@ -14,14 +14,14 @@ from lingconv.checkpoint.tensor_matching import Matcher
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.gguf.to_hf import plain_values, rebuild_files, special_ids
 from lingconv.containers.hf.config import DTYPE_NAMES, rebuild_config
-from lingconv.containers.megatron.rank_assembly import gather
+from lingconv.containers.megatron.rank_assembly import assemble_ranks
 from lingconv.containers.megatron.symbols_from_shapes import symbols_from_shapes
-from lingconv.containers.source_overrides import Given
+from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.encodings.dtypes import DTYPES, DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import GGUF, HF, MEGATRON, Layout, build_layout
-from lingconv.model.layout_detection import merged, refined, with_mtp_apart
+from lingconv.model.layout_detection import experts_layout, refined, with_mtp_apart
 from lingconv.plans.key_values import Metadata
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.overlay import Overlay
@@ -30,14 +30,14 @@ ARGS_NAME = "Megatron's arguments"
 
 
 def recognise(
-    checkpoint: Checkpoint, families: Sequence[Family], given: Given | None = None
+    checkpoint: Checkpoint, families: Sequence[Family], given: SourceOverrides | None = None
 ) -> Model:
     """Find out what a checkpoint is.
 
     Raises CheckpointError when its config names no known architecture or lacks what describes the
     model; everything less is a fault of the returned Model.
     """
-    given = given or Given()
+    given = given or SourceOverrides()
     if checkpoint.metadata is not None:
         return _recognise_gguf(checkpoint, checkpoint.metadata, families)
     if checkpoint.args is not None:
@@ -48,7 +48,7 @@ def recognise(
     family, architecture = _find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
     names = checkpoint.tensors.keys()
-    layout_name = merged(family, HF, names)
+    layout_name = experts_layout(family, HF, names)
     layout = build_layout(family, symbols, layout_name)
     if layout_name != HF:
         layout = with_mtp_apart(layout, build_layout(family, symbols, HF), names)
@@ -108,7 +108,10 @@ def _recognise_gguf(
 
 
 def _recognise_megatron(
-    checkpoint: Checkpoint, args: Mapping[str, Any], families: Sequence[Family], given: Given
+    checkpoint: Checkpoint,
+    args: Mapping[str, Any],
+    families: Sequence[Family],
+    given: SourceOverrides,
 ) -> Model:
     """Recognise what Megatron wrote: config.json is the user's, lies beside, or is made of `args`.
 
@@ -138,7 +141,7 @@ def _recognise_megatron(
     family, architecture = _find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
     if checkpoint.is_spread:
-        tensors, lost = gather(family, symbols, args, checkpoint.tensors)
+        tensors, lost = assemble_ranks(family, symbols, args, checkpoint.tensors)
         shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
         layout_name = MEGATRON
     else:
@@ -147,7 +150,9 @@ def _recognise_megatron(
     return _matched(shown, family, architecture, symbols, layout)
 
 
-def _config_from_shapes(checkpoint: Checkpoint, family: Family, given: Given) -> dict[str, Any]:
+def _config_from_shapes(
+    checkpoint: Checkpoint, family: Family, given: SourceOverrides
+) -> dict[str, Any]:
     """Return a config of what the shapes and the user say.
 
     Raises CheckpointError with all that nobody says.

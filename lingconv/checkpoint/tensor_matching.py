@@ -11,11 +11,11 @@ from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.name_pattern import Pattern
-from lingconv.encodings.quantization_config import Stated
+from lingconv.encodings.quantization_config import StatedQuantization
 from lingconv.errors import Fault
 from lingconv.model.family import Family, PhysicalName, Role
 from lingconv.model.layout import GGUF, HF, MEGATRON, Layout, PhysicalTensor
-from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 from lingconv.storage.file_names import CONFIG_NAME
 
 _WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
@@ -29,7 +29,7 @@ class Matcher:
         self.family = family
         self.layout = layout
         self.faults: list[Fault] = []
-        self.stored: dict[PhysicalName, Stored] = {}
+        self.stored: dict[PhysicalName, StoredMatrix] = {}
         self.dropped: dict[str, str] = {}
         self.used: set[str] = set()
         self.stated = self._read_stated(checkpoint.config)
@@ -46,14 +46,14 @@ class Matcher:
         self._sort_rest()
         self._check_stated()
 
-    def _read_stated(self, config: Mapping[str, Any]) -> Stated | None:
+    def _read_stated(self, config: Mapping[str, Any]) -> StatedQuantization | None:
         try:
             return quantization_config.read(config)
         except ValueError as exc:
             self.faults.append(Fault("quantization config", str(exc), CONFIG_NAME))
             return None
 
-    def _find(self, tensor: PhysicalTensor) -> Stored | None:
+    def _find(self, tensor: PhysicalTensor) -> StoredMatrix | None:
         held = self.tensors.get(tensor.name)
         if held is None:
             message = f"is missing, expected {list(tensor.stored_shape)}"
@@ -73,7 +73,7 @@ class Matcher:
         encoding = encoding_of(held.dtype)
         if self.layout.base == MEGATRON:
             return self._find_boxes(tensor, held, encoding)
-        found = Stored(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
+        found = StoredMatrix(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
         if tensor.turned:
             return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
         return found
@@ -86,7 +86,7 @@ class Matcher:
 
     def _find_boxes(
         self, tensor: PhysicalTensor, held: StoredTensor, encoding: Encoding
-    ) -> Stored | None:
+    ) -> StoredMatrix | None:
         stored, runs = stored_in_boxes(held, encoding)
         try:
             return with_bands(stored._replace(shape=tensor.shape), runs)
@@ -94,7 +94,7 @@ class Matcher:
             self._fault("missing chunk", str(exc), held)
             return None
 
-    def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> Stored | None:
+    def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> StoredMatrix | None:
         names = [held.name + suffix for suffix in SCALE_SUFFIXES]
         scales = [self.tensors[name] for name in names if name in self.tensors]
         self.used.update(scale.name for scale in scales)
@@ -125,7 +125,7 @@ class Matcher:
             self._fault("scale", f"{message} {block} needs another", scale)
             return None
         places = _extent(held), _extent(scale)
-        return Stored(tensor.name, tensor.shape, encoding, places, tensor.stack)
+        return StoredMatrix(tensor.name, tensor.shape, encoding, places, tensor.stack)
 
     def _contradicts(self, encoding: Fp8) -> bool:
         """Whether the config states another block."""
@@ -168,7 +168,7 @@ class Matcher:
 
 
 def _odd_dtypes(
-    layout: Layout, stored: Mapping[PhysicalName, Stored], kept: Sequence[Pattern]
+    layout: Layout, stored: Mapping[PhysicalName, StoredMatrix], kept: Sequence[Pattern]
 ) -> Iterable[Fault]:
     """Report tensors whose dtype differs from that of most of their role, unannounced by `kept`."""
     by_role: dict[str, dict[Encoding, list[str]]] = {}
@@ -197,5 +197,5 @@ def _scale_owner(name: str) -> str | None:
     return None
 
 
-def _extent(held: StoredTensor) -> Extent:
-    return Extent(held.file, held.offset, held.nbytes)
+def _extent(held: StoredTensor) -> ByteRange:
+    return ByteRange(held.file, held.offset, held.nbytes)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from lingconv.plans.lowering import RowStrip
-from lingconv.plans.tensor_map import Stored
+from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 
 
 def read_rows(
-    arena: Arena, blobs: Mapping[str, Blob], source: Stored, first: int, into: Array
+    arena: Arena, blobs: Mapping[str, Blob], source: StoredMatrix, first: int, into: Array
 ) -> None:
     """Fill `into` [rows, cols] with the stored elements of a matrix from row `first` on.
 
@@ -35,7 +35,7 @@ def read_rows(
         done += count
 
 
-def turned(arena: Arena, strip: RowStrip, rows: Array) -> Array:
+def transposed(arena: Arena, strip: RowStrip, rows: Array) -> Array:
     """Return rows as the target stores them: transposed where it has them by columns."""
     if not strip.transfer.target.pitch:
         return rows

@@ -8,7 +8,7 @@ import traceback
 from types import FrameType
 
 from lingconv.cli.app import app
-from lingconv.cli.console import output
+from lingconv.cli.terminal import terminal
 from lingconv.errors import Interrupted, LingconvError
 
 INTERNAL_ERROR = 70
@@ -42,10 +42,10 @@ def main() -> None:
     try:
         app()
     except Interrupted as exc:
-        output.error(exc)
+        terminal.error(exc)
         _leave(TERMINATED if terminated else exc.exit_code)
     except LingconvError as exc:
-        output.error(exc)
+        terminal.error(exc)
         sys.exit(exc.exit_code)
     except KeyboardInterrupt:
         _leave(TERMINATED if terminated else Interrupted.exit_code)
@@ -55,5 +55,5 @@ def main() -> None:
         sys.exit(1)
     except Exception:
         traceback.print_exc()
-        output.bug()
+        terminal.bug()
         sys.exit(INTERNAL_ERROR)

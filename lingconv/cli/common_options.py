@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from lingconv.cli.console import output
+from lingconv.cli.terminal import terminal
 from lingconv.cli.units import parse_size
-from lingconv.containers.source_overrides import Given
+from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.errors import UsageError
 from lingconv.execution.devices import CPU
-from lingconv.execution.plan_share import Part
+from lingconv.execution.plan_share import PlanShare
 from lingconv.execution.resources import LOCAL, Resources
 from lingconv.storage.upload_target import PublishOptions
 
@@ -54,22 +54,22 @@ Verify = Annotated[
 
 
 def _set_json(value: bool) -> bool:
-    output.json = value
+    terminal.json = value
     return value
 
 
 def _set_quiet(value: bool) -> bool:
-    output.quiet = value
+    terminal.quiet = value
     return value
 
 
 def _set_verbose(value: bool) -> bool:
-    output.verbose = value
+    terminal.verbose = value
     return value
 
 
 @dataclass(frozen=True, slots=True)
-class Printed:
+class DisplayFlags:
     """How much is printed, and for whom; `output` has it."""
 
     json: Annotated[
@@ -85,7 +85,7 @@ class Printed:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ResourceFlags:
     """What a run may use."""
 
     jobs: Jobs = 0
@@ -140,7 +140,7 @@ class Limits:
         return Resources(
             jobs=self.jobs,
             max_memory_bytes=parse_size(self.max_memory),
-            part=Part.parse(self.part) if self.part else None,
+            part=PlanShare.parse(self.part) if self.part else None,
             executor=self.executor,
             address=self.address,
             device=self.device,
@@ -148,7 +148,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class PublishWords:
+class PublishFlags:
     """How a repository is written to."""
 
     create: Annotated[
@@ -179,7 +179,7 @@ class PublishWords:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SourceFlags:
     """What the user says of SRC's model."""
 
     config: Annotated[
@@ -193,20 +193,22 @@ class Said:
         typer.Option("--set", metavar="KEY=VALUE", help="One key of that config. Repeatable."),
     ] = None
 
-    def given(self, *, main_params: bool = False) -> Given | None:
+    def given(self, *, main_params: bool = False) -> SourceOverrides | None:
         """Return what is said, or None when that is nothing."""
         if self.config is None and not self.settings and not main_params:
             return None
         pairs = [pair("--set", text, "KEY=VALUE") for text in self.settings or ()]
         values = {key: _value(text) for key, text in pairs}
-        return Given(_read_config(self.config) if self.config else None, values, main_params)
+        return SourceOverrides(
+            _read_config(self.config) if self.config else None, values, main_params
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class HubWords:
+class HubFlags:
     """What is allowed while SRC or DST is on the Hub."""
 
-    publish: PublishWords
+    publish: PublishFlags
     max_disk: Annotated[
         str,
         typer.Option(
@@ -235,7 +237,7 @@ class HubWords:
         ),
     ] = None
 
-    def resources(self, limits: Limits) -> Resources:
+    def resources(self, limits: ResourceFlags) -> Resources:
         """Return what a run may use."""
         return replace(
             limits.resources,

@@ -10,22 +10,22 @@ from lingconv.cli import plan as plan_command
 from lingconv.cli import verify as verify_command
 from lingconv.cli.common_options import (
     Destination,
+    DisplayFlags,
     Formats,
     Fresh,
     FromMainParams,
-    HubWords,
-    Limits,
-    Printed,
-    Said,
+    HubFlags,
+    ResourceFlags,
     Source,
+    SourceFlags,
     Verify,
 )
-from lingconv.cli.console import output
-from lingconv.cli.convert_options import Asked
+from lingconv.cli.convert_options import ConvertFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress, make_watcher
+from lingconv.cli.terminal import terminal
 from lingconv.cli.units import file_size
-from lingconv.containers.source_overrides import Given
+from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.errors import UsageError
 from lingconv.execution.resources import Resources
 from lingconv.plans.options import ConvertOptions
@@ -43,19 +43,19 @@ SCHEMA = "lingconv.convert/1"
 def convert(
     source: Source,
     destination: Destination,
-    asked: Asked,
+    asked: ConvertFlags,
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Show the plan and stop.")
     ] = False,
     *,
     verify: Verify = False,
     fresh: Fresh = False,
-    limits: Limits,
-    hub: HubWords,
+    limits: ResourceFlags,
+    hub: HubFlags,
     formats: Formats = None,
-    said: Said,
+    said: SourceFlags,
     from_main_params: FromMainParams = False,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Convert a checkpoint. The same command resumes a run that was stopped.
 
@@ -91,7 +91,7 @@ def run(
     publish: PublishOptions,
     *,
     formats: str | None,
-    given: Given | None = None,
+    given: SourceOverrides | None = None,
     fresh: bool,
     verify: bool,
 ) -> None:
@@ -123,7 +123,7 @@ def run(
                 watcher=watcher,
             )
         if not lingconv.api.keep_verdict(result, verdict):
-            output.note("the card of the repository stays as it is: it has no table of the proof")
+            terminal.note("the card of the repository stays as it is: it has no table of the proof")
     show(result, verdict)
 
 
@@ -158,9 +158,9 @@ def show(
     proof = [result.commit_url] if result.commit_url else []
     if verdict is not None:
         value["verdict"] = verdict.to_json()
-        proof += verify_command.lines(verdict, verbose=output.verbose)
-    output.result([line, *proof], value, result.commit_url or result.destination)
+        proof += verify_command.lines(verdict, verbose=terminal.verbose)
+    terminal.result([line, *proof], value, result.commit_url or result.destination)
     for warning in result.warnings:
-        output.warning(warning)
+        terminal.warning(warning)
     if verdict is not None and not verdict.ok:
         raise typer.Exit(verify_command.ANSWER_IS_NO)

@@ -71,7 +71,7 @@ MaxShardSize = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutWords:
+class LayoutFlags:
     """What the target is."""
 
     to: Annotated[
@@ -85,7 +85,7 @@ class LayoutWords:
 
 
 @dataclass(frozen=True, slots=True)
-class OutputWords:
+class OutputFlags:
     """What goes into it, and in files of which size."""
 
     max_shard_size: MaxShardSize = ""
@@ -126,7 +126,7 @@ class OutputWords:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Words:
+class Fp8Flags:
     """How weights are quantized to FP8."""
 
     scheme: Annotated[
@@ -189,7 +189,7 @@ class Fp8Words:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufWords:
+class GgufFlags:
     """What goes into GGUF files."""
 
     outtype: OutType = AUTO
@@ -254,7 +254,7 @@ class GgufWords:
 
 
 @dataclass(frozen=True, slots=True)
-class MegatronWords:
+class MegatronFlags:
     """Names and ranks of Megatron."""
 
     spec: Annotated[
@@ -363,14 +363,14 @@ class MegatronWords:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ConvertFlags:
     """Everything that may be asked of a conversion."""
 
-    layout: LayoutWords
-    output: OutputWords
-    fp8: Fp8Words
-    gguf: GgufWords
-    megatron: MegatronWords
+    layout: LayoutFlags
+    output: OutputFlags
+    fp8: Fp8Flags
+    gguf: GgufFlags
+    megatron: MegatronFlags
 
     def options(self, destination: str) -> ConvertOptions:
         """Return the request; the name of DST may say the layout."""

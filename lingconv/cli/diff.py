@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import lingconv
-from lingconv.cli.common_options import Jobs, Printed
-from lingconv.cli.console import output
+from lingconv.cli.common_options import DisplayFlags, Jobs
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_watcher
+from lingconv.cli.terminal import terminal
 from lingconv.cli.units import file_size
 from lingconv.cli.verify import ANSWER_IS_NO
 
@@ -25,7 +25,7 @@ def diff(
     ] = True,
     jobs: Jobs = 0,
     *,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """List the names, shapes, dtypes and values that differ between two checkpoints.
 
@@ -44,6 +44,6 @@ def diff(
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "nothing differs"
     read = f", {file_size(found.bytes_read)} read" if values else ""
     lines.append(f"{counts}; {found.tensors:,} tensors in both{read}")
-    output.result(lines, found.to_json(), "differ" if found.differences else "same")
+    terminal.result(lines, found.to_json(), "differ" if found.differences else "same")
     if found.differences:
         raise typer.Exit(ANSWER_IS_NO)

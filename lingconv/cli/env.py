@@ -2,9 +2,9 @@
 
 import platform
 
-from lingconv.cli.common_options import Printed
-from lingconv.cli.console import columns, output
+from lingconv.cli.common_options import DisplayFlags
 from lingconv.cli.option_groups import grouped
+from lingconv.cli.terminal import columns, terminal
 from lingconv.storage.machine import num_processors
 from lingconv.version import __version__
 
@@ -12,7 +12,7 @@ _PACKAGES = ("numpy", "numba", "torch", "safetensors", "huggingface-hub", "gguf"
 
 
 @grouped
-def env(printed: Printed) -> None:
+def env(printed: DisplayFlags) -> None:
     """Print versions and the machine's kind, for bug reports."""
     values = {
         "lingconv": __version__,
@@ -21,7 +21,9 @@ def env(printed: Printed) -> None:
         "processors": str(num_processors()),
         **{name: _version(name) for name in _PACKAGES},
     }
-    output.result(columns(values.items(), ""), {"schema": "lingconv.env/1", **values}, __version__)
+    terminal.result(
+        columns(values.items(), ""), {"schema": "lingconv.env/1", **values}, __version__
+    )
 
 
 def _version(package: str) -> str:

@@ -2,13 +2,13 @@
 
 import lingconv
 from lingconv.cli import convert
-from lingconv.cli.common_options import Destination, Printed
+from lingconv.cli.common_options import Destination, DisplayFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress
 
 
 @grouped
-def finish(destination: Destination, *, printed: Printed) -> None:
+def finish(destination: Destination, *, printed: DisplayFlags) -> None:
     """Check that all parts of a run are there, and write index and config.
 
     Example: `lingconv finish Ling-1T-FP8`, after `lingconv convert Ling-1T Ling-1T-FP8 --dtype fp8

@@ -1,12 +1,12 @@
 """`lingconv formats`: the families that are known."""
 
-from lingconv.cli.common_options import Formats, Printed
-from lingconv.cli.console import columns, output
+from lingconv.cli.common_options import DisplayFlags, Formats
 from lingconv.cli.option_groups import grouped
+from lingconv.cli.terminal import columns, terminal
 
 
 @grouped
-def formats(formats: Formats = None, *, printed: Printed) -> None:
+def formats(formats: Formats = None, *, printed: DisplayFlags) -> None:
     """List the model families, their architectures and the presets for `synth`."""
     from lingconv.model.family_file import load_families, presets  # what `--help` does without
 
@@ -20,4 +20,4 @@ def formats(formats: Formats = None, *, printed: Printed) -> None:
         "families": {family.name: dict(family.architectures) for family in families},
         "presets": list(presets()),
     }
-    output.result(lines, value, "\n".join(family.name for family in families))
+    terminal.result(lines, value, "\n".join(family.name for family in families))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lingconv
-from lingconv.cli.common_options import Formats, Printed, Said, Source
-from lingconv.cli.console import columns, output
+from lingconv.cli.common_options import DisplayFlags, Formats, Source, SourceFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_watcher
+from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import file_size
 from lingconv.errors import UsageError
 from lingconv.verification.options import Activations, Compute, ForwardOptions
@@ -83,8 +83,8 @@ def forward(
     ] = None,
     formats: Formats = None,
     *,
-    said: Said,
-    printed: Printed,
+    said: SourceFlags,
+    printed: DisplayFlags,
 ) -> None:
     """Run a checkpoint's forward pass in plain torch, one layer in memory at a time.
 
@@ -128,4 +128,4 @@ def show(trace: "Trace", candidates: Sequence["NextToken"], out: Path | None) ->
         "weight_bytes": trace.bytes_read,
         "output": str(out) if out else None,
     }
-    output.result(lines, value, str(out or candidates[0].id))
+    terminal.result(lines, value, str(out or candidates[0].id))

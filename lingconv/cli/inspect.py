@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 import lingconv
-from lingconv.cli.common_options import Formats, Printed, Said, Source
-from lingconv.cli.console import columns, output
+from lingconv.cli.common_options import DisplayFlags, Formats, Source, SourceFlags
 from lingconv.cli.option_groups import grouped
+from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import count, file_size
 from lingconv.errors import CheckpointError, Fault
 
@@ -20,15 +20,15 @@ def inspect(
     source: Source,
     formats: Formats = None,
     *,
-    said: Said,
-    printed: Printed,
+    said: SourceFlags,
+    printed: DisplayFlags,
 ) -> None:
     """Say what a checkpoint is, and everything odd about it. Reads headers only.
 
     Example: `lingconv inspect Ling-mini-2.0`
     """
     report = lingconv.api.inspect(source, formats=formats, given=said.given())
-    output.result(_lines(report, verbose=printed.verbose), report.to_json(), report.architecture)
+    terminal.result(_lines(report, verbose=printed.verbose), report.to_json(), report.architecture)
     if not report.sound:
         fatal = [fault for fault in report.faults if fault.fatal]
         raise CheckpointError(f"{report.source} has {len(fatal)} faults", hint=_hint(fatal))

@@ -12,20 +12,20 @@ from lingconv.cli import convert
 from lingconv.cli import plan as plan_command
 from lingconv.cli.common_options import (
     Destination,
+    DisplayFlags,
     Formats,
     Fresh,
     FromMainParams,
-    HubWords,
-    Limits,
-    Printed,
-    Said,
+    HubFlags,
+    ResourceFlags,
     Source,
+    SourceFlags,
     Verify,
 )
-from lingconv.cli.console import output
-from lingconv.cli.convert_options import Asked, ExpertsAs, OutputWords
+from lingconv.cli.convert_options import ConvertFlags, ExpertsAs, OutputFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress
+from lingconv.cli.terminal import terminal
 from lingconv.errors import UsageError
 from lingconv.plans import checkpoint_weights as weighting
 from lingconv.plans.checkpoint_weights import Decay, Weighting
@@ -47,14 +47,14 @@ def experts(
         bool, typer.Option("--split", help="The other way: a tensor for each expert.")
     ] = False,
     *,
-    written: OutputWords,
+    written: OutputFlags,
     verify: Verify = False,
     fresh: Fresh = False,
-    limits: Limits,
-    hub: HubWords,
+    limits: ResourceFlags,
+    hub: HubFlags,
     formats: Formats = None,
-    said: Said,
-    printed: Printed,
+    said: SourceFlags,
+    printed: DisplayFlags,
 ) -> None:
     """Stack the experts of each layer into one tensor, MTP layers included; dtypes are kept.
 
@@ -80,7 +80,7 @@ def experts(
 
 
 @dataclass(frozen=True, slots=True)
-class WeightWords:
+class WeightFlags:
     """How checkpoints are weighed."""
 
     decay: Annotated[
@@ -184,7 +184,7 @@ def checkpoints(
         typer.Argument(metavar="SRC...", help="Checkpoints of one training run, oldest first."),
     ],
     destination: Destination,
-    by: WeightWords,
+    by: WeightFlags,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -195,7 +195,7 @@ def checkpoints(
         ),
     ] = None,
     *,
-    asked: Asked,
+    asked: ConvertFlags,
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Show weights and plan, and stop.")
     ] = False,
@@ -204,12 +204,12 @@ def checkpoints(
         typer.Option("--report", metavar="FILE", help="Show the weights in an HTML file."),
     ] = None,
     fresh: Fresh = False,
-    limits: Limits,
-    hub: HubWords,
+    limits: ResourceFlags,
+    hub: HubFlags,
     formats: Formats = None,
-    said: Said,
+    said: SourceFlags,
     from_main_params: FromMainParams = False,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Average checkpoints of one model, and convert the average in the same pass.
 
@@ -225,7 +225,7 @@ def checkpoints(
     options = replace(asked.options(destination), exclude=tuple(exclude or ()))
     given = said.given(main_params=from_main_params)
     for line in _weight_lines(chosen, weights):
-        output.note(line)
+        terminal.note(line)
     if dry_run:
         built, _ = lingconv.api.plan_average(
             chosen, weights, options, destination=destination, formats=formats, given=given

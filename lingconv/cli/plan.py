@@ -10,17 +10,17 @@ import typer
 import lingconv
 from lingconv.cli.common_options import (
     Destination,
+    DisplayFlags,
     Formats,
     FromMainParams,
-    HubWords,
-    Limits,
-    Printed,
-    Said,
+    HubFlags,
+    ResourceFlags,
     Source,
+    SourceFlags,
 )
-from lingconv.cli.console import columns, output
-from lingconv.cli.convert_options import Asked
+from lingconv.cli.convert_options import ConvertFlags
 from lingconv.cli.option_groups import grouped
+from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import duration, file_size, memory_size, parse_rate
 from lingconv.errors import UsageError
 from lingconv.execution.resources import Resources
@@ -38,7 +38,7 @@ ESTIMATE = "Estimate"
 
 
 @dataclass(frozen=True, slots=True)
-class EstimateWords:
+class EstimateFlags:
     """What is to be predicted."""
 
     estimate: Annotated[
@@ -92,18 +92,18 @@ class EstimateWords:
 def plan(
     source: Source,
     destination: Destination,
-    asked: Asked,
+    asked: ConvertFlags,
     plan_file: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Save the plan as JSON.")
     ] = None,
     *,
-    limits: Limits,
-    hub: HubWords,
-    words: EstimateWords,
+    limits: ResourceFlags,
+    hub: HubFlags,
+    words: EstimateFlags,
     formats: Formats = None,
-    said: Said,
+    said: SourceFlags,
     from_main_params: FromMainParams = False,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Show exactly what `convert` would do: files, bytes, memory, disk, and what is left out.
 
@@ -174,9 +174,9 @@ def show(
     if estimate is not None:
         summary["estimate"] = asdict(estimate)
         lines += _estimate_lines(estimate)
-    output.result(lines, summary, plan.digest)
+    terminal.result(lines, summary, plan.digest)
     for warning in plan.warnings:
-        output.warning(warning)
+        terminal.warning(warning)
 
 
 def _lines(plan: "Plan", summary: dict[str, Any], *, verbose: bool) -> list[str]:

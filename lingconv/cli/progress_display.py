@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from lingconv.cli.console import output, wants_colour
+from lingconv.cli.terminal import terminal, wants_colour
 from lingconv.cli.units import file_size, memory_size
 from lingconv.execution.progress import Progress, Silent
 from lingconv.storage.machine import peak_resident_bytes
@@ -103,7 +103,7 @@ class Bars(Silent):
     """Live bars for a person."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
+        live = Console(stderr=True, no_color=not wants_colour(sys.stderr))
         self._bars = _BarsWithFooter(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -112,7 +112,7 @@ class Bars(Silent):
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console,
+            console=live,
             transient=True,
         )
         self._lock = threading.Lock()
@@ -191,14 +191,14 @@ class Lines(Silent):
     def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Note how much there is to do."""
         self._total = sum(file.nbytes for file in plan.files) - _bytes_done(plan, done)
-        output.note(_headline(plan))
+        terminal.note(_headline(plan))
         if done:
-            output.note(_resuming(plan, done))
+            terminal.note(_resuming(plan, done))
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:
         """Say what an earlier run did of it."""
         if held:
-            output.note(f"resuming {name}: {file_size(held)} of {file_size(nbytes)} are there")
+            terminal.note(f"resuming {name}: {file_size(held)} of {file_size(nbytes)} are there")
             self._total -= held
 
     def advance(self, name: str, nbytes: int) -> None:
@@ -211,14 +211,14 @@ class Lines(Silent):
             self._spoken = now
             rate = self._written / (now - self._started)
         left = (self._total - self._written) / rate
-        output.note(
+        terminal.note(
             f"{file_size(self._written)} of {file_size(self._total)} written,"
             f" {file_size(rate)}/s, {left:,.0f} s left"
         )
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Say that a file is complete."""
-        output.note(_finished(name, nbytes, seconds))
+        terminal.note(_finished(name, nbytes, seconds))
 
     def sending(self, nbytes: int) -> None:
         """Note how much the Hub is to get."""
@@ -227,7 +227,7 @@ class Lines(Silent):
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
         """Say that the Hub has a file, and how much it still lacks."""
         self._unsent -= nbytes
-        output.note(f"{_sent(name, nbytes, seconds)}, {file_size(self._unsent)} to go")
+        terminal.note(f"{_sent(name, nbytes, seconds)}, {file_size(self._unsent)} to go")
 
 
 class Events(Silent):
@@ -241,11 +241,11 @@ class Events(Silent):
     def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Say what is going to be done."""
         total = sum(file.nbytes for file in plan.files)
-        output.event("begin", source=plan.source, files=len(plan.files), bytes=total, done=done)
+        terminal.event("begin", source=plan.source, files=len(plan.files), bytes=total, done=done)
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:
         """Say that a file is opened."""
-        output.event("file_begins", file=name, bytes=nbytes, held_bytes=held)
+        terminal.event("file_begins", file=name, bytes=nbytes, held_bytes=held)
 
     def advance(self, name: str, nbytes: int) -> None:
         """Say once a second how much is written."""
@@ -256,19 +256,19 @@ class Events(Silent):
                 return
             self._spoken = now
             written = self._written
-        output.event("written", bytes=written, peak_rss_bytes=peak_resident_bytes())
+        terminal.event("written", bytes=written, peak_rss_bytes=peak_resident_bytes())
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Say that a file is complete."""
-        output.event("file_ends", file=name, bytes=nbytes, seconds=round(seconds, 3))
+        terminal.event("file_ends", file=name, bytes=nbytes, seconds=round(seconds, 3))
 
     def sending(self, nbytes: int) -> None:
         """Say how much the Hub is going to get."""
-        output.event("sending", bytes=nbytes)
+        terminal.event("sending", bytes=nbytes)
 
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
         """Say that the Hub has a file."""
-        output.event("file_sent", file=name, bytes=nbytes, seconds=round(seconds, 3))
+        terminal.event("file_sent", file=name, bytes=nbytes, seconds=round(seconds, 3))
 
 
 def _headline(plan: "Plan") -> str:
@@ -333,19 +333,19 @@ def make_watcher(verb: str) -> Iterator[Watcher]:
     wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
     if wanted == "none":
         yield Unwatched()
-    elif wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
-        console = Console(stderr=True, no_color=not wants_colour(sys.stderr))
-        with console.status(verb) as status:
+    elif wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not terminal.quiet):
+        live = Console(stderr=True, no_color=not wants_colour(sys.stderr))
+        with live.status(verb) as status:
             yield _Meter(verb, status.update, _SAMPLE_EVERY_S)
     else:
-        yield _Meter(verb, output.note, _LOG_EVERY_S)
+        yield _Meter(verb, terminal.note, _LOG_EVERY_S)
 
 
 def make_progress() -> AbstractContextManager[Progress]:
     """Return the progress that fits stderr and LINGCONV_PROGRESS."""
     wanted = os.environ.get("LINGCONV_PROGRESS", "auto")
-    if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not output.quiet):
+    if wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not terminal.quiet):
         return Bars()
     if wanted == "none":
         return nullcontext(Silent())
-    return nullcontext(Events()) if output.json else Lines()
+    return nullcontext(Events()) if terminal.json else Lines()

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import lingconv
-from lingconv.cli.common_options import HUB, Printed, PublishWords
-from lingconv.cli.console import output
+from lingconv.cli.common_options import HUB, DisplayFlags, PublishFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress
+from lingconv.cli.terminal import terminal
 from lingconv.cli.units import file_size
 
 SCHEMA = "lingconv.push/1"
@@ -19,7 +19,7 @@ SCHEMA = "lingconv.push/1"
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished checkpoint.")],
     repository: Annotated[str, typer.Argument(metavar="DST", help="hf://org/name[@branch]")],
-    publish: PublishWords,
+    publish: PublishFlags,
     *,
     verdict: Annotated[
         Path | None,
@@ -36,7 +36,7 @@ def push(
             "--report", metavar="FILE", help="The report of `verify`.", rich_help_panel=HUB
         ),
     ] = None,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Publish a folder: weights first, then index, config and card in one commit.
 
@@ -68,5 +68,5 @@ def push(
         "files_found": pushed.files_found,
         "seconds": round(pushed.seconds, 3),
     }
-    output.result([line, pushed.commit.url], value, pushed.commit.url)
-    output.note(f"hint: lingconv verify SRC {pushed.commit.address}")
+    terminal.result([line, pushed.commit.url], value, pushed.commit.url)
+    terminal.note(f"hint: lingconv verify SRC {pushed.commit.address}")

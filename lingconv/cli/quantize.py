@@ -8,15 +8,15 @@ import typer
 from lingconv.cli import convert
 from lingconv.cli.common_options import (
     Destination,
+    DisplayFlags,
     Formats,
     Fresh,
-    HubWords,
-    Limits,
-    Printed,
+    HubFlags,
+    ResourceFlags,
     Source,
     Verify,
 )
-from lingconv.cli.convert_options import Fp8Words, OutputWords
+from lingconv.cli.convert_options import Fp8Flags, OutputFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.plans.options import TargetDType
 
@@ -29,14 +29,14 @@ def quantize(
         bool, typer.Option("--fp8", help="To FP8 e4m3, the one target so far.")
     ] = True,
     *,
-    fp8: Fp8Words,
-    output: OutputWords,
+    fp8: Fp8Flags,
+    output: OutputFlags,
     verify: Verify = False,
     fresh: Fresh = False,
-    limits: Limits,
-    hub: HubWords,
+    limits: ResourceFlags,
+    hub: HubFlags,
     formats: Formats = None,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Quantize a checkpoint to FP8: `convert --dtype fp8`, layout kept.
 

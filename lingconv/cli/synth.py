@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lingconv
-from lingconv.cli.common_options import Destination, Formats, Fresh, Limits, Printed
+from lingconv.cli.common_options import Destination, DisplayFlags, Formats, Fresh, ResourceFlags
 from lingconv.cli.convert import show
 from lingconv.cli.convert_options import (
     OUTPUT,
@@ -51,9 +51,9 @@ def synth(
     ] = False,
     fresh: Fresh = False,
     *,
-    limits: Limits,
+    limits: ResourceFlags,
     formats: Formats = None,
-    printed: Printed,
+    printed: DisplayFlags,
 ) -> None:
     """Write a checkpoint of random weights with realistic statistics, for trials and benchmarks.
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lingconv
-from lingconv.cli.common_options import Formats, Jobs, Printed, Said, Source
-from lingconv.cli.console import columns, output
+from lingconv.cli.common_options import DisplayFlags, Formats, Jobs, Source, SourceFlags
 from lingconv.cli.forward import ActivationsOption, Chat, ComputeOption, Device, Prompt, Tokens
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_watcher
+from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import file_size
 from lingconv.plans.options import Mtp
 from lingconv.verification.options import Activations, Compute, ForwardOptions, Level, VerifyOptions
@@ -82,8 +82,8 @@ def verify(
     jobs: Jobs = 0,
     formats: Formats = None,
     *,
-    said: Said,
-    printed: Printed,
+    said: SourceFlags,
+    printed: DisplayFlags,
 ) -> None:
     """Prove that DST is what SRC became: tensor by tensor, and in what both compute.
 
@@ -119,10 +119,12 @@ def verify(
 
 def conclude(verdict: "Verdict", report: Path | None, *, verbose: bool) -> None:
     """Print a verdict, write the report, and exit with 1 when the answer is no."""
-    output.result(lines(verdict, verbose=verbose), verdict.to_json(), "yes" if verdict.ok else "no")
+    terminal.result(
+        lines(verdict, verbose=verbose), verdict.to_json(), "yes" if verdict.ok else "no"
+    )
     if report is not None:
         lingconv.api.write_report(verdict, report)
-        output.note(f"report: {report}")
+        terminal.note(f"report: {report}")
     if not verdict.ok:
         raise typer.Exit(ANSWER_IS_NO)
 

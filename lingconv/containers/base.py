@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Part(NamedTuple):
+class FileBytes(NamedTuple):
     """Bytes at an offset."""
 
     offset: int

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.plans.plan import OutputFile, Transfer
-from lingconv.plans.tensor_map import Extent
+from lingconv.plans.tensor_map import ByteRange
 
 _Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
 
@@ -42,9 +42,9 @@ def _place(
 ) -> OutputFile:
     """Return a file that holds `ordered` from byte `start` on, each in the space that it needs."""
     position = start
-    extents: dict[str, Extent] = {}
+    extents: dict[str, ByteRange] = {}
     for spec in ordered:
-        extents[spec.name] = Extent(name, position, spec.nbytes)
+        extents[spec.name] = ByteRange(name, position, spec.nbytes)
         position += space_of(spec)
     transfers = []
     for transfer, specs in shard:

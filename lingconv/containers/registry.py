@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from lingconv.containers.base import Part
+from lingconv.containers.base import FileBytes
 from lingconv.containers.gguf.writer import _gguf_frames
 from lingconv.containers.hf.writer import _safetensors_frames
 from lingconv.containers.megatron.archives import _archive_frames, archives
@@ -10,7 +10,7 @@ from lingconv.containers.megatron.torch_archive import Checked, patches
 from lingconv.plans.plan import Container, OutputFile
 
 
-def frames(file: OutputFile) -> Iterator[Part]:
+def frames(file: OutputFile) -> Iterator[FileBytes]:
     """Yield everything of a file that is known before its elements."""
     yield from _FRAMES[file.container](file)
 
@@ -21,12 +21,12 @@ def header(file: OutputFile) -> bytes:
     return part.data
 
 
-def seals(file: OutputFile, crc_of: Callable[[Checked], int]) -> list[Part]:
+def seals(file: OutputFile, crc_of: Callable[[Checked], int]) -> list[FileBytes]:
     """Return what has to be written when all elements are there: the checksums of archives."""
     return patches([item for archive in archives(file) for item in archive.checked], crc_of)
 
 
-_FRAMES: Mapping[Container, Callable[[OutputFile], Iterator[Part]]] = {
+_FRAMES: Mapping[Container, Callable[[OutputFile], Iterator[FileBytes]]] = {
     Container.SAFETENSORS: _safetensors_frames,
     Container.GGUF: _gguf_frames,
     Container.TORCH_DIST: _archive_frames,

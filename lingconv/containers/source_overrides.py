@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class SourceOverrides:
     """What the user says of a checkpoint: a config in place of its own, and single keys of it.
 
     `main_params` asks for the optimizer's FP32 weights.

@@ -15,7 +15,7 @@ from lingconv.encodings.dtypes import GgmlType
 from lingconv.encodings.dtypes import GgmlType as T
 
 
-class Mix(StrEnum):
+class FileType(StrEnum):
     """`--outtype`: `file_type` is general.file_type (llama_ftype), `default` most tensors' type."""
 
     file_type: int
@@ -53,9 +53,9 @@ class Mix(StrEnum):
         return member
 
 
-MIXES: dict[str, Mix] = {mix.value: mix for mix in Mix}
+FILE_TYPES: dict[str, FileType] = {mix.value: mix for mix in FileType}
 # Types that llama-quantize makes without an importance matrix.
-_WRITTEN = frozenset({T.F32, T.F16, T.BF16, *(mix.default for mix in Mix)})
+_WRITTEN = frozenset({T.F32, T.F16, T.BF16, *(mix.default for mix in FileType)})
 
 
 def is_written(kind: GgmlType) -> bool:
@@ -63,7 +63,7 @@ def is_written(kind: GgmlType) -> bool:
     return kind in _WRITTEN
 
 
-class Kind(StrEnum):
+class TensorRole(StrEnum):
     """What a tensor does, as far as the mixes care: part of its name in GGUF."""
 
     OUTPUT = "output.weight"
@@ -76,7 +76,7 @@ class Kind(StrEnum):
     OTHER = ""
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor to be typed: `shape` as numpy counts, a stack of experts having three axes."""
 
     name: str
@@ -94,16 +94,25 @@ class ModelSize:
 
 
 # Where a mix gives the values of attention (and with them a fused QKV) more bits everywhere.
-_ATTN_V = {Mix.Q3_K_L: T.Q5_K}
+_ATTN_V = {FileType.Q3_K_L: T.Q5_K}
 # The same where at least four query heads share a value head.
-_ATTN_V_SHARED = {Mix.Q2_K: T.Q4_K, Mix.IQ4_NL: T.Q5_K, Mix.IQ4_XS: T.Q5_K}
-_FFN_DOWN = {Mix.Q2_K: T.Q3_K, Mix.Q3_K_L: T.Q5_K}
-_ATTN_OUTPUT = {Mix.Q2_K: T.Q3_K, Mix.Q3_K_M: T.Q4_K, Mix.Q3_K_L: T.Q5_K}
+_ATTN_V_SHARED = {FileType.Q2_K: T.Q4_K, FileType.IQ4_NL: T.Q5_K, FileType.IQ4_XS: T.Q5_K}
+_FFN_DOWN = {FileType.Q2_K: T.Q3_K, FileType.Q3_K_L: T.Q5_K}
+_ATTN_OUTPUT = {FileType.Q2_K: T.Q3_K, FileType.Q3_K_M: T.Q4_K, FileType.Q3_K_L: T.Q5_K}
 # The same for models of exactly eight experts, which llama-quantize takes for Mixtral.
 _ATTN_OUTPUT_OF_8 = dict.fromkeys(
-    (Mix.Q2_K, Mix.Q3_K_S, Mix.Q3_K_M, Mix.IQ4_NL, Mix.Q4_K_S, Mix.Q4_K_M, Mix.IQ4_XS), T.Q5_K
+    (
+        FileType.Q2_K,
+        FileType.Q3_K_S,
+        FileType.Q3_K_M,
+        FileType.IQ4_NL,
+        FileType.Q4_K_S,
+        FileType.Q4_K_M,
+        FileType.IQ4_XS,
+    ),
+    T.Q5_K,
 )
-_TOKEN_EMBD = {Mix.TQ1_0: T.Q4_K, Mix.TQ2_0: T.Q4_K, Mix.MXFP4_MOE: T.Q8_0}
+_TOKEN_EMBD = {FileType.TQ1_0: T.Q4_K, FileType.TQ2_0: T.Q4_K, FileType.MXFP4_MOE: T.Q8_0}
 # What a type becomes where a row is not made of its blocks.
 _FALLBACK = {
     T.Q2_K: T.Q4_0,
@@ -119,8 +128,8 @@ _MIXTRAL_EXPERTS = 8
 
 
 def choose_types(
-    tensors: Sequence[Tensor],
-    mix: Mix,
+    tensors: Sequence[GgufTensor],
+    mix: FileType,
     size: ModelSize,
     overrides: Iterable[tuple[re.Pattern[str], GgmlType]] = (),
 ) -> dict[str, GgmlType]:
@@ -128,7 +137,7 @@ def choose_types(
 
     The first of `overrides` whose pattern is found in a name decides, if the mix quantizes at all.
     """
-    chooser = _Chooser(mix, size, tuple(overrides), {tensor.name for tensor in tensors})
+    chooser = _TypeChoice(mix, size, tuple(overrides), {tensor.name for tensor in tensors})
     ordered = sorted(tensors, key=lambda tensor: _rank(tensor.name))
     chosen = {tensor.name: chooser.choose(tensor) for tensor in ordered}
     return {tensor.name: chosen[tensor.name] for tensor in tensors}
@@ -145,26 +154,26 @@ def _block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _kind_of(name: str) -> Kind:
-    if name in (Kind.OUTPUT, Kind.TOKEN_EMBD):
-        return Kind(name)
-    inside = [kind for kind in Kind if kind not in (Kind.OUTPUT, Kind.TOKEN_EMBD)]
+def _kind_of(name: str) -> TensorRole:
+    if name in (TensorRole.OUTPUT, TensorRole.TOKEN_EMBD):
+        return TensorRole(name)
+    inside = [kind for kind in TensorRole if kind not in (TensorRole.OUTPUT, TensorRole.TOKEN_EMBD)]
     return next(kind for kind in inside if kind in name)
 
 
-def stays_plain(tensor: Tensor) -> bool:
+def stays_plain(tensor: GgufTensor) -> bool:
     """Return whether a tensor is kept in F32 whatever the mix: vectors, norms and routers."""
     name = tensor.name
     kept = len(tensor.shape) < 2 or not name.endswith("weight")
     return kept or "_norm.weight" in name or "ffn_gate_inp.weight" in name
 
 
-class _Chooser:
+class _TypeChoice:
     """Counts the tensors of a kind while it chooses: some rules depend on how many came before."""
 
     def __init__(
         self,
-        mix: Mix,
+        mix: FileType,
         size: ModelSize,
         overrides: tuple[tuple[re.Pattern[str], GgmlType], ...],
         names: set[str],
@@ -172,12 +181,14 @@ class _Chooser:
         self.mix = mix
         self.size = size
         self.overrides = overrides
-        self.tied = Kind.OUTPUT not in names
-        self.num_values = sum(_kind_of(name) in (Kind.ATTN_V, Kind.ATTN_QKV) for name in names)
+        self.tied = TensorRole.OUTPUT not in names
+        self.num_values = sum(
+            _kind_of(name) in (TensorRole.ATTN_V, TensorRole.ATTN_QKV) for name in names
+        )
         self.values_met = 0
         self.downs_met = 0
 
-    def choose(self, tensor: Tensor) -> GgmlType:
+    def choose(self, tensor: GgufTensor) -> GgmlType:
         """Return the type of the next tensor."""
         if stays_plain(tensor):
             return T.F32
@@ -186,27 +197,27 @@ class _Chooser:
         found = next((to for pattern, to in self.overrides if pattern.search(tensor.name)), None)
         return _fitting(self._by_rules(tensor) if found is None else found, tensor.shape[-1])
 
-    def _by_rules(self, tensor: Tensor) -> GgmlType:
+    def _by_rules(self, tensor: GgufTensor) -> GgmlType:
         kind = _kind_of(tensor.name)
-        if kind == Kind.OUTPUT or (kind == Kind.TOKEN_EMBD and self.tied):
+        if kind == TensorRole.OUTPUT or (kind == TensorRole.TOKEN_EMBD and self.tied):
             return self._output(tensor.shape[-1])
-        if self.mix == Mix.MXFP4_MOE:
+        if self.mix == FileType.MXFP4_MOE:
             return T.MXFP4 if len(tensor.shape) > 2 else T.Q8_0
-        if kind == Kind.TOKEN_EMBD:
+        if kind == TensorRole.TOKEN_EMBD:
             return _TOKEN_EMBD.get(self.mix, self.mix.default)
-        if kind in (Kind.ATTN_V, Kind.ATTN_QKV):
+        if kind in (TensorRole.ATTN_V, TensorRole.ATTN_QKV):
             return self._attn_v()
-        if kind == Kind.ATTN_K and self.size.experts == _MIXTRAL_EXPERTS:
+        if kind == TensorRole.ATTN_K and self.size.experts == _MIXTRAL_EXPERTS:
             return T.Q8_0
-        if kind == Kind.FFN_DOWN:
+        if kind == TensorRole.FFN_DOWN:
             return self._ffn_down(tensor.name)
-        if kind == Kind.ATTN_OUTPUT:
+        if kind == TensorRole.ATTN_OUTPUT:
             of_8 = self.size.experts == _MIXTRAL_EXPERTS
             return (_ATTN_OUTPUT_OF_8 if of_8 else _ATTN_OUTPUT).get(self.mix, self.mix.default)
         return self.mix.default
 
     def _output(self, cols: int) -> GgmlType:
-        if self.mix in (Mix.MXFP4_MOE, Mix.Q8_0) or cols % self.mix.default.elements:
+        if self.mix in (FileType.MXFP4_MOE, FileType.Q8_0) or cols % self.mix.default.elements:
             return T.Q8_0
         return T.Q6_K
 
@@ -216,13 +227,13 @@ class _Chooser:
             return T.Q8_0
         if self.size.heads // self.size.kv_heads >= 4 and self.mix in _ATTN_V_SHARED:
             return _ATTN_V_SHARED[self.mix]
-        if self.mix == Mix.Q2_K:
+        if self.mix == FileType.Q2_K:
             return T.Q3_K
-        if self.mix == Mix.Q3_K_M:
+        if self.mix == FileType.Q3_K_M:
             return T.Q5_K if place < 2 else T.Q4_K
-        if self.mix in (Mix.Q4_K_M, Mix.Q5_K_M) and _more_bits(place, self.num_values):
+        if self.mix in (FileType.Q4_K_M, FileType.Q5_K_M) and _more_bits(place, self.num_values):
             return T.Q6_K
-        if self.mix == Mix.Q4_K_S and place < 4:
+        if self.mix == FileType.Q4_K_S and place < 4:
             return T.Q5_K
         return _ATTN_V.get(self.mix, self.mix.default)
 
@@ -231,11 +242,11 @@ class _Chooser:
         if self.size.experts > 1:
             place = _block_of(name) or 0
         blocks = self.size.blocks
-        if self.mix == Mix.Q3_K_M:
+        if self.mix == FileType.Q3_K_M:
             return T.Q5_K if place < blocks // 16 else T.Q4_K
-        if self.mix in (Mix.Q4_K_M, Mix.Q5_K_M) and _more_bits(place, blocks):
+        if self.mix in (FileType.Q4_K_M, FileType.Q5_K_M) and _more_bits(place, blocks):
             return T.Q6_K
-        if self.mix in (Mix.IQ4_NL, Mix.IQ4_XS, Mix.Q4_K_S) and place < blocks // 8:
+        if self.mix in (FileType.IQ4_NL, FileType.IQ4_XS, FileType.Q4_K_S) and place < blocks // 8:
             return T.Q5_K
         return _FFN_DOWN.get(self.mix, self.mix.default)
 

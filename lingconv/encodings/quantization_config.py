@@ -22,7 +22,7 @@ _SUFFIX = {FP8: "_scale_inv", COMPRESSED_TENSORS: "_scale"}
 
 
 @dataclass(frozen=True, slots=True)
-class Stated:
+class StatedQuantization:
     """What a config says: the block (rows, cols; 0 for all), the modules kept, ue8m0 or not."""
 
     method: str
@@ -41,7 +41,7 @@ def suffix_of(dialect: str) -> str:
     return _SUFFIX[dialect]
 
 
-def read(config: Mapping[str, Any]) -> Stated | None:
+def read(config: Mapping[str, Any]) -> StatedQuantization | None:
     """Return what config.json says about quantization, or None when it says nothing.
 
     Raises ValueError when it describes something other than FP8 weights.
@@ -61,20 +61,20 @@ def read(config: Mapping[str, Any]) -> Stated | None:
         raise ValueError(f"`{KEY}` is incomplete: {exc!r}") from exc
 
 
-def _read_fp8(stated: Mapping[str, Any]) -> Stated:
+def _read_fp8(stated: Mapping[str, Any]) -> StatedQuantization:
     if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise ValueError(f"`fmt` is {stated['fmt']!r}, not e4m3")
     block = stated.get("weight_block_size")
     kept = next((stated[key] for key in _KEPT_KEYS if stated.get(key)), None)
     ue8m0 = stated.get("scale_fmt") == "ue8m0"
-    return Stated(FP8, _block(block) if block else (0, 0), _names(kept), ue8m0)
+    return StatedQuantization(FP8, _block(block) if block else (0, 0), _names(kept), ue8m0)
 
 
-def _read_compressed_tensors(stated: Mapping[str, Any]) -> Stated:
+def _read_compressed_tensors(stated: Mapping[str, Any]) -> StatedQuantization:
     blocks = {_read_group(group["weights"]) for group in stated["config_groups"].values()}
     if len(blocks) != 1:
         raise ValueError("`config_groups` mix several weight schemes")
-    return Stated(COMPRESSED_TENSORS, blocks.pop(), _names(stated.get("ignore")))
+    return StatedQuantization(COMPRESSED_TENSORS, blocks.pop(), _names(stated.get("ignore")))
 
 
 def _read_group(weights: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""execution"""
+"""Carries out a plan: locks the target, runs the pipeline, closes and publishes the result."""

@@ -21,7 +21,7 @@ class Delivery(Protocol):
         """Take a file that is complete under its final name."""
 
 
-class Kept:
+class KeepLocal:
     """Files stay in their folder, whose disk was looked at before."""
 
     def has_room(self, file: OutputFile) -> bool:

@@ -14,7 +14,7 @@ from lingconv.execution.resources import LOCAL, RAY, Resources
 from lingconv.execution.run_folder import RunFolder, pinned_commits
 from lingconv.plans.plan import Plan
 from lingconv.storage.hub.address import HubAddress, is_hub, parse_address
-from lingconv.storage.locations import is_far, is_object, open_store, staging_of
+from lingconv.storage.locations import is_object, is_remote, open_upload_target, staging_folder_of
 from lingconv.storage.upload_target import PublishOptions
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Destination:
         self._fresh = fresh
         self._options = publish or PublishOptions()
         self._options.check()
-        self._store = str(destination) if is_far(destination) else ""
+        self._store = str(destination) if is_remote(destination) else ""
         if self._store:
-            self._folder = staging_of(self._store, self._resources.staging)
+            self._folder = staging_folder_of(self._store, self._resources.staging)
         else:
             self._folder = Path(destination)
         self._check_options()
@@ -103,7 +103,7 @@ class Destination:
 
     def _refuse_overlap(self, source: str) -> None:
         """Refuse to write into a source."""
-        if is_far(source) or self._store:
+        if is_remote(source) or self._store:
             inside = is_object(source) and f"{self._store}/".startswith(source.rstrip("/") + "/")
             if inside:
                 raise DestinationError(
@@ -162,7 +162,7 @@ class Destination:
         def begin(folder: RunFolder, progress: Progress) -> "Publisher":
             from lingconv.execution.publishing.publisher import Publisher
 
-            store = open_store(self._store, self._options)
+            store = open_upload_target(self._store, self._options)
             return Publisher(store, self._options, plan, folder, progress, share)
 
         return begin

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lingconv.errors import LingconvError, ResourceError, resumable
-from lingconv.execution.closing.closing_files import last_files, record_json
-from lingconv.execution.delivery import Kept
+from lingconv.execution.closing.closing_files import closing_files, record_json
+from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.pipeline.prefetch import sources_of
-from lingconv.execution.pipeline.worker_pool import Crew, check_unchanged
+from lingconv.execution.pipeline.worker_pool import WorkerPool, check_unchanged
 from lingconv.execution.progress import Progress, Silent
 from lingconv.execution.resources import Resources
-from lingconv.execution.run_folder import RunFolder, place_of
+from lingconv.execution.run_folder import RunFolder, location_of
 from lingconv.execution.run_identity import run_identity
 from lingconv.plans.lowering import peak_memory
 from lingconv.plans.options import Target
@@ -36,7 +36,7 @@ from lingconv.version import __version__
 
 if TYPE_CHECKING:
     from lingconv.execution.publishing.publisher import Publisher
-    from lingconv.storage.upload_target import Commit
+    from lingconv.storage.upload_target import PublishedCommit
 
 _CHUNK_BYTES = 4 << 20
 _MOST_AHEAD_BYTES = 512 << 20
@@ -92,11 +92,11 @@ def execute(
     started = time.monotonic()
     memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
-    published: Commit | None = None
+    published: PublishedCommit | None = None
     with (
         resumable(),
         explained_writing(destination),
-        RunFolder(place_of(destination), identity, fresh=fresh, share=share) as folder,
+        RunFolder(location_of(destination), identity, fresh=fresh, share=share) as folder,
         ExitStack() as stack,
     ):
         publisher = stack.enter_context(publish(folder, progress)) if publish else None
@@ -121,7 +121,7 @@ def execute(
         )
         if not part:
             published = _complete(plan, storages[-1], folder, publisher)
-    named = place_of(destination).name
+    named = location_of(destination).name
     where = str(folder.root / plan.files[0].name if named else destination)
     return Result(
         destination=published.address if published else where,
@@ -154,7 +154,7 @@ def write_share(
     memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     with (
         explained_writing(destination),
-        RunFolder(place_of(destination), identity, fresh=False, share=share) as folder,
+        RunFolder(location_of(destination), identity, fresh=False, share=share) as folder,
     ):
         todo = unfinished(plan.files, folder)
         _fill(plan, todo, storages, folder, resources, memory, Silent(), None, sparse=False)
@@ -177,12 +177,12 @@ def _fill(
     allow_open_files(len(plan.source_files))
     with ExitStack() as stack:
         publishes = publisher is not None
-        crew = Crew(
+        crew = WorkerPool(
             plan,
             _fetched(plan, todo, storages, folder, resources, stack, publishes=publishes),
             folder,
             progress,
-            publisher or Kept(),
+            publisher or KeepLocal(),
             sparse=sparse,
             ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
             gpus=gpus_of(resources.device),
@@ -192,10 +192,10 @@ def _fill(
 
 def _complete(
     plan: Plan, base: Storage, folder: RunFolder, publisher: "Publisher | None"
-) -> "Commit | None":
+) -> "PublishedCommit | None":
     """Write what makes a checkpoint of the weights; return the commit where it was published."""
     record, card = _source_record(base), _base_card(plan, base)
-    last = last_files(plan, record, card if plan.weighting else "", __version__)
+    last = closing_files(plan, record, card if plan.weighting else "", __version__)
     if publisher:
         return publisher.finish(record, card, last)
     for name, data in last.items():
@@ -224,7 +224,7 @@ def _fetched(
     """Return the storages, with those that are far away fetched file by file if that is asked."""
     if not resources.download:
         return list(storages)
-    from lingconv.storage.hub.download import Spool
+    from lingconv.storage.hub.download import Downloader
     from lingconv.storage.hub.storage import (
         HubStorage,  # with huggingface_hub, for those who need it
     )
@@ -239,7 +239,7 @@ def _fetched(
         names = [name for source, name in order if source == number]
         largest = max((storage.stat(name).size for name in names), default=0)
         room = resources.disk_share(publishes=publishes) // len(far) or _AT_ONCE * largest
-        spool = Spool(storage, folder.state / f"fetched-{number}", names, room)
+        spool = Downloader(storage, folder.state / f"fetched-{number}", names, room)
         stack.callback(spool.close)
         found.append(spool)
     return found

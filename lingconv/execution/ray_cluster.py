@@ -38,13 +38,13 @@ from lingconv.execution.engine import (
 )
 from lingconv.execution.progress import Progress, Silent
 from lingconv.execution.resources import Resources
-from lingconv.execution.run_folder import RunFolder, place_of
+from lingconv.execution.run_folder import RunFolder, location_of
 from lingconv.execution.run_identity import run_identity
 from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage import Storage
 from lingconv.storage.local_output import explained_writing
-from lingconv.storage.locations import open_storage, open_store
-from lingconv.storage.upload_target import HubFile, PublishOptions
+from lingconv.storage.locations import open_storage, open_upload_target
+from lingconv.storage.upload_target import ListedFile, PublishOptions
 from lingconv.version import __version__
 
 _THREADS = 2  # of a task: one fills, one writes
@@ -67,7 +67,7 @@ class _Done(NamedTuple):
     """What a task took, and what the store that it sent its file to has now."""
 
     seconds: float
-    sent: HubFile | None = None
+    sent: ListedFile | None = None
 
 
 def execute_on_ray(
@@ -91,7 +91,7 @@ def execute_on_ray(
     progress = progress or Silent()
     started = time.monotonic()
     identity = run_identity(plan, __version__, commits or {}, headers_only=False)
-    place = place_of(destination)
+    place = location_of(destination)
     with explained_writing(destination):
         if fresh:
             with RunFolder(place, identity, fresh=True):
@@ -236,19 +236,19 @@ def _write_file(
             break
     sent = None
     if sending:
-        sent = _send(plan.files[0], place_of(own).folder, number, sending)
+        sent = _send(plan.files[0], location_of(own).folder, number, sending)
     return _Done(time.monotonic() - started, sent)
 
 
 def _own(destination: Path, share: str) -> Path:
     """Return where a task keeps its file until it is sent."""
-    folder, name = place_of(destination)
+    folder, name = location_of(destination)
     return folder / share / name if name else folder / share
 
 
-def _send(file: OutputFile, folder: Path, number: int, sending: _Sending) -> HubFile:
+def _send(file: OutputFile, folder: Path, number: int, sending: _Sending) -> ListedFile:
     """Send a finished file and remove it here; return what the store lists of it."""
-    store = open_store(sending.uri, sending.options)
+    store = open_upload_target(sending.uri, sending.options)
     store.prepare(sending.pull_request)
     listed = store.add_weights({file.name: folder / file.name}, number, sending.total)
     gone = folder.with_name(f"{folder.name}-sent")  # at once: half a folder would be a stranger's

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lingconv.execution.devices import CPU
-from lingconv.execution.plan_share import Part
+from lingconv.execution.plan_share import PlanShare
 from lingconv.storage.machine import num_processors
 
 DEFAULT_MEMORY_BYTES = 1 << 30
@@ -28,7 +28,7 @@ class Resources:
     max_disk_bytes: int = 0
     download: bool = False
     staging: Path | None = None
-    part: Part | None = None
+    part: PlanShare | None = None
     executor: str = LOCAL
     address: str = ""
     device: str = CPU

@@ -30,7 +30,7 @@ from lingconv.plans.plan import Plan
 from lingconv.storage.atomic_file import replace_file, sync_folder
 from lingconv.storage.file_names import PARTIAL_SUFFIX
 from lingconv.storage.file_names import SUFFIX as GGUF_SUFFIX
-from lingconv.storage.upload_target import HubFile
+from lingconv.storage.upload_target import ListedFile
 from lingconv.version import __version__
 
 STATE_NAME = ".lingconv"
@@ -42,18 +42,18 @@ _IDENTITY_NAME = "run.json"
 _CLAIM_NAME = "claim"
 
 
-class Place(NamedTuple):
+class RunLocation(NamedTuple):
     """Where a run writes: a folder of its own, or the file (or files) `name` in a shared one."""
 
     folder: Path
     name: str = ""
 
 
-def place_of(destination: Path) -> Place:
+def location_of(destination: Path) -> RunLocation:
     """Return where a run to `destination` writes: GGUF files are named, other targets folders."""
     if destination.suffix == GGUF_SUFFIX:
-        return Place(destination.parent, destination.name)
-    return Place(destination)
+        return RunLocation(destination.parent, destination.name)
+    return RunLocation(destination)
 
 
 class RunFolder:
@@ -64,7 +64,7 @@ class RunFolder:
 
     def __init__(
         self,
-        place: Place,
+        place: RunLocation,
         identity: Mapping[str, Any],
         *,
         fresh: bool,
@@ -78,7 +78,7 @@ class RunFolder:
         self._identity = identity
         self._fresh = fresh
         self._locks: list[int] = []
-        self.sent: dict[str, HubFile] = {}
+        self.sent: dict[str, ListedFile] = {}
         self._finished: dict[str, list[int]] = {}
         self._pieces: dict[str, set[int]] = {}
         self._checksums: dict[str, dict[int, tuple[int, int]]] = {}
@@ -212,7 +212,7 @@ class RunFolder:
             if "stat" in entry:
                 self._finished[entry["file"]] = entry["stat"]
             elif "sent" in entry:
-                self.sent[entry["file"]] = HubFile(*entry["sent"])
+                self.sent[entry["file"]] = ListedFile(*entry["sent"])
             elif entry["lingconv"] == __version__:  # another one may cut files differently
                 self._pieces.setdefault(entry["file"], set()).add(entry["piece"])
                 sums = self._checksums.setdefault(entry["file"], {})
@@ -265,7 +265,7 @@ class RunFolder:
         sync_folder((self.root / name).parent)
         self._note({"file": name, "stat": _stat(self.root / name)})
 
-    def finish_sending(self, name: str, sent: HubFile) -> None:
+    def finish_sending(self, name: str, sent: ListedFile) -> None:
         """Note that a repository has a finished file, and remove it here."""
         self._note({"file": name, "sent": list(sent)})
         self.sent[name] = sent
@@ -298,7 +298,7 @@ class RunFolder:
 
 def kept_plan(destination: Path) -> Plan:
     """Return the plan that parts of a run have left; raise DestinationError when there is none."""
-    place = place_of(destination)
+    place = location_of(destination)
     held = _read_json(place.folder / STATE_NAME / place.name / PLAN_NAME)
     if held is None:
         raise DestinationError(
@@ -310,7 +310,7 @@ def kept_plan(destination: Path) -> Plan:
 
 def pinned_commits(destination: Path) -> dict[str, str]:
     """Return the commits that an earlier run read, by the addresses that the user wrote."""
-    place = place_of(destination)
+    place = location_of(destination)
     held = _read_json(place.folder / STATE_NAME / place.name / _IDENTITY_NAME) or {}
     commits = held.get(_COMMITS, {})
     return dict(commits) if isinstance(commits, dict) else {}

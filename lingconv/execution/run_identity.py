@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lingconv.execution.closing.closing_files import last_names
+from lingconv.execution.closing.closing_files import closing_names
 from lingconv.plans.plan import Plan
 
 _COMMITS = "commits"
@@ -24,7 +24,7 @@ def run_identity(
         "options": {**plan.options.to_json(), "headers_only": headers_only},
         "family": plan.family,
         _COMMITS: dict(commits),
-        "outputs": [*(file.name for file in plan.files), *plan.side_files, *last_names(plan)],
+        "outputs": [*(file.name for file in plan.files), *plan.side_files, *closing_names(plan)],
     }
     return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, NewType
 
 from lingconv.errors import CheckpointError, Fault
-from lingconv.model.parallelism import Part
+from lingconv.model.parallelism import RankShard
 from lingconv.model.symbols import Symbol, check_symbol, whole_number
 
 LogicalName = NewType("LogicalName", str)
@@ -97,7 +97,9 @@ class Block:
         """Return the prefix of its tensors' addresses in a layout."""
         return _of_layout(self.addresses, layout)
 
-    def numbered(self, symbols: Mapping[str, Any], part: Part | None) -> Iterator[tuple[int, ...]]:
+    def numbered(
+        self, symbols: Mapping[str, Any], part: RankShard | None
+    ) -> Iterator[tuple[int, ...]]:
         """Yield each layer that a part holds, as (i, layer, its number there)."""
         if part is not None and self.stage and self.stage not in part.stages:
             return
@@ -128,7 +130,7 @@ class TensorRule:
         """Return the address in a layout: that of its last refinement which has one."""
         return _of_layout(self.addresses, layout)
 
-    def stack(self, layout: str, symbols: Mapping[str, Any], part: Part | None) -> int:
+    def stack(self, layout: str, symbols: Mapping[str, Any], part: RankShard | None) -> int:
         """Return how many tensors that this rule repeats share one address; 0 when none do."""
         for index, count in self.repeat:
             if "{" + index + "}" not in self.address(layout):
@@ -271,7 +273,7 @@ class Family:
         return symbols
 
     def expand(
-        self, symbols: Mapping[str, Any], layout: str, part: Part | None = None
+        self, symbols: Mapping[str, Any], layout: str, part: RankShard | None = None
     ) -> Iterator[LogicalTensor]:
         """Yield every logical tensor of the model, or of a part, with its address in `layout`.
 
@@ -301,7 +303,7 @@ class Family:
                     )
 
     def _entries(
-        self, block: Block, symbols: Mapping[str, Any], layout: str, part: Part | None
+        self, block: Block, symbols: Mapping[str, Any], layout: str, part: RankShard | None
     ) -> list["_Entry"]:
         """Return what every layer of a block holds.
 
@@ -368,7 +370,7 @@ def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
 
 
 def _bindings(
-    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any], part: Part | None
+    repeat: tuple[tuple[str, str], ...], symbols: Mapping[str, Any], part: RankShard | None
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     """Yield the values of a tensor's own index, {expert: 0}, {expert: 1}, ... or {} just once.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lingconv.errors import UsageError
 from lingconv.model.family import Family, LogicalName, LogicalTensor, PhysicalName, Role, Shape
-from lingconv.model.parallelism import Part, Share
+from lingconv.model.parallelism import RankShard, RankShare
 
 # Layouts by their names in family files; refinements follow behind a `+`.
 HF = "hf"
@@ -113,7 +113,7 @@ class Layout:
 
 
 def build_layout(
-    family: Family, symbols: Mapping[str, Any], name: str, part: Part | None = None
+    family: Family, symbols: Mapping[str, Any], name: str, part: RankShard | None = None
 ) -> Layout:
     """Return the layout `name` of the model that `symbols` describe, or of a rank's part of it.
 
@@ -125,7 +125,7 @@ def build_layout(
     return Layout(name, {address: _join(logicals, part) for address, logicals in members.items()})
 
 
-def _join(members: list[LogicalTensor], part: Part | None) -> PhysicalTensor:
+def _join(members: list[LogicalTensor], part: RankShard | None) -> PhysicalTensor:
     """Return the physical tensor that `members` share, as far as a part holds it.
 
     Each member is split over ranks, but those that take turns are split together: a rank gets whole
@@ -175,13 +175,15 @@ def _in_turns(members: list[LogicalTensor]) -> list[Rows]:
     ]
 
 
-def _padded(member: LogicalTensor, part: Part | None) -> int:
+def _padded(member: LogicalTensor, part: RankShard | None) -> int:
     """Return how many rows a tensor has, with the padding of a vocabulary that ranks share."""
     vocabulary = member.role in (Role.EMBEDDING, Role.HEAD)
     return part.vocabulary if part is not None and vocabulary else member.shape[0]
 
 
-def _share_of(rows: list[Rows], share: Share, logical: LogicalTensor, total: int = 0) -> list[Rows]:
+def _share_of(
+    rows: list[Rows], share: RankShare, logical: LogicalTensor, total: int = 0
+) -> list[Rows]:
     """Return the rows of one of equal parts of `rows`, which lie one behind the other.
 
     There may be fewer than `total`: the rest is padding.
@@ -210,10 +212,10 @@ def _one_behind_the_other(rows: list[Rows]) -> list[Rows]:
     return placed
 
 
-_WHOLE = Share(0, 1)
+_WHOLE = RankShare(0, 1)
 
 
-def _shares(logical: LogicalTensor, part: Part | None) -> tuple[Share, Share]:
+def _shares(logical: LogicalTensor, part: RankShard | None) -> tuple[RankShare, RankShare]:
     """Return which share of a tensor's rows and of its columns a part holds."""
     if part is None or not logical.split:
         return _WHOLE, _WHOLE

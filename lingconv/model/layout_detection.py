@@ -25,7 +25,7 @@ def refined(family: Family, base: str, names: Collection[str]) -> str:
     return "+".join([base, *found])
 
 
-def merged(family: Family, base: str, names: Collection[str]) -> str:
+def experts_layout(family: Family, base: str, names: Collection[str]) -> str:
     """Return the layout `base`, or the one that merges experts by whose names most tensors go."""
     known = {_template(name) for name in names}
     scores = {

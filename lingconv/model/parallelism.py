@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from lingconv.errors import UsageError
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """Which of `size` equal parts of a tensor is meant."""
 
     rank: int
     size: int
 
 
-class Part(NamedTuple):
+class RankShard(NamedTuple):
     """What one rank of Megatron holds of a model.
 
     `layers` of the decoder and `experts` of each of them, numbered from 0 there; the blocks of its
@@ -31,8 +31,8 @@ class Part(NamedTuple):
     layers: range
     stages: frozenset[str]
     experts: range
-    dense: Share
-    expert: Share
+    dense: RankShare
+    expert: RankShare
     vocabulary: int
 
 
@@ -100,7 +100,7 @@ def all_ranks(parallel: Parallel) -> list[Rank]:
 
 def parts(
     parallel: Parallel, rank: Rank, symbols: Mapping[str, Any], vocabulary: int
-) -> Iterator[tuple[str, Part]]:
+) -> Iterator[tuple[str, RankShard]]:
     """Yield the model chunks of a rank: their key in its file, and what they hold.
 
     `vocabulary` are the rows of the embedding, padding included.
@@ -117,12 +117,12 @@ def parts(
         key = "model" if parallel.vpp == 1 else f"model{virtual}"
         yield (
             key,
-            Part(
+            RankShard(
                 chunks[index],
                 frozenset(stages),
                 range(rank.ep * experts, (rank.ep + 1) * experts),
-                Share(rank.tp, parallel.tp),
-                Share(rank.etp, parallel.etp),
+                RankShare(rank.tp, parallel.tp),
+                RankShare(rank.etp, parallel.etp),
                 vocabulary,
             ),
         )

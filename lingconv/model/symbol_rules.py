@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def told_by_shapes(sizes: Symbols, present: Mapping[str, bool]) -> dict[str, Any]:
+def symbols_from_sizes(sizes: Symbols, present: Mapping[str, bool]) -> dict[str, Any]:
     """Return the symbols that follow from sizes, and from the tensors that are there."""
     found = {**sizes, **{name: there for name, there in present.items() if name in _SWITCHES}}
     found["tied"] = not present.get("own_head", True)

@@ -1,1 +1,1 @@
-"""planner"""
+"""A recognised checkpoint and options become a plan, or are refused with every reason."""

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.model.family import PhysicalName
 from lingconv.model.layout import Layout
-from lingconv.planner.sources import Origin
+from lingconv.planner.sources import SourceModel
 from lingconv.plans.plan import Dropped, Transfer
-from lingconv.plans.tensor_map import Segment
+from lingconv.plans.tensor_map import MatrixSlice
 
 
-def dropped(origin: Origin, layout: Layout) -> Iterator[Dropped]:
+def dropped(origin: SourceModel, layout: Layout) -> Iterator[Dropped]:
     """Yield the source tensors and files that no target needs, each with its policy."""
     for name, nbytes, reason in _left_out(origin.model, layout):
         yield Dropped(name, nbytes * len(origin.sources), reason)
@@ -45,7 +45,7 @@ def check_targets(transfers: Iterable[Transfer]) -> None:
 
 
 def check_sources(
-    origin: Origin, layout: Layout, transfers: Iterable[Transfer], left_out: Iterable[Dropped]
+    origin: SourceModel, layout: Layout, transfers: Iterable[Transfer], left_out: Iterable[Dropped]
 ) -> None:
     """Make sure that every tensor of an origin's checkpoints is read in full once, or dropped.
 
@@ -67,7 +67,7 @@ def check_sources(
         raise AssertionError(f"not read exactly once: {wrong[:10]}")
 
 
-def _segments(origin: Origin, layout: Layout, transfer: Transfer) -> Iterable[Segment]:
+def _segments(origin: SourceModel, layout: Layout, transfer: Transfer) -> Iterable[MatrixSlice]:
     for term in transfer.terms:
         if term.sources[-1] in origin.sources:
             return term.segments

@@ -15,7 +15,7 @@ from lingconv.encodings import (
     quantization_config,
 )
 from lingconv.encodings.dtypes import DType, GgmlType
-from lingconv.encodings.ggml_ftype import MIXES, Mix, ModelSize, Tensor, choose_types
+from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, GgufTensor, ModelSize, choose_types
 from lingconv.encodings.name_pattern import Pattern
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import UsageError
@@ -32,7 +32,7 @@ from lingconv.plans.options import (
     TargetDType,
 )
 from lingconv.plans.plan import Scaling, Term
-from lingconv.plans.tensor_map import Segment
+from lingconv.plans.tensor_map import MatrixSlice
 
 _PLAIN_SCALING = Scaling(0.0, power_of_two=False)
 _PLAIN_DTYPES = {
@@ -42,7 +42,7 @@ _PLAIN_DTYPES = {
 }
 
 
-class Chooser:
+class EncodingChoice:
     """Chooses by the user's options and by what the base checkpoint keeps a tensor in."""
 
     def __init__(
@@ -203,27 +203,27 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
     )
 
 
-def _choose_mix(model: Model, options: ConvertOptions) -> Mix:
+def _choose_mix(model: Model, options: ConvertOptions) -> FileType:
     """Return the mix that was asked for; `auto` is the 16-bit float that the weights are in."""
     if options.gguf.outtype != AUTO:
-        return MIXES[options.gguf.outtype]
+        return FILE_TYPES[options.gguf.outtype]
     f16 = PLAIN[DType.F16]
     matrices = [stored for stored in model.stored.values() if len(stored.shape) > 1]
-    return Mix.F16 if matrices and matrices[0].encoding == f16 else Mix.BF16
+    return FileType.F16 if matrices and matrices[0].encoding == f16 else FileType.BF16
 
 
 def _choose_types(
-    layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, mix: Mix
+    layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, mix: FileType
 ) -> dict[str, GgmlType]:
     """Return the type of every tensor of a GGUF target."""
     size = ModelSize(
         symbols["all_layers"], symbols["experts"], symbols["heads"], symbols["kv_heads"]
     )
-    tensors = [Tensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
+    tensors = [GgufTensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
     return choose_types(tensors, mix, size, options.gguf.overrides())
 
 
-def _is_copy(tensor: PhysicalTensor, segments: Iterable[Segment], target: Encoding) -> bool:
+def _is_copy(tensor: PhysicalTensor, segments: Iterable[MatrixSlice], target: Encoding) -> bool:
     """Return whether the bytes of all segments are right in the target as they are.
 
     Segments of FP8 have to be whole blocks, where they come from and where they go.

@@ -14,20 +14,20 @@ from lingconv.containers.hf.writer import pack_safetensors
 from lingconv.containers.megatron.args import megatron_args, module_states
 from lingconv.containers.megatron.closing_files import ITERATION_FOLDER
 from lingconv.containers.megatron.dcp_writer import pack_torch_dist
-from lingconv.containers.megatron.rank_writer import spread
+from lingconv.containers.megatron.rank_writer import place_on_ranks
 from lingconv.encodings import Fp8, Ggml
 from lingconv.encodings.name_pattern import Pattern
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.model.symbol_rules import megatron_notes
 from lingconv.planner.coverage import check_sources, check_targets, dropped
-from lingconv.planner.encoding_choice import Chooser
-from lingconv.planner.sources import Average, Origins, refuse_all_faults
+from lingconv.planner.encoding_choice import EncodingChoice
+from lingconv.planner.sources import Average, Sources, refuse_all_faults
 from lingconv.planner.target_config import target_config
 from lingconv.plans.key_values import Value, ValueType
 from lingconv.plans.options import DEFAULT_SHARD_BYTES, DISTCP_BYTES, ConvertOptions, Mtp, Target
 from lingconv.plans.plan import Dropped, OutputFile, Plan, Term, Transfer
-from lingconv.plans.tensor_map import Stored
+from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.storage.file_names import CARD_NAME
 
 _AVERAGE_KEY = "lingconv.average"
@@ -60,8 +60,8 @@ class _Planner:
         self.drop = [Pattern(text) for text in options.drop]
         self.exclude = [Pattern(text) for text in options.exclude]
         self.symbols, self.layout = _target_layout(self.model, options)
-        self.chooser = Chooser(self.model, self.layout, self.symbols, options)
-        self.origins = Origins(average)
+        self.chooser = EncodingChoice(self.model, self.layout, self.symbols, options)
+        self.origins = Sources(average)
         self.notes: list[str] = []
         self.args = self._args()
 
@@ -102,17 +102,17 @@ class _Planner:
         limit = self.options.max_shard_bytes
         if self.options.layout == Target.RANKS:
             args, megatron = self.args or {}, self.options.megatron
-            return spread(self.model.family, self.symbols, megatron, args, self._transfer)
+            return place_on_ranks(self.model.family, self.symbols, megatron, args, self._transfer)
         if self.options.layout == Target.MEGATRON:
             return pack_torch_dist(transfers, limit or DISTCP_BYTES, ITERATION_FOLDER)
         mix = self.chooser.mix
         if mix is None:
             return pack_safetensors(transfers, limit or DEFAULT_SHARD_BYTES)
         # With gguf-py, numpy and the tokenizer's library, which nothing else of planning needs.
-        from lingconv.containers.gguf.metadata import Described, describe, file_stem
+        from lingconv.containers.gguf.metadata import GgufTarget, describe, file_stem
 
         request, model = self.options.gguf, self.model
-        target = Described(self.layout, self.symbols, mix.file_type)
+        target = GgufTarget(self.layout, self.symbols, mix.file_type)
         metadata, notes = describe(
             model.checkpoint, model.family, model.architecture, target, request
         )
@@ -181,7 +181,9 @@ class _Planner:
         is_average = len(terms) > 1 or len(terms[0].sources) > 1
         encoding, scaling, copies = self.chooser.choose(tensor, terms, is_average=is_average)
         pitch, shape = (tensor.height, tensor.stored_shape) if tensor.turned else (0, ())
-        stored = Stored(tensor.name, tensor.shape, encoding, (), tensor.stack, (), pitch, shape)
+        stored = StoredMatrix(
+            tensor.name, tensor.shape, encoding, (), tensor.stack, (), pitch, shape
+        )
         return Transfer(stored, terms, scaling, copies)
 
     def _terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:

@@ -44,7 +44,7 @@ class Average(NamedTuple):
         )
 
 
-class Origin(NamedTuple):
+class SourceModel(NamedTuple):
     """Checkpoints next to each other that keep every tensor in the same place of the same file."""
 
     sources: tuple[int, ...]
@@ -52,20 +52,20 @@ class Origin(NamedTuple):
     locator: Locator
 
 
-class Origins:
+class Sources:
     """All checkpoints that are read, those that look alike seen as one."""
 
     def __init__(self, average: Average) -> None:
         numbered = list(enumerate(average.models))
         self.all = tuple(
-            Origin(tuple(number for number, _ in alike), alike[0][1], alike[0][1].locator())
+            SourceModel(tuple(number for number, _ in alike), alike[0][1], alike[0][1].locator())
             for alike in (
                 list(group) for _, group in groupby(numbered, key=lambda item: id(item[1].stored))
             )
         )
         self.last = len(average.models) - 1
 
-    def __iter__(self) -> Iterator[Origin]:
+    def __iter__(self) -> Iterator[SourceModel]:
         """Return each origin."""
         return iter(self.all)
 

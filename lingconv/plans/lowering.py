@@ -12,7 +12,7 @@ from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
 from lingconv.plans.plan import OutputFile, Plan, Term, Transfer, in_term_runs
-from lingconv.plans.tensor_map import Extent, Segment
+from lingconv.plans.tensor_map import ByteRange, MatrixSlice
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
@@ -25,14 +25,14 @@ _SCATTERED = 8
 class _Move(NamedTuple):
     """Bytes of a source, and where they go in the target's file."""
 
-    source: Extent
+    source: ByteRange
     offset: int
 
 
 class CopyStrip(NamedTuple):
     """Bytes that are moved as they are: `sources`, one behind the other, to `offset`."""
 
-    sources: tuple[Extent, ...]
+    sources: tuple[ByteRange, ...]
     offset: int
 
     @property
@@ -53,7 +53,7 @@ class RowStrip(NamedTuple):
     terms: tuple[Term, ...]
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[MatrixSlice, ...]:
         """What holds them in the last of its sources."""
         return self.terms[-1].segments
 
@@ -130,7 +130,7 @@ def _moves(transfer: Transfer) -> Iterator[_Move]:
             offset += extent.nbytes
 
 
-def rows_of(segment: Segment, part: int) -> Extent:
+def rows_of(segment: MatrixSlice, part: int) -> ByteRange:
     """Return the bytes of a segment in tensor `part` of its source (0 elements, 1 scales)."""
     source = segment.source
     extent = source.extents[part]
@@ -144,7 +144,7 @@ def rows_of(segment: Segment, part: int) -> Extent:
         first, end = encoding.scale_rows(*rows, source.height)
         _, total = encoding.scale_rows(0, source.rows, source.height)
     unit_bytes = extent.nbytes // total
-    return Extent(extent.file, extent.offset + first * unit_bytes, (end - first) * unit_bytes)
+    return ByteRange(extent.file, extent.offset + first * unit_bytes, (end - first) * unit_bytes)
 
 
 def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
@@ -153,7 +153,7 @@ def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
     Neighbours in the target share a strip, so that what is written is large and aligned, however
     small and scattered its sources are.
     """
-    sources: list[Extent] = []
+    sources: list[ByteRange] = []
     start = end = 0
     for source, offset in sorted(moves, key=lambda move: move.offset):
         if sources and offset != end:
@@ -164,7 +164,7 @@ def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
         done = 0
         while done < source.nbytes:
             count = min(STRIP_BYTES - end % STRIP_BYTES, source.nbytes - done)
-            _append(sources, Extent(source.file, source.offset + done, count))
+            _append(sources, ByteRange(source.file, source.offset + done, count))
             done += count
             end += count
             if end % STRIP_BYTES == 0:
@@ -174,7 +174,7 @@ def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
         yield CopyStrip(tuple(sources), start)
 
 
-def _append(sources: list[Extent], extent: Extent) -> None:
+def _append(sources: list[ByteRange], extent: ByteRange) -> None:
     """Add an extent, or lengthen the last one if it goes on right behind."""
     last = sources[-1] if sources else None
     if last and last.file == extent.file and last.offset + last.nbytes == extent.offset:

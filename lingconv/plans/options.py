@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from lingconv.encodings.dtypes import GGML_TYPES, DType, GgmlType
-from lingconv.encodings.ggml_ftype import MIXES, Mix, is_written
+from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, is_written
 from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
 from lingconv.errors import UsageError
 from lingconv.model.parallelism import Parallel
@@ -152,9 +152,11 @@ class GgufOptions:
 
     def check(self) -> None:
         """Raise UsageError for what cannot be carried out."""
-        _check_word("outtype", self.outtype, [AUTO, *Mix])
+        _check_word("outtype", self.outtype, [AUTO, *FileType])
         overrides = self.overrides()
-        if overrides and (self.outtype == AUTO or not MIXES[self.outtype].default.is_quantized):
+        if overrides and (
+            self.outtype == AUTO or not FILE_TYPES[self.outtype].default.is_quantized
+        ):
             raise UsageError(
                 f"`--tensor-type` changes a quantized mix, `--outtype` is {self.outtype}",
                 hint="choose one, for example `--outtype q8_0`",
@@ -261,7 +263,7 @@ class ConvertOptions:
         if self.layout == Target.GGUF and self.dtype:
             raise UsageError(
                 "a GGUF file's types are chosen by `--outtype`, not by `--dtype`",
-                hint=f"one of {', '.join([AUTO, *Mix])}",
+                hint=f"one of {', '.join([AUTO, *FileType])}",
             )
         if self.layout == Target.GGUF and self.mtp == Mtp.ONLY:
             raise UsageError("llama.cpp has no model that is MTP layers alone")

@@ -19,7 +19,7 @@ from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 from lingconv.errors import UsageError
 from lingconv.plans.key_values import Metadata, value_from_json, value_to_json
 from lingconv.plans.options import ConvertOptions
-from lingconv.plans.tensor_map import Extent, Segment, Stored, in_runs
+from lingconv.plans.tensor_map import ByteRange, MatrixSlice, StoredMatrix, in_runs
 from lingconv.storage import FileStat
 
 SCHEMA = "lingconv.plan/4"
@@ -51,7 +51,7 @@ class Term(NamedTuple):
     """
 
     sources: tuple[int, ...]
-    segments: tuple[Segment, ...]
+    segments: tuple[MatrixSlice, ...]
 
 
 class Transfer(NamedTuple):
@@ -60,7 +60,7 @@ class Transfer(NamedTuple):
     `copies` means that the bytes are moved as they are; otherwise rows are decoded and encoded.
     """
 
-    target: Stored
+    target: StoredMatrix
     terms: tuple[Term, ...]
     scaling: Scaling
     copies: bool
@@ -71,7 +71,7 @@ class Transfer(NamedTuple):
         return len(self.terms) > 1 or len(self.terms[0].sources) > 1
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[MatrixSlice, ...]:
         """What fills it in the last of its sources."""
         return self.terms[-1].segments
 
@@ -317,7 +317,7 @@ def _line(transfer: Transfer, encodings: _Numbers) -> str:
     return f"{target} < {sources} | {scaling} {transfer.copies}\n"
 
 
-def _describe(stored: Stored, encodings: _Numbers) -> str:
+def _describe(stored: StoredMatrix, encodings: _Numbers) -> str:
     places = " ".join(f"{e.file}@{e.offset}+{e.nbytes}" for e in stored.extents)
     number = encodings.of(stored.encoding)
     return f"{stored.name} {stored.shape} x{stored.stack} /{stored.pitch} #{number} {places}"
@@ -379,7 +379,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
                     Term(
                         tuple(term["sources"]),
                         tuple(
-                            Segment(_stored_from_json(stored, encodings), *window)
+                            MatrixSlice(_stored_from_json(stored, encodings), *window)
                             for stored, *window in term["segments"]
                         ),
                     )
@@ -396,14 +396,16 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
     )
 
 
-def _stored_to_json(stored: Stored, encodings: _Numbers) -> list[Any]:
+def _stored_to_json(stored: StoredMatrix, encodings: _Numbers) -> list[Any]:
     extents = [list(extent) for extent in stored.extents]
     number = encodings.of(stored.encoding)
     turned = [stored.pitch, stored.stored_as]
     return [stored.name, list(stored.shape), number, extents, stored.stack, turned]
 
 
-def _stored_from_json(value: list[Any], encodings: list[Any]) -> Stored:
+def _stored_from_json(value: list[Any], encodings: list[Any]) -> StoredMatrix:
     name, shape, number, extents, stack, (pitch, stored_as) = value
-    places = tuple(Extent(*item) for item in extents)
-    return Stored(name, tuple(shape), encodings[number], places, stack, (), pitch, tuple(stored_as))
+    places = tuple(ByteRange(*item) for item in extents)
+    return StoredMatrix(
+        name, tuple(shape), encodings[number], places, stack, (), pitch, tuple(stored_as)
+    )

@@ -15,7 +15,7 @@ from lingconv.model.family import LogicalName, PhysicalName
 from lingconv.model.layout import Address, Rows, stacked_shape
 
 
-class Extent(NamedTuple):
+class ByteRange(NamedTuple):
     """A run of bytes in a file."""
 
     file: str
@@ -23,7 +23,7 @@ class Extent(NamedTuple):
     nbytes: int
 
 
-class Stored(NamedTuple):
+class StoredMatrix(NamedTuple):
     """An encoded matrix in its place: one extent for each tensor of its encoding.
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
@@ -35,9 +35,9 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
-    extents: tuple[Extent, ...]
+    extents: tuple[ByteRange, ...]
     stack: int = 0
-    bands: "tuple[Band, ...]" = ()
+    bands: "tuple[ChunkBand, ...]" = ()
     pitch: int = 0
     stored_as: tuple[int, ...] = ()
 
@@ -57,7 +57,7 @@ class Stored(NamedTuple):
         return self.rows // (self.stack or 1)
 
     @property
-    def first_extent(self) -> "Extent":
+    def first_extent(self) -> "ByteRange":
         """The place of its first bytes."""
         return self.bands[0].chunks[0].source.extents[0] if self.bands else self.extents[0]
 
@@ -66,10 +66,10 @@ class Stored(NamedTuple):
         shape = self.stored_as or stacked_shape(self.shape, self.stack)
         return self.encoding.tensors(self.name, shape)
 
-    def segments(self, first: int, num_rows: int) -> "tuple[Segment, ...]":
+    def segments(self, first: int, num_rows: int) -> "tuple[MatrixSlice, ...]":
         """Return where `num_rows` rows from `first` on are, in reading order."""
         if not self.bands:
-            return (Segment(self, first, num_rows, 0, self.cols),)
+            return (MatrixSlice(self, first, num_rows, 0, self.cols),)
         found = []
         at = bisect_right(self.bands, first, key=lambda band: band.start) - 1
         while num_rows > 0:
@@ -81,22 +81,22 @@ class Stored(NamedTuple):
         return tuple(found)
 
 
-class Band(NamedTuple):
+class ChunkBand(NamedTuple):
     """Rows of a matrix from `start` on, and the windows of its chunks that hold them."""
 
     start: int
     num_rows: int
-    chunks: "tuple[Segment, ...]"
+    chunks: "tuple[MatrixSlice, ...]"
 
 
-class Segment(NamedTuple):
+class MatrixSlice(NamedTuple):
     """A window of the stored matrix `source`: a run of its rows, and of the columns in them.
 
     Segments fill a matrix in reading order. Those that are narrower than the matrix lie side by
     side, all of the same height, until its width is reached (`side_by_side`).
     """
 
-    source: Stored
+    source: StoredMatrix
     first_row: int
     num_rows: int
     first_col: int
@@ -113,18 +113,18 @@ class Segment(NamedTuple):
         """Whether it has all columns of its source."""
         return self.num_cols == self.source.cols
 
-    def cut(self, first: int, num_rows: int) -> "Segment":
+    def cut(self, first: int, num_rows: int) -> "MatrixSlice":
         """Return `num_rows` of its rows, from its row `first` on."""
         return self._replace(first_row=self.first_row + first, num_rows=num_rows)
 
 
 def in_runs(
-    segments: Iterable[Segment], cols: int, counts: Iterable[int]
-) -> Iterator[tuple[Segment, ...]]:
+    segments: Iterable[MatrixSlice], cols: int, counts: Iterable[int]
+) -> Iterator[tuple[MatrixSlice, ...]]:
     """Yield the segments of the first of `counts` rows of a matrix, of the next ones, and so on."""
     rest = list(side_by_side(segments, cols))[::-1]
     for missing in counts:
-        run: list[Segment] = []
+        run: list[MatrixSlice] = []
         while missing:
             beside = rest.pop()
             count = beside[0].num_rows
@@ -136,9 +136,9 @@ def in_runs(
         yield tuple(run)
 
 
-def side_by_side(segments: Iterable[Segment], cols: int) -> Iterator[tuple[Segment, ...]]:
+def side_by_side(segments: Iterable[MatrixSlice], cols: int) -> Iterator[tuple[MatrixSlice, ...]]:
     """Yield the segments that fill the same rows of a matrix of `cols` columns, top to bottom."""
-    beside: list[Segment] = []
+    beside: list[MatrixSlice] = []
     width = 0
     for segment in segments:
         beside.append(segment)
@@ -153,7 +153,7 @@ class Locator:
     """Where each logical tensor of a checkpoint is stored."""
 
     addresses: Mapping[LogicalName, tuple[Address, ...]]
-    stored: Mapping[PhysicalName, Stored]
+    stored: Mapping[PhysicalName, StoredMatrix]
 
     def holds(self, name: LogicalName) -> bool:
         """Return whether the checkpoint has all rows of a logical tensor."""
@@ -166,11 +166,11 @@ class Locator:
         num_rows = sum(address.num_rows for address in addresses)
         return num_rows, self.stored[addresses[0].name].cols
 
-    def whole(self, name: LogicalName) -> tuple[Segment, ...]:
+    def whole(self, name: LogicalName) -> tuple[MatrixSlice, ...]:
         """Return where all rows of a logical tensor are."""
         return self.segments([Rows(name, 0, self.shape(name)[0])])
 
-    def window(self, wanted: Iterable[Rows], first_col: int, cols: int) -> tuple[Segment, ...]:
+    def window(self, wanted: Iterable[Rows], first_col: int, cols: int) -> tuple[MatrixSlice, ...]:
         """Return where `cols` columns of logical rows are, in reading order."""
         wanted = list(wanted)
         whole = self.stored[self.addresses[wanted[0].logical][0].name].cols
@@ -180,9 +180,9 @@ class Locator:
         bands = side_by_side(segments, whole)
         return tuple(cut for beside in bands for cut in _columns(beside, first_col, cols))
 
-    def segments(self, wanted: Iterable[Rows]) -> tuple[Segment, ...]:
+    def segments(self, wanted: Iterable[Rows]) -> tuple[MatrixSlice, ...]:
         """Return where logical rows are, one behind the other; neighbours become one segment."""
-        segments: list[Segment] = []
+        segments: list[MatrixSlice] = []
         for rows in wanted:
             for address in within(self.addresses[rows.logical], rows.first, rows.num_rows):
                 for segment in self.stored[address.name].segments(address.start, address.num_rows):
@@ -190,7 +190,7 @@ class Locator:
         return tuple(segments)
 
 
-def _columns(beside: Iterable[Segment], first: int, cols: int) -> Iterator[Segment]:
+def _columns(beside: Iterable[MatrixSlice], first: int, cols: int) -> Iterator[MatrixSlice]:
     """Yield the parts of segments that lie side by side which hold `cols` columns from `first`."""
     left = 0
     for segment in beside:
@@ -213,7 +213,7 @@ def within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[
         top += address.num_rows
 
 
-def _lengthen(segments: list[Segment], segment: Segment) -> None:
+def _lengthen(segments: list[MatrixSlice], segment: MatrixSlice) -> None:
     """Append a segment, or lengthen the last one where it goes on in the same matrix."""
     last = segments[-1] if segments else None
     if (

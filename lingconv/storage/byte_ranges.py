@@ -100,7 +100,7 @@ def _fetch_block(file: Ranged, offset: int) -> bytes:
     return bytes(buffer)
 
 
-class _Coming:
+class _PendingRange:
     """A range of a file that is going to be read, and as many of its bytes as were not yet."""
 
     def __init__(self, offset: int, nbytes: int) -> None:
@@ -122,7 +122,7 @@ class RangeBlob:
         self._file = file
         self._blocks = blocks
         self._threads = threads
-        self._coming: list[_Coming] = []
+        self._coming: list[_PendingRange] = []
         self._lock = threading.Lock()
 
     def expect(self, offset: int, nbytes: int) -> None:
@@ -138,9 +138,9 @@ class RangeBlob:
                     last.unread += nbytes
                     return
                 self._begin(last)
-            self._coming.append(_Coming(offset, nbytes))
+            self._coming.append(_PendingRange(offset, nbytes))
 
-    def _begin(self, coming: _Coming) -> None:
+    def _begin(self, coming: _PendingRange) -> None:
         if coming.data is None:
             coming.data = self._threads.submit(self._fetch, coming.offset, coming.nbytes)
 
@@ -163,7 +163,7 @@ class RangeBlob:
                     buffer[:] = data[start : start + len(buffer)]
 
     @contextmanager
-    def _take(self, offset: int, nbytes: int) -> Iterator[_Coming | None]:
+    def _take(self, offset: int, nbytes: int) -> Iterator[_PendingRange | None]:
         """Give the range that holds some bytes, if one is coming; drop it once all were read."""
         with self._lock:
             found = next((each for each in self._coming if each.covers(offset, nbytes)), None)

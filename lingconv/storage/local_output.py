@@ -91,14 +91,14 @@ class Checksums:
         return crc
 
 
-class Output(Protocol):
+class WritableBlob(Protocol):
     """What a strip is written to."""
 
     def write(self, data: memoryview, offset: int) -> int:
         """Write bytes at `offset`; return how many they are."""
 
 
-class OutputBlob:
+class LocalOutput:
     """A file of a known size that is being filled.
 
     Its disk space can be reserved, so that a full disk shows before the work and not in its midst.

@@ -8,7 +8,7 @@ from lingconv.storage import Storage
 from lingconv.storage.file_names import SUFFIX
 from lingconv.storage.hub.address import SCHEME, is_hub, parse_address, staging_base, staging_folder
 from lingconv.storage.local import LocalStorage
-from lingconv.storage.upload_target import PublishOptions, Store
+from lingconv.storage.upload_target import PublishOptions, UploadTarget
 
 
 def is_object(place: object) -> bool:
@@ -16,24 +16,24 @@ def is_object(place: object) -> bool:
     return bool(re.match(r"[a-z][a-z0-9+.-]*://", str(place))) and not is_hub(place)
 
 
-def is_far(place: object) -> bool:
+def is_remote(place: object) -> bool:
     """Return whether a place is not on this machine."""
     return is_hub(place) or is_object(place)
 
 
-def open_store(uri: str, options: PublishOptions) -> Store:
+def open_upload_target(uri: str, options: PublishOptions) -> UploadTarget:
     """Return the store that an address names; nothing is asked yet."""
     if is_hub(uri):
         from lingconv.storage.hub.repository import Repository  # with huggingface_hub
 
         return Repository(parse_address(uri), options)
-    from lingconv.storage.object_upload import Bucket  # with fsspec
+    from lingconv.storage.object_upload import ObjectUpload  # with fsspec
 
     folder = uri.rpartition("/")[0] if uri.endswith(SUFFIX) else uri
-    return Bucket(folder.rstrip("/"))
+    return ObjectUpload(folder.rstrip("/"))
 
 
-def staging_of(uri: str, staging: Path | None) -> Path:
+def staging_folder_of(uri: str, staging: Path | None) -> Path:
     """Return where files are kept until a store has them: the same for the same address."""
     if is_hub(uri):
         return staging_folder(parse_address(uri), staging)

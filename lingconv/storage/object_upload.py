@@ -10,21 +10,26 @@ from pathlib import Path
 
 from lingconv.errors import CheckpointError
 from lingconv.storage.object_store import asked, list_objects, open_file_system, stat_of
-from lingconv.storage.upload_target import Commit, HubFile, refuse_different, refuse_foreign
+from lingconv.storage.upload_target import (
+    ListedFile,
+    PublishedCommit,
+    refuse_different,
+    refuse_foreign,
+)
 
 
-class Bucket:
+class ObjectUpload:
     """The folder at an address, as a Store."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._system, self._root = open_file_system(uri)
-        self.files: Mapping[str, HubFile] = {}
+        self.files: Mapping[str, ListedFile] = {}
 
     def prepare(self, pull_request: int = 0) -> int:
         """Look at what the folder holds; there are no pull requests."""
         listed = list_objects(self._system, self._root, self._uri)
-        self.files = {name: HubFile(*stat) for name, stat in listed.items()}
+        self.files = {name: ListedFile(*stat) for name, stat in listed.items()}
         return 0
 
     def check_size(self, name: str, nbytes: int) -> None:
@@ -37,24 +42,28 @@ class Bucket:
         for name in foreign:
             asked(f"{self._uri}/{name}", partial(self._system.rm_file, self._path(name)))
 
-    def add_weights(self, files: Mapping[str, Path], before: int, total: int) -> dict[str, HubFile]:
+    def add_weights(
+        self, files: Mapping[str, Path], before: int, total: int
+    ) -> dict[str, ListedFile]:
         """Put weight files there; return what is listed of them."""
         return {name: self._put(name, path) for name, path in files.items()}
 
     def card_for(self) -> None:
         """Return that this is no place for model cards."""
 
-    def complete(self, small: Mapping[str, Path | bytes], sent: Mapping[str, HubFile]) -> Commit:
+    def complete(
+        self, small: Mapping[str, Path | bytes], sent: Mapping[str, ListedFile]
+    ) -> PublishedCommit:
         """Add small files in their order, and compare all with what is listed."""
         expected = {**sent, **{name: self._put(name, content) for name, content in small.items()}}
         self.prepare()
         refuse_different(self._uri, self.files, expected)
-        return Commit(self._uri)
+        return PublishedCommit(self._uri)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _put(self, name: str, content: Path | bytes) -> HubFile:
+    def _put(self, name: str, content: Path | bytes) -> ListedFile:
         """Put a file there, and return what is listed of it."""
         where, path = f"{self._uri}/{name}", self._path(name)
         if isinstance(content, bytes):
@@ -63,7 +72,7 @@ class Bucket:
         else:
             size = content.stat().st_size
             asked(where, lambda: self._system.put_file(str(content), path))
-        found = HubFile(*stat_of(asked(where, lambda: self._system.info(path))))
+        found = ListedFile(*stat_of(asked(where, lambda: self._system.info(path))))
         if found.size != size:
             raise CheckpointError(f"{where} has {found.size:,} bytes, {size:,} were sent")
         return found

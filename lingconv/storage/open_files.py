@@ -7,7 +7,7 @@ from typing import Self
 from lingconv.storage import Blob, Storage
 
 
-class OpenedFiles(Mapping[str, Blob]):
+class OpenFiles(Mapping[str, Blob]):
     """File name -> open file. A context manager: closes what it opened."""
 
     def __init__(self, storage: Storage) -> None:

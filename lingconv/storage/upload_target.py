@@ -25,7 +25,7 @@ class PublishOptions:
             raise UsageError("`--replace` is for a branch, `--pr` asks for somebody's review")
 
 
-class HubFile(NamedTuple):
+class ListedFile(NamedTuple):
     """A file as the Hub lists it; `digest` is the SHA-256 of a large one, else its git blob id."""
 
     size: int
@@ -37,7 +37,7 @@ class HubFile(NamedTuple):
         return len(self.digest) == 64
 
 
-class Commit(NamedTuple):
+class PublishedCommit(NamedTuple):
     """What was published: its address, where to look at it, and the branch that it is in.
 
     The last two are empty where a store has no such thing.
@@ -48,10 +48,10 @@ class Commit(NamedTuple):
     branch: str = ""
 
 
-class Store(Protocol):
+class UploadTarget(Protocol):
     """A place that is written to. One thread at a time asks it for something."""
 
-    files: Mapping[str, HubFile]
+    files: Mapping[str, ListedFile]
 
     def prepare(self, pull_request: int = 0) -> int:
         """Make sure that it may be written, and look at what it holds.
@@ -66,7 +66,9 @@ class Store(Protocol):
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:
         """Remove files of another checkpoint if they are to be replaced, else refuse to go on."""
 
-    def add_weights(self, files: Mapping[str, Path], before: int, total: int) -> dict[str, HubFile]:
+    def add_weights(
+        self, files: Mapping[str, Path], before: int, total: int
+    ) -> dict[str, ListedFile]:
         """Put weight files there, beside `before` of `total`; return what is listed of them."""
 
     def card_for(self) -> str | None:
@@ -75,7 +77,9 @@ class Store(Protocol):
         Empty where somebody else wrote one; None where a store is no place for model cards.
         """
 
-    def complete(self, small: Mapping[str, Path | bytes], sent: Mapping[str, HubFile]) -> Commit:
+    def complete(
+        self, small: Mapping[str, Path | bytes], sent: Mapping[str, ListedFile]
+    ) -> PublishedCommit:
         """Add small files in their order, and compare all with what is listed."""
 
 
@@ -90,7 +94,7 @@ def refuse_foreign(place: object, foreign: Sequence[str], *, kinds: str) -> None
 
 
 def refuse_different(
-    place: object, listed: Mapping[str, HubFile], expected: Mapping[str, HubFile]
+    place: object, listed: Mapping[str, ListedFile], expected: Mapping[str, ListedFile]
 ) -> None:
     """Raise CheckpointError unless these files are listed, byte for byte."""
     wrong = [

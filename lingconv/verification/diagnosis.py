@@ -15,7 +15,7 @@ from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.model.family import LogicalName
 from lingconv.plans.tensor_map import Locator
 from lingconv.storage.aligned_buffers import Arena
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 
 Array = np.ndarray[Any, Any]
 
@@ -25,7 +25,7 @@ _CHUNK_ELEMENTS = 1 << 20
 _MAX_TRANSPOSED = 1 << 24  # a square matrix that is read as a whole
 
 
-class Detective:
+class ErrorDiagnosis:
     """Looks for the origin of wrong tensors; a context manager, because it opens files."""
 
     def __init__(self, source: Model, target: Model) -> None:
@@ -104,7 +104,7 @@ class _Rows:
     """Rows of logical tensors as float32."""
 
     def __init__(self, model: Model) -> None:
-        self._files = OpenedFiles(model.checkpoint.storage)
+        self._files = OpenFiles(model.checkpoint.storage)
         self._decoder = Decoder(Arena(), self._files)
         self._locator: Locator = model.locator()
         self._shapes: dict[LogicalName, tuple[int, int]] = {}

@@ -16,9 +16,9 @@ from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings import encoding_of
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError
-from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 from lingconv.storage.aligned_buffers import Arena
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 from lingconv.verification.progress import Watcher
 
 SCHEMA = "lingconv.diff/1"
@@ -136,8 +136,8 @@ def _values(
 ) -> list[Difference]:
     """Return the tensors whose values differ; each is read by one thread, in chunks."""
     with (
-        OpenedFiles(a.storage) as a_files,
-        OpenedFiles(b.storage) as b_files,
+        OpenFiles(a.storage) as a_files,
+        OpenFiles(b.storage) as b_files,
         ThreadPoolExecutor(jobs, "diff") as threads,
     ):
 
@@ -190,8 +190,8 @@ def _chunks(size: int, itemsize: int) -> Iterator[tuple[int, int]]:
         yield first, min(step, size - first)
 
 
-def _flat(tensor: StoredTensor) -> Stored:
+def _flat(tensor: StoredTensor) -> StoredMatrix:
     """Return a tensor as a vector of plain numbers, or, for the bytes alone, of its blocks."""
-    extent = Extent(tensor.file, tensor.offset, tensor.nbytes)
+    extent = ByteRange(tensor.file, tensor.offset, tensor.nbytes)
     size = tensor.nbytes // tensor.dtype.itemsize
-    return Stored(tensor.name, (size,), encoding_of(tensor.dtype), (extent,))
+    return StoredMatrix(tensor.name, (size,), encoding_of(tensor.dtype), (extent,))

@@ -15,7 +15,7 @@ from lingconv.errors import LingconvError
 from lingconv.model.family import LogicalName, Role
 from lingconv.model.layout import Rows, count_rows
 from lingconv.plans.options import Mtp
-from lingconv.plans.tensor_map import Locator, Segment, Stored
+from lingconv.plans.tensor_map import Locator, MatrixSlice, StoredMatrix
 from lingconv.storage.file_names import RECORD_NAME
 from lingconv.verification.verdict import Finding
 
@@ -30,11 +30,11 @@ _MTP_SYMBOLS = {
 class Pair(NamedTuple):
     """A stored matrix of DST, the logical tensors in it, and the rows of SRC they come from."""
 
-    target: Stored
+    target: StoredMatrix
     role: Role
     keep_dtype: bool
     rows: tuple[Rows, ...]
-    segments: tuple[Segment, ...]
+    segments: tuple[MatrixSlice, ...]
 
     @property
     def num_rows(self) -> dict[LogicalName, int]:

@@ -1,9 +1,6 @@
 """progress."""
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 
 class Watcher(Protocol):

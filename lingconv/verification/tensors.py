@@ -19,9 +19,9 @@ from lingconv.encodings import Encoding, Fp8, Ggml
 from lingconv.encodings.dtypes import E4M3_MAX, DType, GgmlType
 from lingconv.encodings.kernels import compare as kernel
 from lingconv.encodings.plain import PLAIN
-from lingconv.plans.tensor_map import Stored
+from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.storage.aligned_buffers import Arena
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 from lingconv.verification import scales
 from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
 from lingconv.verification.pairing import Pair
@@ -45,7 +45,7 @@ STRIP_ELEMENTS = 1 << 20
 _SATURATION = E4M3_MAX + 16.0
 
 
-class _Strip(NamedTuple):
+class _ComparedRows(NamedTuple):
     """Rows `first` to `last` of a pair's target."""
 
     pair: int
@@ -68,8 +68,8 @@ class Comparison:
         ]
         self._totals = [{name: Total() for name in pair.num_rows} for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
-        self._source_files = OpenedFiles(source.checkpoint.storage)
-        self._target_files = OpenedFiles(target.checkpoint.storage)
+        self._source_files = OpenFiles(source.checkpoint.storage)
+        self._target_files = OpenFiles(target.checkpoint.storage)
         self._lock = threading.Lock()
         self._stop = False
 
@@ -108,7 +108,7 @@ class Comparison:
             for number, counts in sorted(self._scales.items())
         ]
 
-    def _strips(self) -> Iterator[_Strip]:
+    def _strips(self) -> Iterator[_ComparedRows]:
         """Yield the work, in the order of DST's files."""
         for number in sorted(self._judged, key=lambda n: self._pairs[n].target.first_extent):
             target = self._pairs[number].target
@@ -119,9 +119,9 @@ class Comparison:
             for top in range(0, rows, height):  # blocks begin anew with each matrix of a stack
                 bottom = min(top + height, rows)
                 for first in range(top, bottom, step):
-                    yield _Strip(number, first, min(first + step, bottom))
+                    yield _ComparedRows(number, first, min(first + step, bottom))
 
-    def _work(self, strips: Iterator[_Strip], watcher: Watcher) -> None:
+    def _work(self, strips: Iterator[_ComparedRows], watcher: Watcher) -> None:
         arena = Arena()
         source = Decoder(arena, self._source_files)
         target = Decoder(arena, self._target_files)
@@ -141,7 +141,9 @@ class Comparison:
                 self.bytes_read += nbytes
                 watcher.advance(nbytes)
 
-    def _compare(self, strip: _Strip, arena: Arena, source: Decoder, target: Decoder) -> None:
+    def _compare(
+        self, strip: _ComparedRows, arena: Arena, source: Decoder, target: Decoder
+    ) -> None:
         pair, exact = self._pairs[strip.pair], self._limits[strip.pair].exact
         stored = _read_scales(pair, strip, target)
         if exact and _same_bytes(pair, strip, arena, source, target):
@@ -175,7 +177,7 @@ class Comparison:
         self._check_scales(strip, stored, peaks)
 
     def _piece(
-        self, strip: _Strip, left: Array, right: Array, first_row: int, scale_grid: Array
+        self, strip: _ComparedRows, left: Array, right: Array, first_row: int, scale_grid: Array
     ) -> Array:
         """Return the sums of one logical tensor's rows within a strip."""
         target, limit = self._pairs[strip.pair].target, self._limits[strip.pair]
@@ -198,7 +200,9 @@ class Comparison:
             sums[0, 0, kernel.BEYOND] = kernel.count_different(left, right)
         return sums
 
-    def _check_scales(self, strip: _Strip, stored: Array | None, peaks: Array | None) -> None:
+    def _check_scales(
+        self, strip: _ComparedRows, stored: Array | None, peaks: Array | None
+    ) -> None:
         """Judge the scales of a strip by their label, and by the source's largest magnitudes."""
         pair = self._pairs[strip.pair]
         encoding = pair.target.encoding
@@ -216,14 +220,14 @@ class Comparison:
                 self.scale_histogram[octave] = self.scale_histogram.get(octave, 0) + count
 
 
-def _read_scales(pair: Pair, strip: _Strip, target: Decoder) -> Array | None:
+def _read_scales(pair: Pair, strip: _ComparedRows, target: Decoder) -> Array | None:
     """Return the scales of a strip's rows as FP8 stores them, or None."""
     if not isinstance(pair.target.encoding, Fp8):
         return None
     return target.scales(pair.target, strip.first, strip.last - strip.first).copy()
 
 
-def _per_block(target: Stored, strip: _Strip, stored: Array | None) -> Array:
+def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None) -> Array:
     """Return a scale for each block of a strip: 1 where the encoding has none."""
     if stored is not None and has_block_scales(target):
         return stored
@@ -278,7 +282,9 @@ def _working(pair: Pair) -> np.dtype[Any]:
     return BF16_BITS if kinds == {BF16_BITS} else F32
 
 
-def _same_bytes(pair: Pair, strip: _Strip, arena: Arena, source: Decoder, target: Decoder) -> bool:
+def _same_bytes(
+    pair: Pair, strip: _ComparedRows, arena: Arena, source: Decoder, target: Decoder
+) -> bool:
     """Return whether both sides hold the strip in the same bytes; False where that is no question.
 
     Only for rows that lie in one piece in SRC: others are compared as numbers.

@@ -13,7 +13,7 @@ import numpy as np
 from lingconv.encodings import Fp8, Ggml
 from lingconv.encodings.kernels import compare as kernel
 from lingconv.model.family import LogicalName
-from lingconv.plans.tensor_map import Stored
+from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.verification.limits import Limit
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts
@@ -26,18 +26,18 @@ _ADDED = [number for number in range(kernel.NUM_SUMS) if number not in _LARGEST]
 _BLOCK = 128  # where an encoding has no blocks of its own
 
 
-def matrix(stored: Stored) -> tuple[int, int]:
+def matrix(stored: StoredMatrix) -> tuple[int, int]:
     """Return rows and columns; a vector has one column, a scalar one row as well."""
     rows = stored.shape[0] if stored.shape else 1
     return rows, math.prod(stored.shape[1:])
 
 
-def has_block_scales(stored: Stored) -> bool:
+def has_block_scales(stored: StoredMatrix) -> bool:
     """Return whether each block that figures are kept for has a scale of its own."""
     return isinstance(stored.encoding, Fp8) and stored.encoding.block_rows > 0
 
 
-def blocks(stored: Stored) -> tuple[int, int]:
+def blocks(stored: StoredMatrix) -> tuple[int, int]:
     """Return rows and columns of the blocks that figures are kept for."""
     cols = matrix(stored)[1]
     encoding = stored.encoding
@@ -65,7 +65,7 @@ class Total:
             self.worst = worst
 
 
-def worst_block(target: Stored, first: int, sums: Array) -> WorstBlock | None:
+def worst_block(target: StoredMatrix, first: int, sums: Array) -> WorstBlock | None:
     """Return the block with the largest relative error, or None when nothing differs."""
     noise, signal = sums[:, :, kernel.NOISE], sums[:, :, kernel.SIGNAL]
     if not noise.any():

@@ -11,7 +11,7 @@ from lingconv.encodings.name_pattern import Pattern
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import LogicalName
 from lingconv.plans.options import Mtp
-from lingconv.verification.diagnosis import Detective
+from lingconv.verification.diagnosis import ErrorDiagnosis
 from lingconv.verification.limits import Thresholds, thresholds_for
 from lingconv.verification.options import Level, VerifyOptions
 from lingconv.verification.pairing import pair_up, read_recipe, recorded_drops, recorded_mtp
@@ -150,7 +150,7 @@ def _explain(findings: Sequence[Finding], source: Model, target: Model) -> list[
     """Add to the first findings of each kind of tensor where the numbers come from."""
     explained = []
     seen: dict[str, int] = {}
-    with Detective(source, target) as detective:
+    with ErrorDiagnosis(source, target) as detective:
         for finding in findings:
             family = re.sub(r"\d+", "N", finding.tensor)
             seen[family] = seen.get(family, 0) + 1

@@ -18,7 +18,7 @@ QUANTIZATION_VERSION = "general.quantization_version"
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
 
-class Described(NamedTuple):
+class GgufTarget(NamedTuple):
     """What a GGUF file is going to hold: the target's layout and symbols, and the file type."""
 
     layout: Layout
@@ -30,7 +30,7 @@ def describe(
     checkpoint: Checkpoint,
     family: Family,
     architecture: str,
-    target: Described,
+    target: GgufTarget,
     options: GgufOptions,
 ) -> tuple[dict[str, Value], list[str]]:
     """Return the key-values of the GGUF file that a checkpoint becomes, and what to say of them.

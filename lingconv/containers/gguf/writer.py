@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from lingconv.containers.base import Part
+from lingconv.containers.base import FileBytes
 from lingconv.containers.gguf import header as gguf
 from lingconv.containers.placement import _cut, _place
 from lingconv.plans.key_values import Metadata
@@ -35,5 +35,5 @@ def pack_gguf(
     return tuple(files)
 
 
-def _gguf_frames(file: OutputFile) -> Iterator[Part]:
-    yield Part(0, gguf.build_header(file.metadata or {}, file.tensors))
+def _gguf_frames(file: OutputFile) -> Iterator[FileBytes]:
+    yield FileBytes(0, gguf.build_header(file.metadata or {}, file.tensors))

@@ -1,1 +1,1 @@
-"""hf"""
+"""Hugging Face checkpoints: safetensors shards, an index, config.json."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 
-from lingconv.containers.base import Part
+from lingconv.containers.base import FileBytes
 from lingconv.containers.hf import safetensors
 from lingconv.containers.placement import _cut, _place
 from lingconv.plans.plan import OutputFile, Plan, Transfer
@@ -44,5 +44,5 @@ def pack_safetensors(transfers: Iterable[Transfer], max_shard_bytes: int) -> tup
     return tuple(files)
 
 
-def _safetensors_frames(file: OutputFile) -> Iterator[Part]:
-    yield Part(0, safetensors.build_header(file.tensors))
+def _safetensors_frames(file: OutputFile) -> Iterator[FileBytes]:
+    yield FileBytes(0, safetensors.build_header(file.tensors))

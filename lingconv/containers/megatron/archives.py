@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lingconv.containers.base import Part
+from lingconv.containers.base import FileBytes
 from lingconv.containers.megatron.args import common_state
 from lingconv.containers.megatron.pickles import dumps, tensor
 from lingconv.containers.megatron.torch_archive import Archive, build_archive
@@ -46,6 +46,6 @@ def chunk_archive(start: int, dtype: DType, shape: tuple[int, ...]) -> Archive:
     return build_archive(start, dumps(tensor(dtype, shape, key)), {key: dtype.nbytes_of(shape)})
 
 
-def _archive_frames(file: OutputFile) -> Iterator[Part]:
+def _archive_frames(file: OutputFile) -> Iterator[FileBytes]:
     for archive in archives(file):
         yield from archive.parts

@@ -7,7 +7,7 @@ github.com/NVIDIA/Megatron-LM at core_v0.13.0, and the launch scripts of Ling-V2
 from collections.abc import Mapping
 from typing import Any
 
-from lingconv.containers.megatron.pickles import TORCH_NAMES, Global, Instance, Record
+from lingconv.containers.megatron.pickles import TORCH_NAMES, Global, Instance, OpaqueObject
 from lingconv.encodings.dtypes import DType
 from lingconv.model.family import Family, Role
 from lingconv.model.layout import MEGATRON, Layout
@@ -113,5 +113,5 @@ def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
 def args_of(state: Any) -> Mapping[str, Any]:
     """Return the arguments in a state that Megatron saved, whatever class they are of."""
     args = state.get("args") if isinstance(state, dict) else None
-    values = args.state if isinstance(args, Record) else args
+    values = args.state if isinstance(args, OpaqueObject) else args
     return values if isinstance(values, dict) else {}

@@ -16,8 +16,8 @@ from lingconv.containers.megatron.pickles import (
     Call,
     Global,
     Instance,
+    OpaqueObject,
     Pairs,
-    Record,
     dumps,
     loads,
 )
@@ -39,7 +39,7 @@ _STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"
 _SIZE = Global("torch", "Size")
 
 
-class Place(NamedTuple):
+class FilePlace(NamedTuple):
     """Where the archive of a chunk or an object is."""
 
     file: str
@@ -52,10 +52,10 @@ class Chunk(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    place: FilePlace
 
 
-class Tensor(NamedTuple):
+class ShardedTensor(NamedTuple):
     """A tensor of the whole model, and the chunks that it is cut into."""
 
     name: str
@@ -71,8 +71,8 @@ class Directory(NamedTuple):
     of a dtype that torch alone has.
     """
 
-    tensors: tuple[Tensor, ...]
-    objects: Mapping[str, Place | None]
+    tensors: tuple[ShardedTensor, ...]
+    objects: Mapping[str, FilePlace | None]
     lost: tuple[tuple[str, tuple[int, ...]], ...]
     strange: tuple[str, ...]
 
@@ -80,7 +80,7 @@ class Directory(NamedTuple):
 def read_metadata(data: bytes) -> Directory:
     """Return what `.metadata` lists; raise HeaderError when it cannot be understood."""
     root = loads(data)
-    if not isinstance(root, Record) or root.name != f"{_MODULE}.Metadata":
+    if not isinstance(root, OpaqueObject) or root.name != f"{_MODULE}.Metadata":
         raise HeaderError("is not the metadata of a distributed checkpoint")
     listed, stored = root.get("state_dict_metadata"), root.get("storage_data")
     if not isinstance(listed, dict) or not isinstance(stored, dict):
@@ -99,7 +99,7 @@ def _index(key: Any) -> tuple[str, tuple[int, ...] | None]:
     return fqn, offset
 
 
-def _place(info: Any) -> Place:
+def _place(info: Any) -> FilePlace:
     name, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
     if not isinstance(name, str) or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         raise HeaderError(f"points outside the folder: {name!r}")
@@ -107,11 +107,11 @@ def _place(info: Any) -> Place:
         raise HeaderError(f"has an entry at byte {offset!r} of {name}, {length!r} bytes long")
     if info.get("transform_descriptors"):
         raise HeaderError(f"has transformed (compressed) entries in {name}, which are not read")
-    return Place(name, offset, length)
+    return FilePlace(name, offset, length)
 
 
 def _directory(
-    listed: Mapping[str, Any], places: Mapping[tuple[str, tuple[int, ...] | None], Place]
+    listed: Mapping[str, Any], places: Mapping[tuple[str, tuple[int, ...] | None], FilePlace]
 ) -> Directory:
     tensors, objects, lost, strange = [], {}, [], []
     for name, item in listed.items():
@@ -133,7 +133,7 @@ def _directory(
         if dtype is None:
             strange.append(name)
         else:
-            tensors.append(Tensor(name, dtype, item.get("size"), tuple(chunks)))
+            tensors.append(ShardedTensor(name, dtype, item.get("size"), tuple(chunks)))
     return Directory(tuple(tensors), objects, tuple(lost), tuple(strange))
 
 
@@ -144,7 +144,9 @@ def _dtype(properties: Any) -> DType | None:
     return found if isinstance(found, DType) else None
 
 
-def write_metadata(tensors: Iterable[Tensor], objects: Iterable[tuple[str, Place]] = ()) -> bytes:
+def write_metadata(
+    tensors: Iterable[ShardedTensor], objects: Iterable[tuple[str, FilePlace]] = ()
+) -> bytes:
     """Return `.metadata` for tensors that are complete, and for objects that are no tensors."""
     listed, stored = [], []
     for tensor in tensors:
@@ -187,7 +189,7 @@ def _key(name: str, offset: Call | None) -> Instance:
     return Instance(Global(_MODULE, "MetadataIndex"), fields)
 
 
-def _info(place: Place) -> Instance:
+def _info(place: FilePlace) -> Instance:
     fields = {"relative_path": place.file, "offset": place.offset, "length": place.nbytes}
     return Instance(_STORAGE_INFO, fields)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lingconv.containers.checkpoint import LeftOut
 from lingconv.containers.megatron import dcp_metadata as torch_dist
-from lingconv.containers.megatron.dcp_metadata import Chunk, Place, Tensor
+from lingconv.containers.megatron.dcp_metadata import Chunk, FilePlace, ShardedTensor
 from lingconv.containers.megatron.pickles import TensorRef, loads
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
 from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
@@ -20,7 +20,7 @@ from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import MAX_REPEATS
 from lingconv.storage import Storage
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 
 # What belongs to a training run and not to the model, by the beginning of its key.
 _STATE = {
@@ -64,13 +64,13 @@ class TorchDistReader:
             if _state_of(tensor) is None:
                 message = f"chunk at {list(offsets)} is listed, and not where it is"
                 self.faults.append(Fault("missing chunk", message, name, tensor))
-        with OpenedFiles(self.storage) as blobs:
+        with OpenFiles(self.storage) as blobs:
             stored = [self._stored(tensor, blobs) for tensor in weights]
         return {tensor.name: tensor for item in stored for tensor in _apart(item)}
 
     def _main_params(
-        self, weights: Iterable[Tensor], directory: torch_dist.Directory
-    ) -> Iterator[Tensor]:
+        self, weights: Iterable[ShardedTensor], directory: torch_dist.Directory
+    ) -> Iterator[ShardedTensor]:
         """Yield the optimizer's FP32 weights in place of their roundings, where it has some."""
         mains = {
             match[1]: tensor
@@ -110,7 +110,7 @@ class TorchDistReader:
             held = self.left_out.get(kind, LeftOut(0, 0))
             self.left_out[kind] = LeftOut(held.entries + 1, held.nbytes + nbytes)
 
-    def _check_files(self, weights: Iterable[Tensor]) -> None:
+    def _check_files(self, weights: Iterable[ShardedTensor]) -> None:
         """Find out which files are there, and report each one that is not, or is too short."""
         ends: dict[str, int] = {}
         for tensor in weights:
@@ -130,7 +130,7 @@ class TorchDistReader:
                 message = f"is cut short: {size:,} bytes, weights reach to byte {end:,}"
                 self.faults.append(Fault("truncated file", message, self.folder + name))
 
-    def _stored(self, tensor: Tensor, blobs: OpenedFiles) -> StoredTensor:
+    def _stored(self, tensor: ShardedTensor, blobs: OpenFiles) -> StoredTensor:
         boxes = []
         for chunk in tensor.chunks:
             place = chunk.place._replace(file=self.folder + chunk.place.file)
@@ -153,14 +153,14 @@ def _state_of(name: str) -> str | None:
     return next((kind for kind, pattern in _STATE.items() if pattern.match(name)), None)
 
 
-def _archive(blobs: OpenedFiles, place: Place) -> ArchiveReader:
+def _archive(blobs: OpenFiles, place: FilePlace) -> ArchiveReader:
     """Open an archive that lies among others in a file."""
     return ArchiveReader(
         lambda offset, count: blobs.read(place.file, place.offset + offset, count), place.nbytes
     )
 
 
-def _check_inside(tensor: Tensor, chunk: Chunk) -> None:
+def _check_inside(tensor: ShardedTensor, chunk: Chunk) -> None:
     """Raise HeaderError for a chunk that is no part of its tensor."""
     axes = (chunk.offsets, chunk.sizes, tensor.shape)
     if len({*map(len, axes)}) != 1 or not all(
@@ -169,7 +169,7 @@ def _check_inside(tensor: Tensor, chunk: Chunk) -> None:
         raise HeaderError(f"{list(chunk.sizes)} is no part of {list(tensor.shape)}")
 
 
-def _box(dtype: DType, chunk: Chunk, place: Place, archive: ArchiveReader) -> Box:
+def _box(dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader) -> Box:
     """Return where the elements of a chunk are; raise HeaderError when it holds others."""
     ref = _load(archive.record(PICKLE_NAME))
     if not isinstance(ref, TensorRef):

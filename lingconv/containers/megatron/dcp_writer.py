@@ -8,7 +8,7 @@ from lingconv.containers.placement import _cut_specs, _Unplaced
 from lingconv.encodings.dtypes import DTYPES, DType
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.plans.plan import Container, OutputFile, Transfer, in_term_runs
-from lingconv.plans.tensor_map import Extent, Stored
+from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 
 # A chunk of torch_dist is read whole by whoever loads a part of it: one expert of Ling-1T.
 CHUNK_BYTES = 64 << 20
@@ -25,7 +25,7 @@ def pack_torch_dist(
         position, placed = 0, []
         for transfer, (spec,) in shard:
             archive = chunk_archive(position, _plain(spec), spec.shape)
-            extent = Extent(name, archive.offsets()[0], spec.nbytes)
+            extent = ByteRange(name, archive.offsets()[0], spec.nbytes)
             target = transfer.target._replace(extents=(extent,))
             placed.append(transfer._replace(target=target))
             position = archive.end
@@ -55,7 +55,7 @@ def _chunks(transfer: Transfer) -> Iterator[_Unplaced]:
         inner = (height, *target.shape[1:]) if stack else target.shape[1:]
         shape, offsets = (count, *inner), (first, *(0 for _ in inner))
         matrix = (count * unit, *target.shape[1:])
-        chunk = Stored(target.name, matrix, target.encoding, (), count if stack else 0)
+        chunk = StoredMatrix(target.name, matrix, target.encoding, (), count if stack else 0)
         (whole,) = target.encoding.tensors(target.name, shape)
         spec = whole._replace(offsets=offsets)
         yield transfer._replace(target=chunk, terms=terms), (spec,)

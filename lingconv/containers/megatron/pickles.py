@@ -51,7 +51,7 @@ TORCH_DTYPES = {
 TORCH_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-class Record:
+class OpaqueObject:
     """An object of a class that stays unknown: its name, its arguments and what it was given.
 
     `state` is what `__setstate__` would have got: most often the attributes by name.
@@ -70,9 +70,9 @@ class Record:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items.append((key, value))
 
-    def __call__(self, *args: Any) -> "Record":
+    def __call__(self, *args: Any) -> "OpaqueObject":
         """Return another Record: what calling the unknown thing would give is unknown as well."""
-        return Record(*args)
+        return OpaqueObject(*args)
 
     def append(self, value: Any) -> None:
         """Take an item, as a list does."""
@@ -151,7 +151,7 @@ _KNOWN: dict[str, Any] = {
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
-        self._records: dict[str, type[Record]] = {}
+        self._records: dict[str, type[OpaqueObject]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in; nothing is ever imported."""
@@ -159,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
         if full in _KNOWN:
             return _KNOWN[full]
         if full not in self._records:
-            self._records[full] = type("Record", (Record,), {"name": full})
+            self._records[full] = type("OpaqueObject", (OpaqueObject,), {"name": full})
         return self._records[full]
 
     def persistent_load(self, pid: Any) -> StorageRef:

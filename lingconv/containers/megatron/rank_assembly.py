@@ -15,14 +15,14 @@ from lingconv.errors import Fault, UsageError
 from lingconv.model.family import Family, PhysicalName, Role
 from lingconv.model.layout import MEGATRON, Layout, PhysicalTensor, build_layout
 from lingconv.model.layout_detection import refined
-from lingconv.model.parallelism import FILE_NAME, Parallel, Part, all_ranks, parts
+from lingconv.model.parallelism import FILE_NAME, Parallel, RankShard, all_ranks, parts
 from lingconv.plans.tensor_map import within
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
-def gather(
+def assemble_ranks(
     family: Family,
     symbols: Mapping[str, Any],
     args: Mapping[str, Any],
@@ -36,7 +36,7 @@ def gather(
     if sum(parallel.layers) != symbols["layers"]:
         parallel = parallel._replace(layers=())
     try:
-        return _Gatherer(family, symbols, parallel, found).gather()
+        return _RankAssembler(family, symbols, parallel, found).assemble()
     except UsageError as exc:
         return {}, [Fault("ranks", f"{parallel.describe()}: {exc}")]
 
@@ -78,7 +78,7 @@ def _numbers(folder: str, args: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(first), int(second or 0), int(third or 0)
 
 
-class _Gatherer:
+class _RankAssembler:
     def __init__(
         self,
         family: Family,
@@ -101,7 +101,7 @@ class _Gatherer:
         self._faults: list[Fault] = []
         self._used: set[str] = set()
 
-    def gather(self) -> tuple[dict[str, StoredTensor], list[Fault]]:
+    def assemble(self) -> tuple[dict[str, StoredTensor], list[Fault]]:
         folders = {name.split("/")[0] for name in self._found}
         # Whatever a vocabulary was padded to, a rank's own file tells.
         rows = self._parallel.padded(self._symbols["vocab_size"], 1)
@@ -120,7 +120,7 @@ class _Gatherer:
         self._sort_rest()
         return {str(name): self._tensor(name) for name in self._boxes}, self._faults
 
-    def _take(self, prefix: str, layout: Layout, part: Part) -> None:
+    def _take(self, prefix: str, layout: Layout, part: RankShard) -> None:
         """Add the boxes of one model chunk of one rank."""
         for tensor in layout.tensors.values():
             held = self._found.get(prefix + tensor.name)
@@ -154,7 +154,7 @@ class _Gatherer:
                 self._put(address.name, place, sizes, held, offset, pitch)
                 top += address.num_rows
 
-    def _add_vocabulary(self, tensor: PhysicalTensor, held: StoredTensor, part: Part) -> None:
+    def _add_vocabulary(self, tensor: PhysicalTensor, held: StoredTensor, part: RankShard) -> None:
         """Add rows of a vocabulary, which Megatron may have made longer than the model's own."""
         (address,) = self._addresses[tensor.rows[0].logical]
         self._rows[address.name] = held.shape[0] * part.dense.size

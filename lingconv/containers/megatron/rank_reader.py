@@ -13,7 +13,7 @@ from lingconv.encodings.dtypes import DType
 from lingconv.errors import Fault
 from lingconv.model.parallelism import FILE_NAME
 from lingconv.storage import Storage
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 
 
 class RanksReader:
@@ -29,7 +29,7 @@ class RanksReader:
     def read(self) -> dict[str, StoredTensor]:
         """Return the tensors of all ranks whose files can be read."""
         tensors: dict[str, StoredTensor] = {}
-        with OpenedFiles(self.storage) as blobs:
+        with OpenFiles(self.storage) as blobs:
             for rank, file in self.files.items():
                 try:
                     size = self.storage.stat(file).size

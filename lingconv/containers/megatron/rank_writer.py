@@ -12,7 +12,7 @@ from lingconv.model.layout import PhysicalTensor, build_layout
 from lingconv.model.parallelism import FILE_NAME, all_ranks, parts
 from lingconv.plans.options import MegatronOptions, Spec
 from lingconv.plans.plan import Container, OutputFile, Transfer
-from lingconv.plans.tensor_map import Extent
+from lingconv.plans.tensor_map import ByteRange
 
 
 def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]) -> OutputFile:
@@ -22,7 +22,7 @@ def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]
     archive = rank_archive(specs, state)
     placed = []
     for transfer, spec, offset in zip(transfers, specs, archive.offsets(), strict=True):
-        extent = Extent(name, offset, spec.nbytes)
+        extent = ByteRange(name, offset, spec.nbytes)
         target = transfer.target._replace(extents=(extent,))
         placed.append(transfer._replace(target=target))
     return OutputFile(name, archive.end, specs, tuple(placed), Container.TORCH, state=state)
@@ -31,7 +31,7 @@ def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]
 TransferOf = Callable[[PhysicalTensor], Transfer]
 
 
-def spread(
+def place_on_ranks(
     family: Family,
     symbols: Mapping[str, Any],
     options: MegatronOptions,
@@ -42,13 +42,13 @@ def spread(
 
     Raises UsageError when the model cannot be spread like that.
     """
-    spreader = _Spreader(family, symbols, options, transfer_of)
+    spreader = _RankPlacement(family, symbols, options, transfer_of)
     files = tuple(spreader.files(args))
     spreader.check()
     return files
 
 
-class _Spreader:
+class _RankPlacement:
     def __init__(
         self,
         family: Family,

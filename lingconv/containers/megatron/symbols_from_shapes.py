@@ -8,7 +8,7 @@ from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.model.family import Block, Family, TensorRule
 from lingconv.model.layout import MEGATRON
 from lingconv.model.layout_detection import refined
-from lingconv.model.symbol_rules import told_by_shapes
+from lingconv.model.symbol_rules import symbols_from_sizes
 
 _INDEX = re.compile(r"\{\w+\}")
 
@@ -28,7 +28,7 @@ def symbols_from_shapes(family: Family, tensors: Mapping[str, StoredTensor]) -> 
     present: dict[str, bool] = {}
     for rule in (rule for group in family.tensors.values() for rule in group if rule.when):
         present[rule.when] = present.get(rule.when, False) or id(rule) in held
-    return told_by_shapes(found, present)
+    return symbols_from_sizes(found, present)
 
 
 def _pattern(address: str) -> re.Pattern[str]:

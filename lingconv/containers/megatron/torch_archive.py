@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from lingconv.containers.base import Part
+from lingconv.containers.base import FileBytes
 from lingconv.containers.stored_tensor import HeaderError
 from lingconv.storage import BLOCK_BYTES
 
@@ -172,7 +172,7 @@ class Checked(NamedTuple):
 class Archive(NamedTuple):
     """An archive in its place in a file: what is around the elements, and what has to be summed."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[FileBytes, ...]
     checked: tuple[Checked, ...]
     end: int
 
@@ -199,7 +199,7 @@ class _Writer:
     def __init__(self, start: int) -> None:
         self.start = start
         self.position = start
-        self.parts: list[Part] = []
+        self.parts: list[FileBytes] = []
         self.open: list[tuple[int, int, int]] = []  # offset, nbytes, place in the local header
         self.central: list[bytes] = []
         self.central_places: list[int] = []
@@ -230,9 +230,9 @@ class _Writer:
     def _put(self, data: bytes) -> None:
         last = self.parts[-1] if self.parts else None
         if last and last.offset + len(last.data) == self.position:
-            self.parts[-1] = Part(last.offset, last.data + data)
+            self.parts[-1] = FileBytes(last.offset, last.data + data)
         else:
-            self.parts.append(Part(self.position, data))
+            self.parts.append(FileBytes(self.position, data))
         self.position += len(data)
 
     def finish(self) -> Archive:
@@ -313,10 +313,10 @@ def _peeking(read: Read, size: int) -> Read:
     return peek
 
 
-def patches(checked: Sequence[Checked], crc_of: Callable[[Checked], int]) -> list[Part]:
+def patches(checked: Sequence[Checked], crc_of: Callable[[Checked], int]) -> list[FileBytes]:
     """Return the checksums of an archive's elements, each for the places that state it."""
     return [
-        Part(place, struct.pack("<I", crc))
+        FileBytes(place, struct.pack("<I", crc))
         for item in checked
         for crc in (crc_of(item),)
         for place in item.places

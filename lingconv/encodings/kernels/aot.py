@@ -1,7 +1,7 @@
 """Compiled kernels that come with the package.
 
-    lingconv/encodings/kernels/prebuilt/manifest.json        what they were made with, and of which sources
-    lingconv/encodings/kernels/prebuilt/x86-64-v3/NAME       numba's own form of one kernel for some types
+    prebuilt/manifest.json     what they were made with, and of which sources
+    prebuilt/x86-64-v3/NAME    numba's own form of one kernel for some types
 
 They are made when a wheel is built (`hatch_build.py`), and are used only by the Python and the
 numba that made them, for the very sources that lie beside them.
@@ -30,7 +30,7 @@ _OTHERS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class CpuLevel:
     """A kind of processors as LLVM names it, what they all have, and how to compile for them."""
 
     cpu: str
@@ -42,13 +42,13 @@ _V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", 
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 _VBMI = (*_V4, "avx512vbmi")  # Ice Lake, Zen 4 and what came after them: see octaves.py
 # The best one first. Levels of the x86-64 psABI: https://gitlab.com/x86-psABIs/x86-64-ABI
-LEVELS: Final[Mapping[str, tuple[Level, ...]]] = {
-    "x86_64": (Level("x86-64-v4", _VBMI, "-prefer-256-bit"), Level("x86-64-v3", _V3)),
-    "aarch64": (Level("generic", ("neon",)),),
+LEVELS: Final[Mapping[str, tuple[CpuLevel, ...]]] = {
+    "x86_64": (CpuLevel("x86-64-v4", _VBMI, "-prefer-256-bit"), CpuLevel("x86-64-v3", _V3)),
+    "aarch64": (CpuLevel("generic", ("neon",)),),
 }
 
 
-class Shipped:
+class ShippedKernels:
     """The compiled kernels for one level of processors."""
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ def _file_name(function: Callable[..., Any], types: Any) -> str:
 
 
 @cache
-def shipped_for_this_machine() -> Shipped | None:
+def shipped_for_this_machine() -> ShippedKernels | None:
     """Return the compiled kernels that this processor, Python and numba can use, or None."""
     try:
         if json.loads((_SHIPPED / _MANIFEST).read_text()) != _manifest():
@@ -80,7 +80,7 @@ def shipped_for_this_machine() -> Shipped | None:
     has = get_host_cpu_features()
     for level in LEVELS.get(platform.machine(), ()):
         if all(has.get(name) for name in level.features):
-            return Shipped(_SHIPPED / level.cpu)
+            return ShippedKernels(_SHIPPED / level.cpu)
     return None
 
 

@@ -14,7 +14,7 @@ from lingconv.encodings.kernels.aot import (
     _OTHERS,
     _SOURCES,
     LEVELS,
-    Level,
+    CpuLevel,
     _file_name,
     _manifest,
 )
@@ -34,7 +34,7 @@ def build(folder: Path) -> None:
     (folder / _MANIFEST).write_text(json.dumps(_manifest(), indent=1))
 
 
-def _start(level: Level, folder: Path) -> "subprocess.Popen[bytes]":
+def _start(level: CpuLevel, folder: Path) -> "subprocess.Popen[bytes]":
     """Begin to compile for one level, in a process because numba knows one processor in each."""
     features = [*(f"+{name}" for name in level.features), *filter(None, [level.tuning])]
     target = {"NUMBA_CPU_NAME": level.cpu, "NUMBA_CPU_FEATURES": ",".join(features)}

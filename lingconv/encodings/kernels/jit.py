@@ -17,7 +17,7 @@ import numba
 from numba import types
 from numba.core.compiler import CompileResult
 
-from lingconv.encodings.kernels.aot import Shipped, shipped_for_this_machine, sources_digest
+from lingconv.encodings.kernels.aot import ShippedKernels, shipped_for_this_machine, sources_digest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Signature = tuple[Any, ...]
@@ -46,7 +46,7 @@ _kernels: list[tuple[Any, tuple[Signature, ...]]] = []
 class _Shelf:
     """What came with the package, before numba's own cache of a function."""
 
-    def __init__(self, function: Callable[..., Any], shipped: Shipped, behind: Any) -> None:
+    def __init__(self, function: Callable[..., Any], shipped: ShippedKernels, behind: Any) -> None:
         self._function = function
         self._shipped = shipped
         self._behind = behind

@@ -29,7 +29,7 @@ from lingconv.plans.plan import Plan
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, RECORD_NAME
 
 
-def last_files(
+def closing_files(
     plan: Plan, source_record: Mapping[str, Any] | None, base_card: str, version: str
 ) -> dict[str, bytes]:
     """Return the files that make a checkpoint complete, in the order they are to be written.
@@ -49,10 +49,10 @@ def last_files(
         ),
         TRACKER_NAME: lambda: f"{ITERATION}\n".encode(),
     }
-    return {name: makers[name]() for name in last_names(plan)}
+    return {name: makers[name]() for name in closing_names(plan)}
 
 
-def last_names(plan: Plan) -> list[str]:
+def closing_names(plan: Plan) -> list[str]:
     """Return the names of those files: GGUF needs none, a single safetensors file no index."""
     if plan.options.layout == Target.GGUF:
         return []
@@ -109,7 +109,7 @@ def _card(
         model_card as card,  # with huggingface_hub, which nothing else here needs
     )
 
-    described = card.Described(record_of(plan, source_record, version), plan.config, base_card)
+    described = card.CardInputs(record_of(plan, source_record, version), plan.config, base_card)
     return card.model_card(described).encode()
 
 

@@ -8,16 +8,17 @@ keys are kept.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
 from yaml import YAMLError
 
 from lingconv.execution.closing.runtimes import encoding_word, loaders
 from lingconv.plans.options import Target, TargetDType
 from lingconv.storage.file_names import MARK
 from lingconv.storage.provenance import public_name, repository_of, without_paths
-from lingconv.verification.reports.page import render_text
 
 END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
@@ -33,7 +34,7 @@ _FORWARD_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class CardInputs:
     """What a card is made of.
 
     `record` is lingconv.json, `base_card` the source's README.md, `verdict` what `verify --json`
@@ -49,7 +50,7 @@ class Described:
     report: str = ""
 
 
-def model_card(described: Described) -> str:
+def model_card(described: CardInputs) -> str:
     """Return README.md."""
     data, text = _parse(described.base_card)
     front = ModelCardData(ignore_metadata_errors=True, **_front_matter(described, data)).to_yaml()
@@ -76,7 +77,7 @@ def _parse(card: str) -> tuple[dict[str, Any], str]:
     return data, parsed.text
 
 
-def _front_matter(described: Described, data: dict[str, Any]) -> dict[str, Any]:
+def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]:
     """Return the base's keys with what is true of this checkpoint."""
     record = described.record
     bases = list(dict.fromkeys(filter(None, map(repository_of, _origins(record)))))
@@ -126,15 +127,14 @@ def _relation(record: Mapping[str, Any]) -> str:
     return _QUANTIZED if quantized else ""
 
 
-def _section(described: Described) -> str:
+def _section(described: CardInputs) -> str:
     """Return the part of the card that says what was done."""
     record, config = described.record, described.config
     sources = record.get("sources", ()) if len(record.get("sources", ())) > 1 else ()
     layout = record["options"]["layout"]
     named = f"{layout}+{record['options']['merged']}" if layout == Target.HF_MERGED else layout
     encoding = encoding_word(config, record["encodings"])
-    return render_text(
-        "card.md.jinja",
+    return _template().render(
         mark=MARK,
         title=_title(described),
         what=_what(record),
@@ -154,7 +154,14 @@ def _section(described: Described) -> str:
     )
 
 
-def _title(described: Described) -> str:
+def _template() -> Template:
+    """Return the template of a card: Markdown, so nothing is escaped."""
+    text = (files("lingconv.execution.closing") / "card.md.jinja").read_text("utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(text)
+
+
+def _title(described: CardInputs) -> str:
     sources = described.record.get("sources", ())
     if described.repository:
         return described.repository.rpartition("/")[2]
@@ -196,7 +203,7 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "GGUF", f"`{record['options']['gguf']['outtype']}`"
 
 
-def _proof(described: Described) -> dict[str, Any] | None:
+def _proof(described: CardInputs) -> dict[str, Any] | None:
     """Return the numbers of a verdict."""
     verdict = described.verdict
     if verdict is None:

@@ -14,7 +14,7 @@ FP8_E8M0 = "fp8-e8m0"
 GGUF = "ggml"
 
 
-class Loader(NamedTuple):
+class Runtime(NamedTuple):
     """A runtime, and what is to be typed."""
 
     name: str
@@ -86,10 +86,10 @@ _TABLE = (
 
 def loaders(
     layout: str, encoding: str, config: Mapping[str, Any], repository: str, file: str
-) -> list[Loader]:
+) -> list[Runtime]:
     """Return what reads a checkpoint of a layout and an encoding; `file` is its first one."""
     return [
-        Loader(row.name, row.language, row.text.format(repository=repository, file=file))
+        Runtime(row.name, row.language, row.text.format(repository=repository, file=file))
         for row in _TABLE
         if layout in row.layouts
         and encoding in row.encodings

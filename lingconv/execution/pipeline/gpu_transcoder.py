@@ -26,13 +26,13 @@ from lingconv.execution.pipeline.transcoder import (
     offset_of_scales,
     scale_rounding,
 )
-from lingconv.execution.pipeline.write_behind import Filled
+from lingconv.execution.pipeline.write_behind import PendingWrites
 from lingconv.plans.lowering import RowStrip, works_in_f32
 from lingconv.plans.plan import Source
-from lingconv.plans.tensor_map import Segment
+from lingconv.plans.tensor_map import MatrixSlice
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
-from lingconv.storage.local_output import Output
+from lingconv.storage.local_output import WritableBlob
 
 _TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
 
@@ -55,7 +55,7 @@ class _Lane:
         return held[:count].view(shape)
 
 
-class _Coming(NamedTuple):
+class _PendingCopy(NamedTuple):
     """What is on its way down, as bytes: elements, and whether to look closer before the scales."""
 
     elements: Array
@@ -63,8 +63,8 @@ class _Coming(NamedTuple):
     grid: tuple[int, ...]
 
 
-class Offload:
-    """Fills strips on one GPU, one at a time; one Offload per thread."""
+class GpuTranscoder:
+    """Fills strips on one GPU, one at a time; one GpuTranscoder per thread."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Offload:
             return False
         return all(_can_decode(segment, transfer.cols) for segment in strip.segments)
 
-    def run(self, strip: RowStrip, filled: Filled, turn: int) -> None:
+    def run(self, strip: RowStrip, filled: PendingWrites, turn: int) -> None:
         """Queue what fills a strip; `filled` waits for it."""
         self._arena.turn = turn
         if turn not in self._lanes:
@@ -103,7 +103,7 @@ class Offload:
             values = self._decode(strip, lane, odd)
             encoded = self._encode(strip, values, lane, odd, scales)
             elements = self._down("write", encoded, strip.offset)
-            coming = _Coming(elements, self._down("notes", notes, 0), grid)
+            coming = _PendingCopy(elements, self._down("notes", notes, 0), grid)
             lane.done.record()
         filled.later(lambda output: self._finish(strip, lane, coming, output))
 
@@ -182,7 +182,9 @@ class Offload:
         torch.from_numpy(held).copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
         return held
 
-    def _finish(self, strip: RowStrip, lane: _Lane, coming: _Coming, output: Output) -> None:
+    def _finish(
+        self, strip: RowStrip, lane: _Lane, coming: _PendingCopy, output: WritableBlob
+    ) -> None:
         """Wait for what comes down, and write it."""
         lane.done.synchronize()
         if coming.notes[:4].any():
@@ -195,7 +197,7 @@ class Offload:
             raw = encode_scales(scales, encoding.scale_dtype)
             output.write(as_bytes(raw), offset_of_scales(strip, encoding, raw))
 
-    def _do_again(self, strip: RowStrip, output: Output) -> None:
+    def _do_again(self, strip: RowStrip, output: WritableBlob) -> None:
         """Have the processor fill a strip, or say what is wrong with it."""
         allowed = self._allow_nonfinite
         alone = Transcoder(Arena(), self._opened, self._sources, allow_nonfinite=allowed)
@@ -208,7 +210,7 @@ def _can_encode(encoding: Encoding, target: Any) -> bool:
     return isinstance(encoding, Plain) and encoding.dtype in _TORCH
 
 
-def _can_decode(segment: Segment, cols: int) -> bool:
+def _can_decode(segment: MatrixSlice, cols: int) -> bool:
     source = segment.source
     if source.pitch or not segment.is_whole_rows or segment.num_cols != cols:
         return False
@@ -222,7 +224,7 @@ def _dtype_of(encoding: Encoding) -> torch.dtype:
 
 
 def _dequantize(
-    segment: Segment,
+    segment: MatrixSlice,
     codes: torch.Tensor,
     scales: torch.Tensor,
     into: torch.Tensor,

@@ -12,14 +12,14 @@ from typing import TypeVar
 
 from lingconv.plans.lowering import CopyStrip, Strip, rows_of
 from lingconv.plans.plan import OutputFile
-from lingconv.plans.tensor_map import Extent
+from lingconv.plans.tensor_map import ByteRange
 from lingconv.storage import Blob, Storage
 
 T = TypeVar("T")
 _Key = tuple[int, str]  # a source's number, and a file of it
 
 
-class Feed:
+class Prefetcher:
     """The sources of a run, as long as any of them is far away; else it does nothing."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Feed:
     def _keys(self, strip: Strip) -> set[_Key]:
         return {(number, extent.file) for number, extent in self._needs(strip)}
 
-    def _needs(self, strip: Strip) -> Iterator[tuple[int, Extent]]:
+    def _needs(self, strip: Strip) -> Iterator[tuple[int, ByteRange]]:
         """Yield what a strip reads; bytes that are copied are always those of the last source."""
         if isinstance(strip, CopyStrip):
             for extent in strip.sources:

@@ -4,22 +4,22 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lingconv.checkpoint.transposed import read_rows, turned
-from lingconv.execution.pipeline.write_behind import Clone, Filled
+from lingconv.checkpoint.transposed import read_rows, transposed
+from lingconv.execution.pipeline.write_behind import BlockClone, PendingWrites
 from lingconv.plans.lowering import CopyStrip, RowStrip, Strip
 from lingconv.plans.plan import Source
 from lingconv.plans.tensor_map import side_by_side
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, as_bytes
-from lingconv.storage.local_output import Output
+from lingconv.storage.local_output import WritableBlob
 
 if TYPE_CHECKING:
-    from lingconv.execution.pipeline.gpu_transcoder import Offload
+    from lingconv.execution.pipeline.gpu_transcoder import GpuTranscoder
     from lingconv.execution.pipeline.transcoder import Transcoder
 
 
-class Filler:
-    """Fills strips one at a time; one Filler per thread. numba comes with the first transcoding."""
+class StripExecutor:
+    """Fills strips one at a time; one per thread. numba is loaded by the first transcoding."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class Filler:
         )
 
     @cached_property
-    def _offload(self) -> "Offload":
-        from lingconv.execution.pipeline.gpu_transcoder import Offload
+    def _offload(self) -> "GpuTranscoder":
+        from lingconv.execution.pipeline.gpu_transcoder import GpuTranscoder
 
-        return Offload(
+        return GpuTranscoder(
             self._gpu, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
         )
 
-    def fill(self, strip: Strip, output: Filled, turn: int) -> None:
+    def fill(self, strip: Strip, output: PendingWrites, turn: int) -> None:
         """Fill one strip of `output`. What other turns wrote may still be in use."""
         self._arena.turn = turn
         if isinstance(strip, CopyStrip):
@@ -65,7 +65,7 @@ class Filler:
         else:
             self._transcoder.run(strip, output)
 
-    def _copy(self, strip: CopyStrip, output: Filled) -> None:
+    def _copy(self, strip: CopyStrip, output: PendingWrites) -> None:
         if output.clone(self._clones(strip)):
             return
         data = self._arena.take("read", (strip.nbytes,), "u1", like=strip.offset).data
@@ -76,18 +76,18 @@ class Filler:
             filled += source.nbytes
         output.write(data, strip.offset)
 
-    def _clones(self, strip: CopyStrip) -> list[Clone]:
+    def _clones(self, strip: CopyStrip) -> list[BlockClone]:
         """Return what of a strip lies in files of this machine, and where it is to go."""
         clones, offset = [], strip.offset
         for source in strip.sources:
             descriptor = self._blobs[source.file].descriptor
             if descriptor is None:
                 return []
-            clones.append(Clone(descriptor, source.offset, source.nbytes, offset))
+            clones.append(BlockClone(descriptor, source.offset, source.nbytes, offset))
             offset += source.nbytes
         return clones
 
-    def _assemble(self, strip: RowStrip, output: Output) -> None:
+    def _assemble(self, strip: RowStrip, output: WritableBlob) -> None:
         """Put rows together from windows of others, as bytes."""
         cols = strip.transfer.cols
         target = strip.transfer.target
@@ -105,4 +105,4 @@ class Filler:
                 data[top:bottom, left:right] = rows[:, first : first + right - left]
                 left = right
             top = bottom
-        output.write(as_bytes(turned(self._arena, strip, data)), strip.offset)
+        output.write(as_bytes(transposed(self._arena, strip, data)), strip.offset)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lingconv.checkpoint.decoder import BF16_BITS, F32, Decoder, Nonfinite, source_of
-from lingconv.checkpoint.transposed import turned
+from lingconv.checkpoint.transposed import transposed
 from lingconv.encodings import Fp8, Ggml
 from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.kernels import fp8_encode as fp8
@@ -21,7 +21,7 @@ from lingconv.plans.lowering import RowStrip, works_in_f32
 from lingconv.plans.plan import Scaling, Source
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
-from lingconv.storage.local_output import Output
+from lingconv.storage.local_output import WritableBlob
 
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
 _SQUARES_OVERFLOW = 17
@@ -44,7 +44,7 @@ class Transcoder:
         self._decoders = [Decoder(arena, blobs) for blobs in opened]
         self._averager = Averager(arena, self._decoders, [source.weight for source in sources])
 
-    def run(self, strip: RowStrip, output: Output) -> int:
+    def run(self, strip: RowStrip, output: WritableBlob) -> int:
         """Fill one strip of the file `output`; return how many bytes were written."""
         return self._write_rows(strip, self._decode_rows(strip), output)
 
@@ -70,7 +70,7 @@ class Transcoder:
                 hint="mend the source, or pass `--allow-nonfinite`",
             )
 
-    def _write_rows(self, strip: RowStrip, values: Array, output: Output) -> int:
+    def _write_rows(self, strip: RowStrip, values: Array, output: WritableBlob) -> int:
         encoding = strip.transfer.target.encoding
         if isinstance(encoding, Fp8):
             return self._write_fp8(strip, encoding, values, output)
@@ -82,9 +82,11 @@ class Transcoder:
             infinity = 0x7F80 if encoding.dtype == DType.BF16 else 0x7C00
             bad = (written.view(np.uint16) & infinity) == infinity
             self._refuse(_source_of(strip, int(bad.any(axis=1).argmax())))
-        return output.write(as_bytes(turned(self._arena, strip, written)), offset)
+        return output.write(as_bytes(transposed(self._arena, strip, written)), offset)
 
-    def _write_ggml(self, strip: RowStrip, kind: GgmlType, values: Array, output: Output) -> int:
+    def _write_ggml(
+        self, strip: RowStrip, kind: GgmlType, values: Array, output: WritableBlob
+    ) -> int:
         numbers = self._tame_f32(strip, values).reshape(-1, kind.elements)
         blocks = self._arena.take("write", (len(numbers), kind.nbytes), np.uint8, like=strip.offset)
         ggml.QUANTIZERS[kind](numbers, blocks)
@@ -106,7 +108,9 @@ class Transcoder:
             self._refuse(_source_of(strip, int((~tame).any(axis=1).argmax())))
         return wide
 
-    def _write_fp8(self, strip: RowStrip, encoding: Fp8, values: Array, output: Output) -> int:
+    def _write_fp8(
+        self, strip: RowStrip, encoding: Fp8, values: Array, output: WritableBlob
+    ) -> int:
         target = strip.transfer.target
         block_rows, block_cols = encoding.block(target.height, target.cols)
         codes = self._arena.take("write", values.shape, np.uint8, like=strip.offset)

@@ -18,15 +18,15 @@ from typing import NamedTuple
 from lingconv.containers.registry import frames, seals
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.execution.delivery import Delivery
-from lingconv.execution.pipeline.prefetch import Feed, sources_of
-from lingconv.execution.pipeline.write_behind import Filled, Turns, Writer
+from lingconv.execution.pipeline.prefetch import Prefetcher, sources_of
+from lingconv.execution.pipeline.write_behind import BufferSlots, PendingWrites, WriterThread
 from lingconv.execution.progress import Progress
 from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.lowering import Strip, lower, written_bytes
 from lingconv.plans.plan import Container, OutputFile, Plan
 from lingconv.storage import Storage
-from lingconv.storage.local_output import Checksums, OutputBlob
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.local_output import Checksums, LocalOutput
+from lingconv.storage.open_files import OpenFiles
 
 
 def check_unchanged(
@@ -77,13 +77,13 @@ class _OpenFile:
         path: Path,
         done: Collection[int],
         checksums: Mapping[int, tuple[int, int]],
-        feed: Feed,
+        feed: Prefetcher,
         *,
         sparse: bool,
     ) -> None:
         self.file = file
         self.started = time.monotonic()
-        self.writer = Writer()
+        self.writer = WriterThread()
         self.held_bytes = 0
         self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
@@ -93,7 +93,7 @@ class _OpenFile:
         # Only archives state checksums of their elements.
         summed = file.container in (Container.TORCH_DIST, Container.TORCH) and not sparse
         self.checksums = Checksums(checksums) if summed else None
-        self.output = OutputBlob(path, file.nbytes, checksums=self.checksums)
+        self.output = LocalOutput(path, file.nbytes, checksums=self.checksums)
         try:
             for part in frames(file):
                 self.output.write(memoryview(part.data), part.offset)
@@ -142,7 +142,7 @@ class _OpenFile:
         self.output.close()
 
 
-class Crew:
+class WorkerPool:
     """The threads of one execution, and what they share: its lock is for whole files only."""
 
     def __init__(
@@ -167,8 +167,8 @@ class Crew:
         self._delivery = delivery
         self._waiting: deque[OutputFile] = deque()
         self._open: list[_OpenFile] = []
-        self._opened = [OpenedFiles(storage) for storage in storages]
-        self._feed = Feed(storages, self._opened, ahead_bytes)
+        self._opened = [OpenFiles(storage) for storage in storages]
+        self._feed = Prefetcher(storages, self._opened, ahead_bytes)
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
@@ -224,18 +224,20 @@ class Crew:
         done here.
         """
         from lingconv.execution.pipeline.strip_executor import (
-            Filler,  # with numpy, which nobody who only plans needs
+            StripExecutor,  # with numpy, which nobody who only plans needs
         )
 
         allow_nonfinite = self._plan.options.allow_nonfinite
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
-        filler = Filler(self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite, gpu=gpu)
-        turns = Turns(max(1, behind))
+        filler = StripExecutor(
+            self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite, gpu=gpu
+        )
+        turns = BufferSlots(max(1, behind))
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
-                filled, turn = Filled(file.output), turns.take()
+                filled, turn = PendingWrites(file.output), turns.take()
                 filler.fill(task.strip, filled, turn)
                 write = partial(self._write, file, task, filled, turns, turn)
                 if behind:
@@ -246,7 +248,9 @@ class Crew:
         except BaseException as exc:  # handed to the thread that waits in `fill`
             self.stop(exc)
 
-    def _write(self, file: _OpenFile, task: _Task, filled: Filled, turns: Turns, turn: int) -> None:
+    def _write(
+        self, file: _OpenFile, task: _Task, filled: PendingWrites, turns: BufferSlots, turn: int
+    ) -> None:
         """Write what a worker filled of a strip in one of its turns."""
         try:
             written = sum(file.output.write(data, offset) for data, offset in filled.parts())

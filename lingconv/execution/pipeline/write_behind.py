@@ -10,10 +10,10 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from lingconv.storage import BLOCK_BYTES
-from lingconv.storage.local_output import OutputBlob
+from lingconv.storage.local_output import LocalOutput
 
 
-class Clone(NamedTuple):
+class BlockClone(NamedTuple):
     """Bytes of an open file that need not be read to be in the target: `nbytes` from `start` on."""
 
     source: int
@@ -27,28 +27,28 @@ class Clone(NamedTuple):
         return not (self.start | self.nbytes | self.offset) % BLOCK_BYTES
 
 
-class Part(NamedTuple):
+class PendingWrite(NamedTuple):
     """Bytes to be written, which their buffer holds until that is done."""
 
     data: memoryview
     offset: int
 
 
-class Filled:
+class PendingWrites:
     """Stands in for a file while a strip is filled, and remembers what is to be written."""
 
-    def __init__(self, file: OutputBlob) -> None:
+    def __init__(self, file: LocalOutput) -> None:
         self.cloned_bytes = 0
         self._file = file
-        self._parts: list[Part] = []
-        self._later: Callable[[Filled], object] | None = None
+        self._parts: list[PendingWrite] = []
+        self._later: Callable[[PendingWrites], object] | None = None
 
     def write(self, data: memoryview, offset: int) -> int:
         """Remember bytes for later; return how many they are."""
-        self._parts.append(Part(data, offset))
+        self._parts.append(PendingWrite(data, offset))
         return data.nbytes
 
-    def clone(self, clones: Sequence[Clone]) -> bool:
+    def clone(self, clones: Sequence[BlockClone]) -> bool:
         """Have the file share what others have on disk, at once; return whether all of it does."""
         whole = bool(clones) and all(clone.is_whole_blocks for clone in clones)
         if not whole or not all(self._file.clone(*clone) for clone in clones):
@@ -56,11 +56,11 @@ class Filled:
         self.cloned_bytes += sum(clone.nbytes for clone in clones)
         return True
 
-    def later(self, fill: "Callable[[Filled], object]") -> None:
+    def later(self, fill: "Callable[[PendingWrites], object]") -> None:
         """Have `fill` write to this, as soon as somebody asks for the parts."""
         self._later = fill
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PendingWrite]:
         """Return what is to be written; waits for what is still to come."""
         if self._later is not None:
             self._later(self)
@@ -68,7 +68,7 @@ class Filled:
         return self._parts
 
 
-class Writer:
+class WriterThread:
     """A thread that does what it is handed, one after the other, begun with the first of it.
 
     An executor of the standard library would do, but all of them share one lock, where dozens of
@@ -104,7 +104,7 @@ class Writer:
                 work()
 
 
-class Turns:
+class BufferSlots:
     """The buffers of a worker, which takes turns with them: each is lent until it is written.
 
     Locks that one thread takes and another gives back: anything more would be most of the work

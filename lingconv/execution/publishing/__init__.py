@@ -1,1 +1,1 @@
-"""publishing"""
+"""Sends finished files to the Hub or an object store while others are still written."""

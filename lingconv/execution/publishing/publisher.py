@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from lingconv.errors import ResourceError
-from lingconv.execution.closing.closing_files import last_names, record_of
-from lingconv.execution.closing.model_card import Described, model_card, published_record
+from lingconv.execution.closing.closing_files import closing_names, record_of
+from lingconv.execution.closing.model_card import CardInputs, model_card, published_record
 from lingconv.execution.progress import Progress
 from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
-from lingconv.storage.upload_target import Commit, PublishOptions, Store
+from lingconv.storage.upload_target import PublishedCommit, PublishOptions, UploadTarget
 from lingconv.version import __version__
 
 _TURN_S = 0.1
@@ -40,7 +40,7 @@ class Publisher:
 
     def __init__(
         self,
-        store: Store,
+        store: UploadTarget,
         options: PublishOptions,
         plan: Plan,
         folder: RunFolder,
@@ -104,7 +104,7 @@ class Publisher:
             if name.endswith(_SHARDS) and name not in ours and name not in self._folder.sent
         ]
         if not self._folder.sent:  # what says that a checkpoint is complete is not from this run
-            foreign += [n for n in last_names(self._plan) if n in self._store.files]
+            foreign += [n for n in closing_names(self._plan) if n in self._store.files]
         foreign = [name for name in foreign if name != CARD_NAME]
         self._store.make_room(foreign, replace=self._options.replace)
 
@@ -163,7 +163,7 @@ class Publisher:
 
     def finish(
         self, source_record: Mapping[str, Any] | None, base_card: str, last: Mapping[str, bytes]
-    ) -> Commit:
+    ) -> PublishedCommit:
         """Wait until all weights are there, add what makes them a checkpoint, and check it all.
 
         That is the small files of the source, `last`, and the card; one that somebody else wrote
@@ -189,7 +189,7 @@ class Publisher:
         return self._store.complete(small, self._folder.sent)
 
     def _card(self, record: Mapping[str, Any], base_card: str, repository: str) -> bytes:
-        described = Described(
+        described = CardInputs(
             record,
             self._plan.config,
             base_card,

@@ -16,7 +16,7 @@ from lingconv.containers.gguf.reader import GgufReader, models_in
 from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import OTHER_WEIGHTS
 from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
-from lingconv.execution.closing.model_card import Described, model_card, published_record
+from lingconv.execution.closing.model_card import CardInputs, model_card, published_record
 from lingconv.execution.progress import Progress, Silent
 from lingconv.execution.run_folder import JOURNALS, STATE_NAME, VERDICT_NAME
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, PARTIAL_SUFFIX, RECORD_NAME, SUFFIX
@@ -24,8 +24,7 @@ from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.repository import Repository
 from lingconv.storage.hub.storage import HubStorage
 from lingconv.storage.local import LocalStorage
-from lingconv.storage.upload_target import Commit, HubFile, PublishOptions
-from lingconv.verification.verdict import SCHEMA as VERDICT_SCHEMA
+from lingconv.storage.upload_target import ListedFile, PublishedCommit, PublishOptions
 
 _WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
 _BATCH_BYTES = 50_000_000_000
@@ -36,7 +35,7 @@ REPORT_NAME = "lingconv-verify.html"
 class Pushed(NamedTuple):
     """What a push did; files that the Hub had already count as found."""
 
-    commit: Commit
+    commit: PublishedCommit
     files_sent: int
     bytes_sent: int
     files_found: int
@@ -51,10 +50,13 @@ class Proof:
     report: Path | None = None
 
 
-def read_proof(verdict: str | Path | None, report: str | Path | None) -> Proof:
-    """Return what `verify` left in files; raise UsageError when that is something else."""
+def read_proof(verdict: str | Path | None, report: str | Path | None, schema: str) -> Proof:
+    """Return what `verify` left in files: a document of `schema`, and a report.
+
+    Raises UsageError when they are something else.
+    """
     value = _read_json(Path(verdict)) if verdict else None
-    if value is not None and value.get("schema") != VERDICT_SCHEMA:
+    if value is not None and value.get("schema") != schema:
         raise UsageError(f"{verdict} is not what `lingconv verify --json` prints")
     if report and not Path(report).is_file():
         raise UsageError(f"{report} is not there")
@@ -108,7 +110,7 @@ class _Push:
         missing = {name: path for name, path in weights.items() if name not in there}
         nbytes = sum(path.stat().st_size for path in missing.values())
         self._progress.sending(nbytes)
-        sent: dict[str, HubFile] = {name: self._repository.files[name] for name in there}
+        sent: dict[str, ListedFile] = {name: self._repository.files[name] for name in there}
         for batch in _batches(missing):
             began = time.monotonic()
             added = self._repository.add_weights(batch, len(sent), len(weights))
@@ -167,7 +169,7 @@ def _finished_files(folder: Path) -> list[str]:
 
 def _describe(
     folder: Path, repository: str, weights: Sequence[str], proof: Proof
-) -> Described | None:
+) -> CardInputs | None:
     """Return what the card is made of; None where lingconv has no record of the folder."""
     record = _read_json(folder / RECORD_NAME)
     if not record:
@@ -178,7 +180,7 @@ def _describe(
     card = folder / CARD_NAME
     kept = next((folder / STATE_NAME).rglob(VERDICT_NAME), None)
     verdict = proof.verdict or (_read_json(kept) if kept else None)
-    return Described(
+    return CardInputs(
         record,
         _read_json(folder / CONFIG_NAME),
         card.read_text("utf-8", "replace") if card.exists() else "",
@@ -189,7 +191,7 @@ def _describe(
     )
 
 
-def add_proof(address: HubAddress, proof: Proof) -> Commit | None:
+def add_proof(address: HubAddress, proof: Proof) -> PublishedCommit | None:
     """Put the numbers of a proof into the card of a repository that lingconv has written.
 
     Returns None where it has no record of what was done, as those of GGUF files have not, or a card
@@ -202,7 +204,7 @@ def add_proof(address: HubAddress, proof: Proof) -> Commit | None:
     storage = HubStorage(address._replace(revision=repository.head), repository.files)
     has_card = CARD_NAME in repository.files
     weights = sorted(name for name in repository.files if name.endswith(_WEIGHTS))
-    described = Described(
+    described = CardInputs(
         json.loads(storage.read(RECORD_NAME)),
         json.loads(storage.read(CONFIG_NAME)),
         storage.read(CARD_NAME).decode("utf-8", "replace") if has_card else "",

@@ -16,12 +16,12 @@ from lingconv.storage import Blob, FileStat
 from lingconv.storage.hub.client import Unfinished, hub_api, patiently, status_of
 from lingconv.storage.hub.storage import HubStorage
 from lingconv.storage.local import LocalBlob
-from lingconv.storage.upload_target import HubFile
+from lingconv.storage.upload_target import ListedFile
 
 _AT_ONCE = 2
 
 
-class Spool:
+class Downloader:
     """A HubStorage whose files `order` are fetched into `folder`, at most `max_bytes` at a time."""
 
     parallel_reads = HubStorage.parallel_reads
@@ -57,7 +57,7 @@ class Spool:
         """Open a file; nothing is waited for before it is read."""
         if self._storage.cached(name) is not None:
             return self._storage.open(name)
-        return SpooledBlob(self, name)
+        return DownloadedBlob(self, name)
 
     def open_ranges(self, name: str) -> Blob:
         """Open a file that there is no room for."""
@@ -134,7 +134,7 @@ class Spool:
                     raise
                 raise Unfinished("what arrived has another size") from exc
             path = Path(found)
-            if not _is_whole(path, HubFile(*self.stat(name))):
+            if not _is_whole(path, ListedFile(*self.stat(name))):
                 path.unlink()
                 raise Unfinished("what arrived is not what the listing says")
             return path
@@ -151,12 +151,12 @@ class Spool:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class SpooledBlob:
+class DownloadedBlob:
     """An open file of a spool."""
 
     descriptor = None
 
-    def __init__(self, spool: Spool, name: str) -> None:
+    def __init__(self, spool: Downloader, name: str) -> None:
         self._spool = spool
         self._name = name
         self._blob: Blob | None = None
@@ -187,7 +187,7 @@ class SpooledBlob:
             self._blob.close()
 
 
-def _is_whole(path: Path, file: HubFile) -> bool:
+def _is_whole(path: Path, file: ListedFile) -> bool:
     """Return whether a file has the size and, if it is a large one, the SHA-256 of the listing."""
     if path.stat().st_size != file.size:
         return False

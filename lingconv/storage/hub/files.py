@@ -18,19 +18,19 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
 from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.client import REFUSED, Backoff, Unfinished, hub_api, patiently, translated
-from lingconv.storage.upload_target import HubFile
+from lingconv.storage.upload_target import ListedFile
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
-def list_files(repository: str, commit: str) -> dict[str, HubFile]:
+def list_files(repository: str, commit: str) -> dict[str, ListedFile]:
     """Return every file of a repository at a commit.
 
     Raises CheckpointError when a name leads out of the repository.
     """
     where = str(HubAddress(repository, commit))
 
-    def listing() -> dict[str, HubFile]:
+    def listing() -> dict[str, ListedFile]:
         tree = hub_api().list_repo_tree(repository, recursive=True, revision=commit)
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
         return {file.path: as_listed(file) for file in files}
@@ -43,9 +43,9 @@ def list_files(repository: str, commit: str) -> dict[str, HubFile]:
     return found
 
 
-def as_listed(file: RepoFile) -> HubFile:
+def as_listed(file: RepoFile) -> ListedFile:
     """Return what the Hub says of a file."""
-    return HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+    return ListedFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
 
 
 def is_offline() -> bool:
@@ -73,7 +73,7 @@ class _Link(NamedTuple):
 class RemoteFile:
     """One file on the Hub: bytes in, or an error that says why not. Many threads share it."""
 
-    def __init__(self, address: HubAddress, file: HubFile) -> None:
+    def __init__(self, address: HubAddress, file: ListedFile) -> None:
         self.address = address
         self.file = file
         self._lock = threading.Lock()

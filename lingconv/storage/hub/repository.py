@@ -19,8 +19,8 @@ from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.client import Backoff, hub_api, patiently, status_of, translated
 from lingconv.storage.hub.files import RemoteFile, as_listed, find_commit, list_files
 from lingconv.storage.upload_target import (
-    Commit,
-    HubFile,
+    ListedFile,
+    PublishedCommit,
     PublishOptions,
     refuse_different,
     refuse_foreign,
@@ -41,7 +41,7 @@ class Repository:
     def __init__(self, address: HubAddress, options: PublishOptions) -> None:
         disable_progress_bars()  # lingconv draws its own
         self.address = address._replace(path="")
-        self.files: Mapping[str, HubFile] = {}
+        self.files: Mapping[str, ListedFile] = {}
         self.head = ""
         self._options = options
         self._api = hub_api()
@@ -105,7 +105,7 @@ class Repository:
         """Find out what the newest commit that was seen holds under some names."""
         name = self.address.repository
 
-        def look() -> dict[str, HubFile]:
+        def look() -> dict[str, ListedFile]:
             found = self._api.get_paths_info(name, names, revision=self.head)
             return {file.path: as_listed(file) for file in found if isinstance(file, RepoFile)}
 
@@ -130,7 +130,7 @@ class Repository:
         RemoteFile(where, held).fetch(0, memoryview(card))
         return self.address.repository if MARK.encode() in card else ""
 
-    def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, HubFile]:
+    def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, ListedFile]:
         """Put files into the repository in one commit; return what it has now for each of them.
 
         What is there already is not sent. Raises DestinationError when somebody else changed the
@@ -142,12 +142,16 @@ class Repository:
             self._commit(additions, message)
         return {name: self.files[name] for name in contents}
 
-    def add_weights(self, files: Mapping[str, Path], before: int, total: int) -> dict[str, HubFile]:
+    def add_weights(
+        self, files: Mapping[str, Path], before: int, total: int
+    ) -> dict[str, ListedFile]:
         """Put weight files into the repository, which has `before` of `total`, in one commit."""
         what = next(iter(files)) if len(files) == 1 else f"{len(files)} weight files"
         return self.commit(files, f"Add {what} ({before + len(files)} of {total})")
 
-    def complete(self, small: Mapping[str, Path | bytes], sent: Mapping[str, HubFile]) -> Commit:
+    def complete(
+        self, small: Mapping[str, Path | bytes], sent: Mapping[str, ListedFile]
+    ) -> PublishedCommit:
         """Add what makes a checkpoint of the weights `sent`, and compare all with the listing."""
         there = self.commit(small, f"Complete the checkpoint (lingconv {__version__})")
         self.check({**sent, **there})
@@ -202,7 +206,7 @@ class Repository:
                 self._look_at(names)
                 return
 
-    def _refuse_changed(self, seen: Mapping[str, HubFile | None]) -> None:
+    def _refuse_changed(self, seen: Mapping[str, ListedFile | None]) -> None:
         """Raise DestinationError where files are not what they were before a commit was tried."""
         changed = [name for name, file in seen.items() if self.files.get(name) != file]
         if changed:
@@ -212,21 +216,23 @@ class Repository:
                 hint="look at its history, then run the same command again",
             )
 
-    def check(self, expected: Mapping[str, HubFile]) -> None:
+    def check(self, expected: Mapping[str, ListedFile]) -> None:
         """Raise CheckpointError unless the repository lists these files, byte for byte."""
         self.look()
         refuse_different(self.address, self.files, expected)
 
     @property
-    def commit_now(self) -> Commit:
+    def commit_now(self) -> PublishedCommit:
         """The newest commit that was seen."""
         url = f"{self._api.endpoint}/{self.address.repository}/commit/{self.head}"
-        return Commit(str(self.address._replace(revision=self.head)), url, str(self.address))
+        return PublishedCommit(
+            str(self.address._replace(revision=self.head)), url, str(self.address)
+        )
 
 
 def _is_done(
     operations: "Sequence[CommitOperationAdd | CommitOperationDelete]",
-    files: Mapping[str, HubFile],
+    files: Mapping[str, ListedFile],
 ) -> bool:
     """Return whether a repository is as operations were to make it."""
     for operation in operations:
@@ -239,23 +245,23 @@ def _is_done(
     return True
 
 
-def _content(operation: CommitOperationAdd, *, is_large: bool) -> HubFile:
+def _content(operation: CommitOperationAdd, *, is_large: bool) -> ListedFile:
     """Return what the Hub lists of a file that was added."""
     if is_large:
-        return HubFile(operation.upload_info.size, operation.upload_info.sha256.hex())
+        return ListedFile(operation.upload_info.size, operation.upload_info.sha256.hex())
     content = operation.path_or_fileobj
     return described(content if isinstance(content, bytes) else Path(str(content)), is_large=False)
 
 
-def described(content: Path | bytes, *, is_large: bool) -> HubFile:
+def described(content: Path | bytes, *, is_large: bool) -> ListedFile:
     """Return what the Hub would list of a content: its size, and its hash."""
     if not is_large:
         data = content if isinstance(content, bytes) else content.read_bytes()
-        return HubFile(len(data), git_hash(data))
+        return ListedFile(len(data), git_hash(data))
     if isinstance(content, bytes):
-        return HubFile(len(content), hashlib.sha256(content).hexdigest())
+        return ListedFile(len(content), hashlib.sha256(content).hexdigest())
     with content.open("rb") as file:
-        return HubFile(content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return ListedFile(content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def git_hash(data: bytes) -> str:

@@ -16,7 +16,7 @@ from lingconv.storage.hub.address import HubAddress, parse_address
 from lingconv.storage.hub.client import hub_api, patiently
 from lingconv.storage.hub.files import RemoteFile, find_commit, is_offline, list_files
 from lingconv.storage.local import LocalBlob, LocalStorage
-from lingconv.storage.upload_target import HubFile
+from lingconv.storage.upload_target import ListedFile
 
 
 class HubStorage:
@@ -24,7 +24,7 @@ class HubStorage:
 
     parallel_reads = PARALLEL
 
-    def __init__(self, address: HubAddress, files: Mapping[str, HubFile]) -> None:
+    def __init__(self, address: HubAddress, files: Mapping[str, ListedFile]) -> None:
         self.address = address
         self.uri = str(address)
         self._files = files
@@ -92,7 +92,7 @@ class HubStorage:
         """Return the file on the Hub."""
         if name not in self._remotes:
             where = self.address._replace(path=self._full_name(name))
-            self._remotes[name] = RemoteFile(where, HubFile(*self.stat(name)))
+            self._remotes[name] = RemoteFile(where, ListedFile(*self.stat(name)))
         return self._remotes[name]
 
 

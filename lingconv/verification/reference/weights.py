@@ -25,10 +25,10 @@ from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.model.family import LogicalName
-from lingconv.plans.tensor_map import Segment
+from lingconv.plans.tensor_map import MatrixSlice
 from lingconv.storage.aligned_buffers import Arena
 from lingconv.storage.machine import num_processors
-from lingconv.storage.open_files import OpenedFiles
+from lingconv.storage.open_files import OpenFiles
 from lingconv.verification.reference.activations import fake_quantize
 
 STRIP_BYTES = 8 << 20
@@ -46,7 +46,7 @@ class _Strip(NamedTuple):
 class _Order(NamedTuple):
     """Rows of `cols` columns to be read, and where the result is waited for."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[MatrixSlice, ...]
     first_row: int
     num_rows: int
     cols: int
@@ -70,7 +70,7 @@ class WeightStream:
         self._device = device
         self._fp8_activations = fp8_activations
         self._locator = model.locator()
-        self._files = OpenedFiles(model.checkpoint.storage)
+        self._files = OpenFiles(model.checkpoint.storage)
         self._threads = ThreadPoolExecutor(READERS, "weights")
         self._own = local()
         self._asked: deque[tuple[LogicalName, deque[Future[_Strip]]]] = deque()
@@ -149,7 +149,7 @@ class WeightStream:
         self.waited_s += time.perf_counter() - started
         return found
 
-    def _dtype(self, segments: Sequence[Segment]) -> torch.dtype:
+    def _dtype(self, segments: Sequence[MatrixSlice]) -> torch.dtype:
         """Return what rows are delivered in: what is computed in, or BF16 on its way to a GPU."""
         encodings = {segment.source.encoding for segment in segments}
         if all(encoding == PLAIN[DType.BF16] for encoding in encodings):
@@ -176,7 +176,7 @@ class WeightStream:
         else:
             order.strip.set_result(_Strip(rows, buffer))
 
-    def _fill(self, segments: Sequence[Segment], first: int, rows: Tensor) -> None:
+    def _fill(self, segments: Sequence[MatrixSlice], first: int, rows: Tensor) -> None:
         if not hasattr(self._own, "decoder"):
             self._own.decoder = Decoder(Arena(), self._files)
         bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows

@@ -1,1 +1,1 @@
-"""reports"""
+"""HTML pages and their plots: one file, no network, no script."""

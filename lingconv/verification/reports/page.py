@@ -23,18 +23,9 @@ def check() -> None:
 
 def render(template: str, **values: Any) -> str:
     """Return a page of this folder's templates, all values escaped."""
-    return _render(template, values, escaped=True)
-
-
-def render_text(template: str, **values: Any) -> str:
-    """Return a text of this folder's templates, values as they are."""
-    return _render(template, values, escaped=False)
-
-
-def _render(template: str, values: dict[str, Any], *, escaped: bool) -> str:
     folder = files("lingconv.verification.reports")
     environment = Environment(
-        autoescape=escaped,
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),

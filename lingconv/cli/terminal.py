@@ -15,7 +15,7 @@ from lingconv.version import __version__
 _MAX_DETAILS = 10
 
 
-class Output:
+class Terminal:
     """The streams, and how much is to be said on them."""
 
     def __init__(self) -> None:
@@ -107,4 +107,4 @@ def columns(rows: Iterable[tuple[str, str]], indent: str = "  ") -> list[str]:
     return [f"{indent}{label:<{width}}  {value}" for label, value in kept]
 
 
-output = Output()
+terminal = Terminal()
