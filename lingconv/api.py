@@ -53,9 +53,7 @@ def open_model(
     `formats` is a family file or a folder of them, in place of the built-in ones; `given` is what
     the checkpoint does not say of itself.
     """
-    main_params = given is not None and given.main_params
-    checkpoint = open_checkpoint(source, main_params=main_params)
-    return recognise(checkpoint, load_families(formats), given)
+    return recognise(open_checkpoint(source, given), load_families(formats), given)
 
 
 def inspect(
@@ -170,12 +168,11 @@ def plan_average(
     """Return the plan of `merge_checkpoints`, and the checkpoints as they were opened."""
     options = _named(options or ConvertOptions(), Path(destination))
     families = load_families(formats)
-    main_params = given is not None and given.main_params
     average = open_average(
         [str(source) for source in sources],
         weighting,
-        partial(open_checkpoint, main_params=main_params),
-        partial(recognise, families=families, given=given),
+        partial(open_checkpoint, overrides=given),
+        partial(recognise, families=families, overrides=given),
     )
     return build_average(average, options), average
 

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lingconv.containers.registry import format_of
+
 INDEX = "model.safetensors.index.json"
 E4M3 = torch.float8_e4m3fn
 
@@ -57,6 +59,11 @@ def read_header(path):
     data = Path(path).read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def header_of(file):
+    """Return what a planned file has before its elements."""
+    return b"".join(part.data for part in format_of(file).frames(file))
 
 
 def write_raw(path, header, data=b""):

@@ -472,7 +472,7 @@ def test_a_split_with_a_wrong_count(files, tmp_path, key, says):
 
 
 def test_a_folder_of_several_models(files):
-    with pytest.raises(UsageError, match="4 GGUF models"):
+    with pytest.raises(UsageError, match="4 models in gguf format"):
         open_model(files)
 
 

@@ -18,7 +18,6 @@ import lingconv.execution.pipeline.strip_executor
 import lingconv.execution.pipeline.worker_pool
 from lingconv.api import convert, open_model
 from lingconv.containers.gguf.tokenizer import CHECK_TEXT
-from lingconv.containers.registry import header
 from lingconv.encodings.dtypes import GgmlType
 from lingconv.encodings.ggml_ftype import FileType
 from lingconv.encodings.kernels.ggml_encode import QUANTIZERS
@@ -28,7 +27,7 @@ from lingconv.planner.planner import build_plan
 from lingconv.plans.options import ConvertOptions, GgufOptions
 from lingconv.plans.plan import Plan
 from tests.conftest import DATA
-from tests.support import copy_checkpoint, edit_json, rewrite
+from tests.support import copy_checkpoint, edit_json, header_of, rewrite
 
 EXPECTED = json.loads((DATA / "tiny-ling-v2.gguf-expected.json").read_text())
 LING = "bailingmoe2"
@@ -402,7 +401,7 @@ def test_a_plan_of_gguf_survives_json(golden):
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.digest == plan.digest
-    assert [header(file) for file in again.files] == [header(file) for file in plan.files]
+    assert [header_of(file) for file in again.files] == [header_of(file) for file in plan.files]
 
 
 @pytest.mark.parametrize("kind", [GgmlType.Q4_K, GgmlType.Q3_K, GgmlType.Q8_0])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -119,107 +120,103 @@ def test_no_family_stands_in_the_code():
     assert not list((ROOT / "formats").rglob("*.py"))
 
 
-# Who may import whom: a module of the left may import none of the right.
-FORBIDDEN = {
-    "plans/plan": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.execution.engine",
-        "lingconv.storage.local",
-    ),
-    "containers/placement": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.execution.engine",
-        "lingconv.execution.pipeline.worker_pool",
-    ),
-    "planner/planner": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.execution.engine",
-        "lingconv.storage.local",
-    ),
-    "model/family": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.checkpoint.recognised_checkpoint",
-        "lingconv.plans.plan",
-    ),
-    "model/layout": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.checkpoint.recognised_checkpoint",
-        "lingconv.plans.plan",
-    ),
-    "checkpoint/recognised_checkpoint": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.plans.plan",
-        "lingconv.execution.engine",
-    ),
-    "plans/lowering": ("numpy", "numba", "torch", "lingconv.execution.engine"),
-    "checkpoint/decoder": (
-        "torch",
-        "lingconv.plans.plan",
-        "lingconv.execution.engine",
-        "lingconv.execution.pipeline.transcoder",
-    ),
-    "verification/reference/ling2": (
-        "numpy",
-        "numba",
-        "lingconv.checkpoint.recognised_checkpoint",
-        "lingconv.verification.reference.weights",
-    ),
-    "verification/reference/forward": (
-        "lingconv.plans.plan",
-        "lingconv.execution.engine",
-        "lingconv.verification.verify",
-    ),
-    "verification/pairing": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.plans.plan",
-        "lingconv.execution.engine",
-    ),
-    "verification/verdict": (
-        "numpy",
-        "numba",
-        "torch",
-        "lingconv.checkpoint.recognised_checkpoint",
-        "matplotlib",
-    ),
-    "verification/tensors": ("torch", "lingconv.plans.plan", "lingconv.execution.engine"),
-    "encodings/kernels/numeric": (
-        "lingconv.plans.plan",
-        "lingconv.checkpoint.recognised_checkpoint",
-        "lingconv.storage",
-        "torch",
-    ),
-}
+# Packages may import those of the rows above their own, and no package of their own row.
+ORDER = (
+    {"errors", "version"},
+    {"model", "encodings", "storage"},
+    {"plans"},
+    {"containers"},
+    {"checkpoint"},
+    {"planner", "verification", "execution"},
+    {"api"},
+    {"__init__", "cli"},
+    {"__main__"},
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# The same within packages: what stands on the left imports nothing of what stands on the right.
+APART = (
+    ("containers.gguf", "containers.megatron"),
+    ("containers.megatron", "containers.gguf"),
+    ("containers.hf", "containers.gguf"),
+    ("containers.hf", "containers.megatron"),
+    ("execution.closing", "execution.publishing"),
+    ("execution.pipeline", "execution.publishing"),
+    ("encodings.kernels", "encodings.codecs"),
+)
 
 
-def test_dependencies_point_one_way():
-    for module, forbidden in FORBIDDEN.items():
-        tree = ast.parse((ROOT / "lingconv" / f"{module}.py").read_text())
-        imported = {
-            name
-            for node in ast.walk(tree)
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
+def modules():
+    """Yield every module of lingconv with the modules of lingconv that it names, lazily or not."""
+    for path in sorted((ROOT / "lingconv").rglob("*.py")):
+        parts = path.relative_to(ROOT / "lingconv").with_suffix("").parts
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lingconv"):
+                inner = (node.module or "").split(".")[1:]
+                imported |= {".".join([*inner, alias.name]) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                own = [a.name for a in node.names if a.name.startswith("lingconv.")]
+                imported |= {name.removeprefix("lingconv.") for name in own}
+        yield ".".join(parts), imported
+
+
+def test_packages_import_one_way():
+    broken = [
+        f"{module} -> {name}"
+        for module, imported in modules()
+        for name in imported
+        if (there := name.split(".")[0]) != (here := module.split(".")[0])
+        and RANK[there] >= RANK[here]
+    ]
+    assert broken == []
+    tops = {path.name.removesuffix(".py") for path in (ROOT / "lingconv").iterdir()}
+    assert tops - {"__pycache__", "py.typed"} == RANK.keys()
+
+
+def test_formats_do_not_know_each_other():
+    """`hf` is the language that the others may name: both need a config.json."""
+    inside = lambda name, package: name == package or name.startswith(package + ".")  # noqa: E731
+    broken = [
+        f"{module} -> {name}"
+        for left, right in APART
+        for module, imported in modules()
+        for name in imported
+        if inside(module, left) and inside(name, right)
+    ]
+    assert broken == []
+
+
+def test_there_is_no_circle_of_modules():
+    """Not even one that is held apart by imports inside of functions."""
+    names = {module.removesuffix(".__init__") for module, _ in modules()}
+    graph = {
+        module.removesuffix(".__init__"): {
+            name if name in names else name.rpartition(".")[0] for name in imported
         }
-        assert not imported & set(forbidden), module
+        & names
+        for module, imported in modules()
+        if module != "__init__"
+    }
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_no_package_is_called_like_a_public_verb():
+    """Importing it would put the package where the verb is expected: `lingconv.plan`."""
+    packages = {path.name for path in (ROOT / "lingconv").iterdir() if path.is_dir()}
+    assert not packages & set(lingconv.__all__)
+
+
+def test_planning_imports_no_numbers():
+    code = (
+        "import sys, lingconv.planner.planner, lingconv.containers.registry as registry\n"
+        "list(registry.built_in())\n"
+        "print(*{'numpy', 'numba', 'torch', 'huggingface_hub', 'gguf'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
+
+
+def test_only_the_command_line_prints():
     for path in (ROOT / "lingconv").rglob("*.py"):
-        if "cli" not in path.parts and path.name not in ("__main__.py", "demo.py"):
+        if "cli" not in path.parts and path.name != "__main__.py":
             assert "lingconv.cli" not in path.read_text(), path

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lingconv import CheckpointError, ConvertOptions, Fp8Options, Plan, UsageError
 from lingconv.api import open_model, plan, synthetic_model
-from lingconv.containers.registry import header
 from lingconv.planner.planner import build_plan
 from lingconv.plans.lowering import STRIP_BYTES, CopyStrip, lower, strip_memory
+from tests.support import header_of
 
 options = st.builds(
     ConvertOptions,
@@ -50,7 +50,7 @@ def test_every_byte_is_planned_once_and_plans_survive_json(model, options):
     assert again.digest == built.digest
     for file in built.files:
         covered = sorted(_ranges(file))
-        position = len(header(file))
+        position = len(header_of(file))
         for start, stop in covered:
             assert start == position
             position = stop

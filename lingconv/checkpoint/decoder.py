@@ -1,25 +1,21 @@
-"""Stored rows -> numbers: the reading half of every conversion and of every proof.
+"""Numbers from stored rows: the reading half of every conversion and of every proof.
 
 Rows come as BF16 bits (uint16) where nothing is lost by it, else as float32; the caller chooses by
-the array that it wants filled, and one table says how to get there.
+the array that it wants filled, and the codec of each encoding knows how to get there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from lingconv.checkpoint.transposed import read_rows
-from lingconv.encodings import Fp8, Ggml, Plain
+from lingconv.encodings.codec import BF16_BITS, F32
 from lingconv.encodings.dtypes import DType
-from lingconv.encodings.kernels import fp8_decode, ggml_decode, numeric
 from lingconv.encodings.plain import PLAIN
 from lingconv.plans.tensor_map import MatrixSlice, StoredMatrix, side_by_side
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 
-BF16_BITS = np.dtype(np.uint16)
-F32 = np.dtype(np.float32)
+__all__ = ["BF16_BITS", "F32", "Decoder", "Nonfinite", "source_of"]
 
 
 class Nonfinite(NamedTuple):
@@ -42,7 +38,7 @@ class Decoder:
     """Reads and decodes rows; one Decoder per thread, because it reuses its buffers."""
 
     def __init__(self, arena: Arena, blobs: Mapping[str, Blob]) -> None:
-        self._arena = arena
+        self.arena = arena
         self._blobs = blobs
 
     def fill(self, segments: Sequence[MatrixSlice], first: int, values: Array) -> Nonfinite | None:
@@ -89,7 +85,7 @@ class Decoder:
         source = segment.source
         if segment.is_whole_rows and into.flags.c_contiguous:
             return self._decode(source, segment.first_row, into)
-        whole = self._arena.take("window", (segment.num_rows, source.cols), into.dtype)
+        whole = self.arena.take("window", (segment.num_rows, source.cols), into.dtype)
         met = self._decode(source, segment.first_row, whole)
         left = segment.first_col
         into[...] = whole[:, left : left + segment.num_cols]
@@ -101,87 +97,35 @@ class Decoder:
         self._blobs[extent.file].read_into(extent.offset + offset, as_bytes(into))
 
     def scales(self, source: StoredMatrix, first: int, num_rows: int) -> Array:
-        """Return the scales of `num_rows` rows of an FP8 matrix from `first` on, as float32."""
-        encoding = cast("Fp8", source.encoding)
-        top, bottom = encoding.scale_rows(first, num_rows, source.height)
-        width = encoding.grid(source.height, source.cols)[1]
-        stored = _SCALE_STORAGE[encoding.scale_dtype]
-        raw = self._arena.take("scales in", (bottom - top, width), stored)
-        self.read(source, 1, top * width * raw.itemsize, raw)
-        return decode_scales(raw, encoding.scale_dtype)
+        """Return the scales of `num_rows` rows of a matrix from `first` on, as float32."""
+        return source.encoding.codec.scales(_Rows(self, source), first, num_rows)
 
     def _decode(self, source: StoredMatrix, row: int, values: Array) -> Nonfinite | None:
-        encoding = source.encoding
-        kind = encoding.dtype if isinstance(encoding, Plain) else encoding.kind
-        nonfinite = _DECODERS[kind, values.dtype](self, source, row, values)
-        return Nonfinite(source, row) if nonfinite else None
+        met = source.encoding.codec.decode(_Rows(self, source), row, values)
+        return Nonfinite(source, row) if met else None
 
-    def _read_elements(self, source: StoredMatrix, row: int, into: Array) -> None:
-        read_rows(self._arena, self._blobs, source, row, into)
-
-    def _plain(self, source: StoredMatrix, row: int, values: Array) -> int:
-        self._read_elements(source, row, values)
-        return 0  # nobody has to look at the values to read them
-
-    def _bf16_to_f32(self, source: StoredMatrix, row: int, values: Array) -> int:
-        stored = self._arena.take("read", values.shape, np.uint16)
-        self._read_elements(source, row, stored)
-        return numeric.bf16_to_f32(stored.reshape(-1), values.reshape(-1))
-
-    def _f16_to_f32(self, source: StoredMatrix, row: int, values: Array) -> int:
-        stored = self._arena.take("read", values.shape, np.float16)
-        self._read_elements(source, row, stored)
-        np.copyto(values, stored)
-        return not np.isfinite(stored).all()
-
-    def _fp8(self, source: StoredMatrix, row: int, values: Array) -> int:
-        codes = self._arena.take("read", values.shape, np.uint8)
-        self._read_elements(source, row, codes)
-        encoding = cast("Fp8", source.encoding)
-        height = source.height
-        block_rows, block_cols = encoding.block(height, source.cols)
-        nonfinite = 0
-        for done, count, inner in encoding.by_matrix(row, len(values), height):
-            part = slice(done, done + count)
-            nonfinite += fp8_decode.dequantize(
-                codes[part],
-                self.scales(source, row + done, count),
-                values[part],
-                block_rows,
-                block_cols,
-                inner % block_rows,
-            )
-        return nonfinite
-
-    def _ggml(self, source: StoredMatrix, row: int, values: Array) -> int:
-        kind = cast("Ggml", source.encoding).type
-        count = values.size // kind.elements
-        blocks = self._arena.take("read", (count, kind.nbytes), np.uint8)
-        self.read(source, 0, row * values.shape[1] // kind.elements * kind.nbytes, blocks)
-        ggml_decode.dequantize(kind, blocks, values.reshape(count, kind.elements))
-        return numeric.count_beyond(values.reshape(-1), 128)
+    def read_rows(self, source: StoredMatrix, row: int, into: Array) -> None:
+        """Fill `into` with the stored elements of rows from `row` on."""
+        read_rows(self.arena, self._blobs, source, row, into)
 
 
-_DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
-    (DType.BF16, BF16_BITS): Decoder._plain,
-    (DType.BF16, F32): Decoder._bf16_to_f32,
-    (DType.F16, F32): Decoder._f16_to_f32,
-    (DType.F32, F32): Decoder._plain,
-    ("fp8", BF16_BITS): Decoder._fp8,
-    ("fp8", F32): Decoder._fp8,
-    ("ggml", F32): Decoder._ggml,
-}
+class _Rows:
+    """One stored matrix, as its codec reads it."""
+
+    __slots__ = ("_decoder", "_source", "buffers", "cols", "height")
+
+    def __init__(self, decoder: Decoder, source: StoredMatrix) -> None:
+        self._decoder = decoder
+        self._source = source
+        self.height = source.height
+        self.cols = source.cols
+        self.buffers = decoder.arena
+
+    def read_rows(self, first: int, into: Array) -> None:
+        self._decoder.read_rows(self._source, first, into)
+
+    def read(self, part: int, offset: int, into: Array) -> None:
+        self._decoder.read(self._source, part, offset, into)
+
+
 _BARE = (PLAIN[DType.BF16], PLAIN[DType.F32])
-_SCALE_STORAGE = {DType.F32: np.float32, DType.BF16: np.uint16, DType.F8_E8M0: np.uint8}
-
-
-def decode_scales(raw: Array, dtype: DType) -> Array:
-    """Return stored scales as float32. E8M0 code e is 2^(e - 127), 255 is NaN (OCP MX v1.0)."""
-    if dtype == DType.BF16:
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    if dtype == DType.F8_E8M0:
-        bits = raw.astype(np.uint32) << 23
-        bits[raw == 0] = 0x00400000  # 2^-127 is subnormal in float32
-        bits[raw == 255] = 0x7FC00000
-        return bits.view(np.float32)
-    return raw

@@ -7,7 +7,7 @@ from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
-from lingconv.encodings.dtypes import DType, GgmlType
+from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
 from lingconv.encodings.name_pattern import Pattern
@@ -104,9 +104,8 @@ class Matcher:
             return None
         scale = scales[0]
         axes = 3 if tensor.stack else 2
-        if isinstance(scale.dtype, GgmlType) or (
-            scale.dtype not in SCALE_DTYPES or len(held.shape) != axes or tensor.turned
-        ):
+        dtype = SCALE_DTYPES.get(scale.dtype)
+        if dtype is None or len(held.shape) != axes or tensor.turned:
             turned = "transposed " if tensor.turned else ""
             message = f"{scale.dtype} scale of {turned}FP8 with {len(held.shape)} axes is not read"
             self._fault("scale", message, scale)
@@ -114,7 +113,7 @@ class Matcher:
         encoding = recognise_fp8(
             held.shape,
             scale.name.removeprefix(held.name),
-            scale.dtype,
+            dtype,
             scale.shape,
             self.block,
             power_of_two=self.stated is not None and self.stated.power_of_two,
@@ -152,7 +151,7 @@ class Matcher:
 
     def _check_stated(self) -> None:
         """Compare config.json's word with the tensors: FP8 or not, and which dtype."""
-        fp8 = [item.name for item in self.stored.values() if isinstance(item.encoding, Fp8)]
+        fp8 = [item.name for item in self.stored.values() if item.encoding.has_scales]
         if fp8 and self.stated is None and not self.faults:
             message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))

@@ -1,6 +1,6 @@
 """A checkpoint as it is stored: files, physical tensors, config. Headers only.
 
-`readers/` makes one of a folder or a file; what its tensors mean is `model.py`'s.
+A format's reader makes one; what its tensors mean is found out by `checkpoint/`.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,9 @@ class LeftOut(NamedTuple):
 class Checkpoint:
     """What a folder holds: `shards` are read, `side_files` carried over, `ignored` left behind.
 
-    `metadata` are the key-values of GGUF files, `args` the arguments in Megatron's; other
-    checkpoints have None. `left_out` is what Megatron's files hold besides weights, by kind;
+    `format` is the name of the format that read it. `metadata` are the key-values of GGUF files,
+    `args` the arguments in Megatron's; other checkpoints have None. `left_out` is what Megatron's
+    files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
     `revision` is what is known of the version, in words.
     """
@@ -37,6 +38,7 @@ class Checkpoint:
     side_files: Mapping[str, FileStat]
     ignored: Mapping[str, tuple[FileStat, str]]
     faults: tuple[Fault, ...]
+    format: str = "safetensors"
     metadata: Metadata | None = None
     args: Mapping[str, Any] | None = None
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)

@@ -6,21 +6,23 @@ from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.plans.plan import OutputFile, Transfer
 from lingconv.plans.tensor_map import ByteRange
 
-_Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
+# A transfer whose target has no place yet, and the tensors that it fills.
+Unplaced = tuple[Transfer, tuple[TensorSpec, ...]]
 
 
-def _cut(
+def cut(
     transfers: Iterable[Transfer], max_bytes: int | None, max_tensors: int
-) -> Iterator[list[_Unplaced]]:
+) -> Iterator[list[Unplaced]]:
     """Yield what goes into each file: never nothing, even if there are no transfers at all."""
     unplaced = ((transfer, transfer.target.specs()) for transfer in transfers)
-    return _cut_specs(unplaced, max_bytes, max_tensors)
+    return cut_specs(unplaced, max_bytes, max_tensors)
 
 
-def _cut_specs(
-    unplaced: Iterable[_Unplaced], max_bytes: int | None, max_tensors: int
-) -> Iterator[list[_Unplaced]]:
-    shard: list[_Unplaced] = []
+def cut_specs(
+    unplaced: Iterable[Unplaced], max_bytes: int | None, max_tensors: int
+) -> Iterator[list[Unplaced]]:
+    """Yield what goes into each file: as much as fits into `max_bytes` and `max_tensors`, or 0."""
+    shard: list[Unplaced] = []
     filled = 0
     for transfer, specs in unplaced:
         nbytes = sum(spec.nbytes for spec in specs)
@@ -33,9 +35,9 @@ def _cut_specs(
     yield shard
 
 
-def _place(
+def place(
     name: str,
-    shard: list[_Unplaced],
+    shard: list[Unplaced],
     ordered: list[TensorSpec],
     start: int,
     space_of: Callable[[TensorSpec], int],

@@ -1,15 +1,19 @@
 """How the numbers of a matrix are stored: plain floats, FP8 with scales, ggml's blocks.
 
-An encoding is a frozen value that answers, without any data, which physical tensors hold a matrix
-of a given shape and in which units of rows it can be worked on. The arithmetic is in `kernels/`.
+`base.Encoding` is the frozen value, `codec.Codec` its arithmetic, `kernels/` the compiled loops.
+Another package adds a kind by an entry point of the group `lingconv.encodings` that names a
+subclass of Encoding.
 """
 
+from functools import cache
+from importlib.metadata import entry_points
+
+from lingconv.encodings.base import Encoding
 from lingconv.encodings.dtypes import DTYPES, GgmlType, StoredType
 from lingconv.encodings.fp8 import Fp8, ScaleShape
 from lingconv.encodings.ggml import Ggml
-from lingconv.encodings.plain import FLOATS, PLAIN, Plain
-
-Encoding = Plain | Fp8 | Ggml
+from lingconv.encodings.plain import PLAIN, Plain
+from lingconv.errors import UsageError
 
 __all__ = [
     "Encoding",
@@ -20,18 +24,10 @@ __all__ = [
     "encoding_from_json",
     "encoding_of",
     "encoding_to_json",
-    "is_decodable",
 ]
 
-# Their elements mean little without a scale of the whole tensor, which is stored apart.
-_INCOMPLETE = (GgmlType.NVFP4,)
-
-
-def is_decodable(encoding: Encoding) -> bool:
-    """Return whether numbers can be read from it: all but plain integers and what is incomplete."""
-    if isinstance(encoding, Ggml):
-        return encoding.type not in _INCOMPLETE
-    return isinstance(encoding, Fp8) or encoding.dtype in FLOATS
+ENTRY_POINTS = "lingconv.encodings"
+_BUILT_IN: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Plain, Fp8, Ggml)}
 
 
 def encoding_of(kind: StoredType) -> Plain | Ggml:
@@ -47,6 +43,18 @@ def encoding_to_json(encoding: Encoding) -> dict[str, object]:
 
 
 def encoding_from_json(value: dict[str, object]) -> Encoding:
-    """Return the encoding that `encoding_to_json` described."""
-    kinds: dict[object, type[Encoding]] = {kind.kind: kind for kind in (Plain, Fp8, Ggml)}
-    return kinds[value["kind"]].from_json(value)
+    """Return the encoding that `encoding_to_json` described.
+
+    Raises UsageError for a kind that no installed package has.
+    """
+    return _kind_named(str(value["kind"])).from_json(value)
+
+
+@cache
+def _kind_named(name: str) -> type[Encoding]:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        kind: type[Encoding] = point.load()
+        return kind
+    raise UsageError(f"no encoding is called `{name}`", hint="install the package that brings it")

@@ -11,16 +11,26 @@ its name suggests. A block is (rows, cols); a channel scale is the block (1, all
     compressed-tensors  X.weight_scale            1 x all     BF16 (F32 is read too), [out, 1]
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.encodings.base import EXACT, Encoding, ErrorUnit, Limit
+from lingconv.encodings.dtypes import DTYPES, E4M3_MAX, DType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
-SCALE_DTYPES = (DType.F32, DType.BF16, DType.F8_E8M0)
+SCALE_DTYPES: dict[StoredType, DType] = {
+    dtype: dtype for dtype in (DType.F32, DType.BF16, DType.F8_E8M0)
+}
+
+# Rounding to nearest is off by at most 2^-4, 0.0361 over a tensor. A little more is allowed,
+# because llm-compressor rounds quotients to BF16 before it rounds them to e4m3, which moves about
+# 3 % of its codes by one step.
+_SUBNORMAL_STEP = 2.0**-9
+_ROUNDED_ONCE = Limit(0.07, _SUBNORMAL_STEP, 0.04)
+_ROUNDED_TWICE = Limit(0.14, 2 * _SUBNORMAL_STEP, 0.08)
 
 
 class ScaleShape(StrEnum):
@@ -33,10 +43,17 @@ class ScaleShape(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8:
+class Fp8(Encoding):
     """E4M3 elements with scales: `block_cols` 0 means a whole row, `block_rows` 0 all rows."""
 
     kind: ClassVar[str] = "fp8"
+    codec_path: ClassVar[str] = "lingconv.encodings.codecs.fp8:Fp8Codec"
+    gpu_path: ClassVar[str] = "lingconv.encodings.codecs.gpu:Fp8GpuCodec"
+    is_quantized: ClassVar[bool] = True
+    has_scales: ClassVar[bool] = True
+    error_unit: ClassVar[ErrorUnit] = ErrorUnit.SCALE
+    # A code of 448 stands for anything up to half a step beyond it; what is larger was cut off.
+    saturation: ClassVar[float] = E4M3_MAX + 16.0
     block_rows: int
     block_cols: int
     scale_suffix: str
@@ -53,6 +70,20 @@ class Fp8:
         return f"fp8-{block} {self.scale_dtype.lower()}{power} scales"
 
     @property
+    def stored_types(self) -> tuple[StoredType, ...]:
+        """E4M3, and the dtype of scales."""
+        return (DType.F8_E4M3, self.scale_dtype)
+
+    @property
+    def intended_dtype(self) -> DType:
+        """BF16: models were quantized from it, and runtimes multiply in it."""
+        return DType.BF16
+
+    def works_in_f32(self, sources: Collection[Encoding]) -> bool:
+        """Return whether amax has to be found in float32: of what is quantized, or no BF16."""
+        return any(source.is_quantized or not source.fits_bf16 for source in sources)
+
+    @property
     def row_multiple(self) -> int:
         """Rows that must be encoded together."""
         return self.block_rows or 1
@@ -65,6 +96,36 @@ class Fp8:
         """Return how many blocks cover a matrix of rows x cols; edge blocks are smaller."""
         block_rows, block_cols = self.block(rows, cols)
         return -(-rows // block_rows), -(-cols // block_cols)
+
+    def part_rows(self, part: int, first: int, num_rows: int, height: int) -> tuple[int, int]:
+        """Return the same rows of the elements, and the rows of blocks of the scales."""
+        if part == 0:
+            return first, first + num_rows
+        return self.scale_rows(first, num_rows, height)
+
+    @property
+    def has_block_scales(self) -> bool:
+        """Whether there is more than one scale for a matrix."""
+        return self.block_rows > 0
+
+    @property
+    def has_power_of_two_scales(self) -> bool:
+        """Whether the config or the scales' dtype says so."""
+        return self.power_of_two
+
+    def scale_width(self, cols: int) -> int:
+        """Return the columns of a block."""
+        return self.block_cols or cols
+
+    def blocks(self, height: int, cols: int) -> tuple[int, int]:
+        """Return the blocks of the scales, where a matrix has more than one."""
+        return self.block(height, cols) if self.has_block_scales else self.figure_block
+
+    def error_limit(self, source: Encoding) -> Limit:
+        """Return what rounding to e4m3 costs, once or twice."""
+        if self.can_hold(source):
+            return EXACT
+        return _ROUNDED_TWICE if source.has_scales else _ROUNDED_ONCE
 
     def scale_rows(self, first: int, num_rows: int, height: int) -> tuple[int, int]:
         """Return the first row of the scales of `num_rows` rows from `first` on, and their end.
@@ -121,7 +182,7 @@ class Fp8:
         """Return the names of those tensors."""
         return (name, name + self.scale_suffix)
 
-    def can_hold(self, other: object) -> bool:
+    def can_hold(self, other: Encoding) -> bool:
         """Return whether bytes of encoding `other` are valid in this one as they are.
 
         Names are not bytes: the two dialects' blocks differ in nothing else.

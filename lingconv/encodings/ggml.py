@@ -3,15 +3,45 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.encodings.dtypes import GGML_TYPES, GgmlType
+from lingconv.encodings.base import EXACT, Encoding, ErrorUnit, Limit
+from lingconv.encodings.dtypes import GGML_TYPES, GgmlType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
+
+# Their elements mean little without a scale of the whole tensor, which is stored apart.
+_INCOMPLETE = (GgmlType.NVFP4,)
+
+# What a right conversion may be off by: an element by a share of the largest magnitude in its
+# block, the whole tensor by a relative error. The numbers are a third above the largest that
+# weights came to: normal, Laplace, Student's t (2 and 3), uniform, log-normal, sparse, positive.
+_ERRORS = {
+    GgmlType.Q8_0: (0.0065, 0.018),
+    GgmlType.Q6_K: (0.036, 0.044),
+    GgmlType.Q5_1: (0.045, 0.075),
+    GgmlType.Q5_0: (0.085, 0.09),
+    GgmlType.Q5_K: (0.1, 0.065),
+    GgmlType.Q4_1: (0.09, 0.16),
+    GgmlType.Q4_0: (0.17, 0.17),
+    GgmlType.Q4_K: (0.17, 0.125),
+    GgmlType.IQ4_NL: (0.18, 0.14),
+    GgmlType.IQ4_XS: (0.2, 0.14),
+    GgmlType.MXFP4: (0.34, 0.24),
+    GgmlType.Q3_K: (0.37, 0.25),
+    GgmlType.Q2_K: (0.85, 0.5),
+}
+# Ternary types, and those that are only read: a block's largest magnitude bounds what can be said.
+_COARSEST = (1.0, 1.0)
+_BF16_STEP = 2.0**-8  # FP8 weights are rounded to BF16 before
 
 
 @dataclass(frozen=True, slots=True)
-class Ggml:
+class Ggml(Encoding):
     """Elements in blocks of `type`, row by row. Types without blocks are `Plain`, not this."""
 
     kind: ClassVar[str] = "ggml"
+    codec_path: ClassVar[str] = "lingconv.encodings.codecs.ggml:GgmlCodec"
+    is_quantized: ClassVar[bool] = True
+    encodes_from_f32: ClassVar[bool] = True
+    error_unit: ClassVar[ErrorUnit] = ErrorUnit.PEAK
     type: GgmlType
 
     @property
@@ -20,9 +50,19 @@ class Ggml:
         return self.type.lower()
 
     @property
-    def row_multiple(self) -> int:
-        """Rows that must be encoded together."""
-        return 1
+    def stored_types(self) -> tuple[StoredType, ...]:
+        """The type."""
+        return (self.type,)
+
+    @property
+    def is_decodable(self) -> bool:
+        """Whether blocks hold all that their numbers need."""
+        return self.type not in _INCOMPLETE
+
+    @property
+    def col_multiple(self) -> int:
+        """Elements of a block."""
+        return self.type.elements
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of a row of `cols` elements, as many as whole blocks have."""
@@ -32,13 +72,16 @@ class Ggml:
         """Return the physical tensors that hold a matrix: just itself."""
         return (tensor_spec(name, self.type, shape),)
 
-    def names(self, name: str) -> tuple[str, ...]:
-        """Return the names of those tensors."""
-        return (name,)
+    def blocks(self, height: int, cols: int) -> tuple[int, int]:
+        """Return ggml's own blocks."""
+        return 1, self.type.elements
 
-    def can_hold(self, other: object) -> bool:
-        """Return whether bytes of encoding `other` are valid in this one as they are."""
-        return self == other
+    def error_limit(self, source: Encoding) -> Limit:
+        """Return the limit of the type, a share of each block's largest magnitude."""
+        if self.can_hold(source):
+            return EXACT
+        share, rel_error = _ERRORS.get(self.type, _COARSEST)
+        return Limit(_BF16_STEP if source.has_scales else 0.0, share, rel_error)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

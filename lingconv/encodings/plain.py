@@ -1,20 +1,43 @@
 """Plain encodings: one number per element, no scales."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.encodings.base import EXACT, Encoding, Limit
+from lingconv.encodings.dtypes import DTYPES, DType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
 # What can be decoded to numbers; tensors of any other dtype are only ever copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)
 
+# Dtypes whose every number a dtype holds.
+_HOLDS = {
+    DType.F32: (DType.BF16, DType.F16, DType.F32),
+    DType.BF16: (DType.BF16,),
+    DType.F16: (DType.F16,),
+}
+_F16_SUBNORMAL = 2.0**-24
+# Rounding to nearest: half a unit in the last place, and what subnormal numbers lose. FP8 weights
+# are products that are rounded twice.
+_ROUNDED = {
+    DType.BF16: Limit(2.0**-8 * 1.001, 1e-38, 2.0**-8),
+    DType.F16: Limit(2.0**-11 * 1.001, _F16_SUBNORMAL, 2.0**-9),
+}
+_FROM_SCALED = {
+    **_ROUNDED,
+    DType.BF16: Limit(2.0**-7, 1e-38, 2.0**-8),
+    DType.F32: Limit(2.0**-22, 1e-38, 2.0**-22),
+}
+
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(Encoding):
     """Elements of `dtype`, row by row."""
 
     kind: ClassVar[str] = "plain"
+    codec_path: ClassVar[str] = "lingconv.encodings.codecs.plain:PlainCodec"
+    gpu_path: ClassVar[str] = "lingconv.encodings.codecs.gpu:PlainGpuCodec"
     dtype: DType
 
     @property
@@ -23,9 +46,30 @@ class Plain:
         return self.dtype.lower()
 
     @property
-    def row_multiple(self) -> int:
-        """Rows that must be encoded together."""
-        return 1
+    def stored_types(self) -> tuple[StoredType, ...]:
+        """The dtype."""
+        return (self.dtype,)
+
+    @property
+    def is_decodable(self) -> bool:
+        """Whether the elements are floats."""
+        return self.dtype in FLOATS
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def fits_bf16(self) -> bool:
+        """Whether it is BF16."""
+        return self.dtype == DType.BF16
+
+    def works_in_f32(self, sources: Collection[Encoding]) -> bool:
+        """Return whether there is anything but BF16 on either side."""
+        if self.dtype != DType.BF16:
+            return True
+        return not all(source.fits_bf16 for source in sources)
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of a row of `cols` elements."""
@@ -35,13 +79,12 @@ class Plain:
         """Return the physical tensors that hold a matrix: just itself."""
         return (tensor_spec(name, self.dtype, shape),)
 
-    def names(self, name: str) -> tuple[str, ...]:
-        """Return the names of those tensors."""
-        return (name,)
-
-    def can_hold(self, other: object) -> bool:
-        """Return whether bytes of encoding `other` are valid in this one as they are."""
-        return self == other
+    def error_limit(self, source: Encoding) -> Limit:
+        """Return half a unit in the last place, for numbers that this dtype may have to round."""
+        if isinstance(source, Plain) and source.dtype in _HOLDS.get(self.dtype, (self.dtype,)):
+            return EXACT
+        limits = _FROM_SCALED if source.has_scales else _ROUNDED
+        return limits.get(self.dtype, EXACT)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

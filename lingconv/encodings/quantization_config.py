@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lingconv.encodings.base import Encoding
 from lingconv.encodings.fp8 import Fp8
 from lingconv.encodings.name_pattern import Pattern
 
@@ -101,13 +102,14 @@ def _block(value: Any) -> tuple[int, int]:
     return rows, cols
 
 
-def build(encodings: Sequence[Fp8], kept_modules: Sequence[str]) -> dict[str, Any]:
+def build(encodings: Sequence[Encoding], kept_modules: Sequence[str]) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint.
 
     `encodings` are those of all quantized weights (at least one, all of one dialect and block),
     `kept_modules` the full paths of the linear modules that are not quantized.
     """
-    first = encodings[0]
+    scaled = [encoding for encoding in encodings if isinstance(encoding, Fp8)]
+    first = scaled[0]
     if dialect_of(first) == COMPRESSED_TENSORS:
         return _build_compressed_tensors(first, kept_modules)
     config: dict[str, Any] = {
@@ -117,7 +119,7 @@ def build(encodings: Sequence[Fp8], kept_modules: Sequence[str]) -> dict[str, An
         "weight_block_size": [first.block_rows, first.block_cols],
         "modules_to_not_convert": list(kept_modules),
     }
-    if all(encoding.power_of_two for encoding in encodings):
+    if all(encoding.power_of_two for encoding in scaled):
         config["scale_fmt"] = "ue8m0"
     return config
 

@@ -1,4 +1,4 @@
-"""tensor_spec."""
+"""`TensorSpec`: name, type and shape of a tensor that a file is going to hold."""
 
 from typing import NamedTuple
 

@@ -5,19 +5,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings import (
-    Encoding,
-    Fp8,
-    Ggml,
-    Plain,
-    encoding_of,
-    is_decodable,
-    quantization_config,
-)
+from lingconv.containers.registry import format_for
+from lingconv.encodings import Encoding, Fp8, Plain, encoding_of, quantization_config
 from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, GgufTensor, ModelSize, choose_types
 from lingconv.encodings.name_pattern import Pattern
 from lingconv.encodings.plain import PLAIN
+from lingconv.encodings.scaling import Scaling
 from lingconv.errors import UsageError
 from lingconv.model.family import ScalePolicy
 from lingconv.model.layout import HF, Layout, PhysicalTensor
@@ -31,7 +25,7 @@ from lingconv.plans.options import (
     Target,
     TargetDType,
 )
-from lingconv.plans.plan import Scaling, Term
+from lingconv.plans.plan import Term
 from lingconv.plans.tensor_map import MatrixSlice
 
 _PLAIN_SCALING = Scaling(0.0, power_of_two=False)
@@ -52,14 +46,17 @@ class EncodingChoice:
         symbols: Mapping[str, Any],
         options: ConvertOptions,
     ) -> None:
-        self.mix = _choose_mix(model, options) if options.layout == Target.GGUF else None
+        self._format = format_for(options.layout)
+        self.file_type = _file_type(model, options) if options.layout == Target.GGUF else None
         self._model = model
         self._layout = layout
         self._options = options
         self._ignore = [Pattern(text) for text in options.fp8.ignore]
         self._scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
         self._fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
-        self._types = _choose_types(layout, symbols, options, self.mix) if self.mix else {}
+        self._types = (
+            _choose_types(layout, symbols, options, self.file_type) if self.file_type else {}
+        )
 
     def choose(
         self, tensor: PhysicalTensor, terms: tuple[Term, ...], *, is_average: bool
@@ -73,16 +70,16 @@ class EncodingChoice:
         found = segments[0].source.encoding
         target, scaling = self._encoding(tensor, found)
         copies = not is_average and _is_copy(tensor, segments, target)
-        if copies and isinstance(target, Fp8) and isinstance(found, Fp8):
-            target = self._fp8[found.power_of_two] if self._options.dtype else found
-        if is_average and not self._options.dtype and isinstance(target, Fp8):
+        if copies and target.has_scales:
+            target = self._fp8[found.has_power_of_two_scales] if self._options.dtype else found
+        if is_average and not self._options.dtype and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is {target.label} in the last checkpoint",
                 hint="say what the average is to be stored in: `--dtype bf16` (or fp8)",
             )
         if not copies:
             self._check_decoding(tensor, terms, target, is_average=is_average)
-        if tensor.turned and isinstance(target, Fp8):
+        if tensor.turned and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
                 hint="add `--dtype bf16`, or stack experts otherwise (`--experts-as`)",
@@ -111,15 +108,16 @@ class EncodingChoice:
         self, tensor: PhysicalTensor, terms: Iterable[Term], target: Encoding, *, is_average: bool
     ) -> None:
         found = {segment.source.encoding for term in terms for segment in term.segments}
-        keeps = not self._options.dtype and not self.mix and not self._model.own_dtype
+        keeps = not self._options.dtype and not self.file_type and not self._model.own_dtype
         if keeps and not is_average:
             self._check_kept(tensor, found)
         for source in found:
-            if not is_decodable(source):
+            if not source.is_decodable:
                 raise ValueError(f"{source.label} cannot be converted to {target.label}")
-            fp8_again = isinstance(source, Fp8) and isinstance(target, Fp8)
-            blocks_again = isinstance(source, Ggml) and isinstance(target, Fp8 | Ggml)
-            if (fp8_again or blocks_again) and not self._options.allow_requantize:
+            # Models that were trained in FP8 become GGUF this way: a note, no error.
+            again = source.is_quantized and target.is_quantized
+            usual = source.has_scales and not target.has_scales
+            if again and not usual and not self._options.allow_requantize:
                 raise UsageError(
                     f"{tensor.name} is {source.label} already; {target.label} would round it twice",
                     hint="convert from the BF16 original, or pass `--allow-requantize`",
@@ -133,7 +131,7 @@ class EncodingChoice:
                 f"{tensor.name} is made of tensors in {labels}",
                 hint="say what it is to be stored in: `--dtype bf16`",
             )
-        if any(isinstance(encoding, Fp8) for encoding in found) and self._layout.base == HF:
+        if any(encoding.has_scales for encoding in found) and self._layout.base == HF:
             raise UsageError(
                 f"{tensor.name} is made of FP8 blocks that do not end where one tensor follows"
                 " another",
@@ -142,24 +140,24 @@ class EncodingChoice:
 
     def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
         """Return the target encoding of a tensor, and how its scales are chosen."""
-        if self.mix:
+        if self.file_type:
             return encoding_of(self._types[tensor.name]), _PLAIN_SCALING
         dtype = self._options.dtype
-        if isinstance(found, Ggml) and not dtype:
-            raise UsageError(
-                f"{tensor.name} is {found.label}, which safetensors does not hold",
-                hint="add `--dtype bf16` (or f32, f16, fp8)",
-            )
-        if isinstance(found, Fp8) and not dtype and self._options.is_megatron:
-            return PLAIN[DType.BF16], _PLAIN_SCALING
-        if not dtype or (tensor.keep_dtype and isinstance(found, Plain)):
+        if not dtype and not self._format.holds(found):
+            if found.intended_dtype is None:
+                raise UsageError(
+                    f"{tensor.name} is {found.label}, which {self._format.name} does not hold",
+                    hint="add `--dtype bf16` (or f32, f16, fp8)",
+                )
+            return PLAIN[found.intended_dtype], _PLAIN_SCALING
+        if not dtype or (tensor.keep_dtype and not found.is_quantized):
             own = None if tensor.keep_dtype else self._model.own_dtype
             return Plain(own) if own else found, _PLAIN_SCALING
         if dtype != TargetDType.FP8:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), _PLAIN_SCALING
         if not self._quantizes(tensor):
             # GGUF keeps norms and routers in F32, whatever they were.
-            kept = isinstance(found, Plain) and self._model.layout.base == HF
+            kept = not found.is_quantized and self._model.layout.base == HF
             return found if kept else PLAIN[DType.BF16], _PLAIN_SCALING
         scaling = self._scaling(tensor)
         return self._fp8[scaling.power_of_two], scaling
@@ -203,8 +201,8 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
     )
 
 
-def _choose_mix(model: Model, options: ConvertOptions) -> FileType:
-    """Return the mix that was asked for; `auto` is the 16-bit float that the weights are in."""
+def _file_type(model: Model, options: ConvertOptions) -> FileType:
+    """Return the file type that was asked for; `auto` is the 16-bit float of the weights."""
     if options.gguf.outtype != AUTO:
         return FILE_TYPES[options.gguf.outtype]
     f16 = PLAIN[DType.F16]
@@ -213,14 +211,14 @@ def _choose_mix(model: Model, options: ConvertOptions) -> FileType:
 
 
 def _choose_types(
-    layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, mix: FileType
+    layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, file_type: FileType
 ) -> dict[str, GgmlType]:
     """Return the type of every tensor of a GGUF target."""
     size = ModelSize(
         symbols["all_layers"], symbols["experts"], symbols["heads"], symbols["kv_heads"]
     )
     tensors = [GgufTensor(name, tensor.stored_shape) for name, tensor in layout.tensors.items()]
-    return choose_types(tensors, mix, size, options.gguf.overrides())
+    return choose_types(tensors, file_type, size, options.gguf.overrides())
 
 
 def _is_copy(tensor: PhysicalTensor, segments: Iterable[MatrixSlice], target: Encoding) -> bool:
@@ -230,7 +228,7 @@ def _is_copy(tensor: PhysicalTensor, segments: Iterable[MatrixSlice], target: En
     """
     if not all(target.can_hold(segment.source.encoding) for segment in segments):
         return False
-    if not isinstance(target, Fp8):
+    if not target.has_scales:
         return True
     row = 0
     for segment in segments:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings import Fp8, Plain, quantization_config
+from lingconv.encodings import quantization_config
 from lingconv.model.family import PhysicalName
 from lingconv.model.layout import HF, Layout
 from lingconv.plans.options import ConvertOptions, Mtp, TargetDType
@@ -26,21 +26,23 @@ def target_config(
     if options.dtype in _DTYPES:
         key = "dtype" if "dtype" in config else "torch_dtype"
         config[key] = _DTYPES[TargetDType(options.dtype)]
-    fp8 = [t.target.encoding for t in transfers if isinstance(t.target.encoding, Fp8)]
-    if not fp8:
+    scaled = [t for t in transfers if t.target.encoding.has_scales]
+    if not scaled:
         config.pop(quantization_config.KEY, None)
         return config
     kept = [
         transfer.target.name.removesuffix(".weight")
         for transfer in transfers
-        if isinstance(transfer.target.encoding, Plain)
+        if not transfer.target.encoding.is_quantized
         and layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
     ]
     stated = config.get(quantization_config.KEY)
     if options.dtype or options.mtp == Mtp.ONLY:
-        config[quantization_config.KEY] = quantization_config.build(fp8, kept)
+        config[quantization_config.KEY] = quantization_config.build(
+            [t.target.encoding for t in scaled], kept
+        )
     elif stated and model.layout.name != layout.name:
-        quantized = [t.target.name for t in transfers if isinstance(t.target.encoding, Fp8)]
+        quantized = [transfer.target.name for transfer in scaled]
         config[quantization_config.KEY] = quantization_config.with_kept(stated, kept, quantized)
     return config
 

@@ -5,14 +5,14 @@ a shard, nor of the model. Pure, like the plan.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from lingconv.encodings import Encoding, Fp8, Ggml, Plain
+from lingconv.encodings import Encoding
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import ResourceError
 from lingconv.plans.plan import OutputFile, Plan, Term, Transfer, in_term_runs
-from lingconv.plans.tensor_map import ByteRange, MatrixSlice
+from lingconv.plans.tensor_map import ByteRange, MatrixSlice, StoredMatrix
 
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
@@ -60,11 +60,15 @@ class RowStrip(NamedTuple):
     @property
     def offset(self) -> int:
         """Where its elements begin in the target's file."""
-        target = self.transfer.target
-        return target.extents[0].offset + self.first * target.encoding.row_bytes(target.cols)
+        return offset_of(self.transfer.target, 0, self.first, self.last - self.first)
 
 
 Strip = CopyStrip | RowStrip
+
+
+def offset_of(stored: StoredMatrix, part: int, first: int, num_rows: int) -> int:
+    """Return where tensor `part` of a matrix has, in its file, what belongs to some rows."""
+    return rows_of(MatrixSlice(stored, first, num_rows, 0, stored.cols), part).offset
 
 
 def lower(file: OutputFile) -> Iterator[Strip]:
@@ -137,12 +141,9 @@ def rows_of(segment: MatrixSlice, part: int) -> ByteRange:
     if segment.num_rows == source.rows:
         return extent
     rows = segment.first_row, segment.num_rows
-    if part == 0:
-        first, end, total = rows[0], sum(rows), source.rows
-    else:
-        encoding = cast("Fp8", source.encoding)
-        first, end = encoding.scale_rows(*rows, source.height)
-        _, total = encoding.scale_rows(0, source.rows, source.height)
+    encoding = source.encoding
+    first, end = encoding.part_rows(part, *rows, source.height)
+    _, total = encoding.part_rows(part, 0, source.rows, source.height)
     unit_bytes = extent.nbytes // total
     return ByteRange(extent.file, extent.offset + first * unit_bytes, (end - first) * unit_bytes)
 
@@ -197,34 +198,19 @@ def rows_per_strip(transfer: Transfer) -> int:
 def _widest(transfer: Transfer) -> int:
     """Return the bytes of an element where it is widest: source, target or in between."""
     if transfer.copies:
-        return _element_bytes(transfer.target.encoding)
+        return transfer.target.encoding.element_bytes
     if transfer.is_average:
         return _SUM_BYTES
     encodings = [transfer.target.encoding, *_sources(transfer)]
-    in_f32 = works_in_f32(transfer) or isinstance(transfer.target.encoding, Ggml)
-    return max(_F32_BYTES if in_f32 else 2, *map(_element_bytes, encodings))
-
-
-def _element_bytes(encoding: Encoding) -> int:
-    return encoding.dtype.itemsize if isinstance(encoding, Plain) else 1
+    in_f32 = works_in_f32(transfer) or transfer.target.encoding.encodes_from_f32
+    return max(_F32_BYTES if in_f32 else 2, *(each.element_bytes for each in encodings))
 
 
 def works_in_f32(transfer: Transfer) -> bool:
     """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
     if transfer.is_average:
         return transfer.target.encoding != PLAIN[DType.BF16]
-    sources = {segment.source.encoding for segment in transfer.segments}
-    target = transfer.target.encoding
-    if isinstance(target, Fp8):
-        return any(isinstance(source, Fp8) or not _fits_bf16(source) for source in sources)
-    if isinstance(target, Ggml) or target.dtype == DType.BF16:
-        return not all(map(_fits_bf16, sources))
-    return True
-
-
-def _fits_bf16(encoding: Encoding) -> bool:
-    """Whether BF16 is what the numbers are, or what they are meant to be: FP8 x scale."""
-    return isinstance(encoding, Fp8) or encoding == PLAIN[DType.BF16]
+    return transfer.target.encoding.works_in_f32(set(_sources(transfer)))
 
 
 def strip_memory(strip: Strip) -> int:

@@ -231,7 +231,6 @@ class ConvertOptions:
 
         `policies` are the family's own, and so are the names that stacked experts go by, `merged`.
         """
-        _check_word("to", self.layout, list(Target))
         if self.layout == Target.HF_MERGED:
             _check_word("experts-as", self.merged, merged)
         elif self.merged != DEFAULT_MERGED:
@@ -244,61 +243,23 @@ class ConvertOptions:
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
             raise UsageError("`--max-shard-size` must be positive")
         self.fp8.check(policies)
-        self._check_gguf()
-        self._check_megatron()
+        self.gguf.check()
+        self.megatron.check()
         if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
             raise UsageError(
                 "`--scheme`, `--dialect`, `--scale`, `--scale-dtype` and `--ignore` are for FP8",
                 hint="add `--dtype fp8`",
             )
 
-    def _check_gguf(self) -> None:
-        self.gguf.check()
-        if self.layout != Target.GGUF and self.gguf != GgufOptions():
-            raise UsageError(
-                "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and"
-                " `--split-max-tensors` are for GGUF",
-                hint="add `--to gguf`, or let DST end with `.gguf`",
-            )
-        if self.layout == Target.GGUF and self.dtype:
-            raise UsageError(
-                "a GGUF file's types are chosen by `--outtype`, not by `--dtype`",
-                hint=f"one of {', '.join([AUTO, *FileType])}",
-            )
-        if self.layout == Target.GGUF and self.mtp == Mtp.ONLY:
-            raise UsageError("llama.cpp has no model that is MTP layers alone")
+    def refuse_unused(self, field_name: str) -> None:
+        """Raise UsageError when there are options for a format that is not the target.
 
-    def _check_megatron(self) -> None:
-        self.megatron.check()
-        if not self.is_megatron:
-            if self.megatron != MegatronOptions():
-                raise UsageError(
-                    "`--spec`, `--singleton-experts`, `--sequential` and the numbers of ranks are"
-                    " for Megatron",
-                    hint="add `--to megatron` or `--to megatron-ranks`",
-                )
-            return
-        if self.layout == Target.MEGATRON and self.megatron.parallel != Parallel():
-            raise UsageError(
-                "torch_dist is loaded at any parallelism: it has no numbers of ranks",
-                hint="leave them out, or write `--to megatron-ranks`",
-            )
-        grouped = self.megatron.experts == ExpertNames.GROUPED
-        if self.layout == Target.RANKS and grouped and self.megatron.spec == Spec.LOCAL:
-            raise UsageError(
-                "Megatron's local layers have no grouped experts", hint="add `--sequential`"
-            )
-        if self.layout == Target.RANKS and self.megatron.singleton_experts:
-            raise UsageError("`--singleton-experts` is for torch_dist: `--to megatron`")
-        if self.layout == Target.RANKS and self.max_shard_bytes is not None:
-            raise UsageError("the files of ranks are not cut: leave `--max-shard-size` out")
-        if self.dtype == TargetDType.FP8:
-            raise UsageError(
-                "Megatron's checkpoints hold no FP8 weights with scales",
-                hint="leave `--dtype` out: FP8 is dequantized to BF16",
-            )
-        if self.mtp == Mtp.ONLY:
-            raise UsageError("Megatron has no model that is MTP layers alone")
+        `field_name` is the field that holds them.
+        """
+        given = getattr(self, field_name)
+        if given != type(given)():
+            named, title, hint = _OPTIONS_OF[field_name]
+            raise UsageError(f"{named} are for {title}", hint=hint)
 
     @property
     def layout_name(self) -> str:
@@ -336,6 +297,21 @@ class ConvertOptions:
             gguf=GgufOptions(**gguf),
             megatron=MegatronOptions(**{**megatron, "parallel": parallel}),
         )
+
+
+# The options of a format as the command line spells them, what it is called, and how to ask for it.
+_OPTIONS_OF = {
+    "gguf": (
+        "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and `--split-max-tensors`",
+        "GGUF",
+        "add `--to gguf`, or let DST end with `.gguf`",
+    ),
+    "megatron": (
+        "`--spec`, `--singleton-experts`, `--sequential` and the numbers of ranks",
+        "Megatron",
+        "add `--to megatron` or `--to megatron-ranks`",
+    ),
+}
 
 
 def _check_word(option: str, word: str, known: Iterable[str]) -> None:

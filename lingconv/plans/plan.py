@@ -9,12 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.encodings.dtypes import DTYPES, GGML_TYPES
+from lingconv.encodings.scaling import Scaling
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 from lingconv.errors import UsageError
 from lingconv.plans.key_values import Metadata, value_from_json, value_to_json
@@ -23,13 +23,6 @@ from lingconv.plans.tensor_map import ByteRange, MatrixSlice, StoredMatrix, in_r
 from lingconv.storage import FileStat
 
 SCHEMA = "lingconv.plan/4"
-
-
-class Scaling(NamedTuple):
-    """How scales are chosen for one matrix: lower bound of amax, powers of two or not."""
-
-    min_amax: float
-    power_of_two: bool
 
 
 class Source(NamedTuple):
@@ -102,27 +95,18 @@ def in_term_runs(transfer: Transfer, counts: Sequence[int]) -> Iterator[tuple[Te
         )
 
 
-class Container(StrEnum):
-    """The format of a weight file."""
-
-    SAFETENSORS = "safetensors"
-    GGUF = "gguf"
-    TORCH_DIST = "torch_dist"
-    TORCH = "torch"
-
-
 class OutputFile(NamedTuple):
     """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
 
-    `metadata` are the key-values of a GGUF file, `state` what the file of a Megatron rank says
-    besides its tensors; others have None.
+    `container` is the name of its format. `metadata` are the key-values of a GGUF file, `state`
+    what the file of a Megatron rank says besides its tensors; others have None.
     """
 
     name: str
     nbytes: int
     tensors: tuple[TensorSpec, ...]
     transfers: tuple[Transfer, ...]
-    container: Container = Container.SAFETENSORS
+    container: str = "safetensors"
     metadata: Metadata | None = None
     state: Mapping[str, Any] | None = None
 
@@ -390,7 +374,7 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
             )
             for item in value["transfers"]
         ),
-        Container(value["container"]),
+        value["container"],
         _metadata_from_json(value["metadata"]),
         value["state"],
     )

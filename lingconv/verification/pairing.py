@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings import Fp8, is_decodable
 from lingconv.encodings.name_pattern import Pattern
 from lingconv.errors import LingconvError
 from lingconv.model.family import LogicalName, Role
@@ -58,7 +57,7 @@ def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Fi
             continue
         segments = locator.segments(tensor.rows)
         encodings = [stored.encoding, *(segment.source.encoding for segment in segments)]
-        if all(map(is_decodable, encodings)):
+        if all(encoding.is_decodable for encoding in encodings):
             pairs.append(Pair(stored, tensor.role, tensor.keep_dtype, tensor.rows, segments))
         else:
             labels = " and ".join(dict.fromkeys(encoding.label for encoding in encodings))
@@ -133,7 +132,7 @@ def _fault_findings(target: Model) -> Iterator[Finding]:
             yield Finding(fault.kind, name, f"{where}{fault.message}")
     kept = [Pattern(text) for text in (target.stated.kept_modules if target.stated else ())]
     for name, stored in target.stored.items():
-        if isinstance(stored.encoding, Fp8) and any(pattern.matches(name) for pattern in kept):
+        if stored.encoding.has_scales and any(pattern.matches(name) for pattern in kept):
             message = "is FP8, but the config lists it among the modules that are not converted"
             yield Finding("label", name, message)
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lingconv.encodings import Encoding
 from lingconv.encodings.dtypes import E4M3_MAX
-from lingconv.encodings.fp8 import Fp8
 
 Array = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ class ScaleCounts(NamedTuple):
     example: tuple[int, int, str] | None
 
 
-def check(scales: Array, peaks: Array | None, encoding: Fp8, first_row: int) -> ScaleCounts:
+def check(scales: Array, peaks: Array | None, encoding: Encoding, first_row: int) -> ScaleCounts:
     """Count the scales that are not what they ought to be.
 
     `scales` [rows, cols] are float32, `peaks` the largest magnitudes of the source's blocks, or
@@ -41,7 +41,7 @@ def check(scales: Array, peaks: Array | None, encoding: Fp8, first_row: int) -> 
     invalid = bits - 1 >= _INFINITY - 1  # zero wraps around; signs, Inf and NaN are above
     power_of_two = (bits & _MANTISSA) == 0
     wrong = {"invalid": invalid}
-    if encoding.power_of_two:
+    if encoding.has_power_of_two_scales:
         wrong["mislabelled"] = ~invalid & ~power_of_two
     if peaks is not None:
         wrong["unfit"] = ~invalid & ~_fits(scales, peaks, power_of_two)

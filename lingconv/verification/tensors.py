@@ -5,7 +5,6 @@ Where nothing may differ and both sides store the same bytes, bytes are compared
 are decoded and `kernels/compare.py` looks at the numbers.
 """
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +14,22 @@ import numpy as np
 
 from lingconv.checkpoint.decoder import BF16_BITS, F32, Decoder
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings import Encoding, Fp8, Ggml
-from lingconv.encodings.dtypes import E4M3_MAX, DType, GgmlType
+from lingconv.encodings import Encoding
+from lingconv.encodings.base import EXACT, ErrorUnit, Limit
+from lingconv.encodings.dtypes import DType
 from lingconv.encodings.kernels import compare as kernel
 from lingconv.encodings.plain import PLAIN
 from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.storage.aligned_buffers import Arena
 from lingconv.storage.open_files import OpenFiles
 from lingconv.verification import scales
-from lingconv.verification.limits import EXACT, GGML_STEP, Limit, limit_for
+from lingconv.verification.limits import HALF_STEP, limit_for
 from lingconv.verification.pairing import Pair
 from lingconv.verification.progress import Watcher
 from lingconv.verification.scales import ScaleCounts
 from lingconv.verification.totals import (
     Total,
     blocks,
-    has_block_scales,
     matrix,
     scale_figures,
     tensor_figures,
@@ -41,8 +40,6 @@ from lingconv.verification.verdict import ScaleFigures, TensorFigures
 Array = np.ndarray[Any, Any]
 
 STRIP_ELEMENTS = 1 << 20
-# A code of 448 stands for anything up to half a step beyond it; what is larger was cut off.
-_SATURATION = E4M3_MAX + 16.0
 
 
 class _ComparedRows(NamedTuple):
@@ -145,6 +142,7 @@ class Comparison:
         self, strip: _ComparedRows, arena: Arena, source: Decoder, target: Decoder
     ) -> None:
         pair, exact = self._pairs[strip.pair], self._limits[strip.pair].exact
+        encoding = pair.target.encoding
         stored = _read_scales(pair, strip, target)
         if exact and _same_bytes(pair, strip, arena, source, target):
             self._check_scales(strip, stored, None)
@@ -152,14 +150,14 @@ class Comparison:
         rows, cols = strip.last - strip.first, matrix(pair.target)[1]
         left = arena.take("left", (rows, cols), _working(pair))
         source.fill(pair.segments, strip.first, left)
-        if has_block_scales(pair.target) and not exact:
+        if encoding.has_block_scales and not exact:
             right = arena.take("right", (rows, cols), np.uint8)  # the kernel applies the scales
             target.read(pair.target, 0, strip.first * cols, right)
         else:
             right = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
             target.fill(pair.target.segments(strip.first, rows), 0, right)
-        if isinstance(pair.target.encoding, Ggml) and not exact:
-            scale_grid = _peaks(left, pair.target.encoding.type, self._limits[strip.pair])
+        if encoding.error_unit == ErrorUnit.PEAK and not exact:
+            scale_grid = _peaks(left, encoding.col_multiple, self._limits[strip.pair])
         else:
             scale_grid = _per_block(pair.target, strip, stored)
         peaks = np.zeros(scale_grid.shape, np.float64)
@@ -191,7 +189,7 @@ class Comparison:
             first_row,
             limit.relative,
             limit.floor,
-            _SATURATION if isinstance(target.encoding, Fp8) else math.inf,
+            target.encoding.saturation,
             scale_grid,
             sums,
         )
@@ -206,12 +204,12 @@ class Comparison:
         """Judge the scales of a strip by their label, and by the source's largest magnitudes."""
         pair = self._pairs[strip.pair]
         encoding = pair.target.encoding
-        if not isinstance(encoding, Fp8) or stored is None:
+        if not encoding.has_scales or stored is None:
             return
-        rounded = any(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
+        rounded = any(segment.source.encoding.has_scales for segment in pair.segments)
         if rounded or (peaks is not None and stored.shape != peaks.shape):
             peaks = None  # nothing says what such a scale ought to be
-        row, _ = encoding.scale_rows(strip.first, strip.last - strip.first, pair.target.height)
+        row, _ = encoding.part_rows(1, strip.first, strip.last - strip.first, pair.target.height)
         counts = scales.check(stored, peaks, encoding, row)
         octaves = scales.histogram(stored)
         with self._lock:
@@ -222,14 +220,14 @@ class Comparison:
 
 def _read_scales(pair: Pair, strip: _ComparedRows, target: Decoder) -> Array | None:
     """Return the scales of a strip's rows as FP8 stores them, or None."""
-    if not isinstance(pair.target.encoding, Fp8):
+    if not pair.target.encoding.has_scales:
         return None
     return target.scales(pair.target, strip.first, strip.last - strip.first).copy()
 
 
 def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None) -> Array:
     """Return a scale for each block of a strip: 1 where the encoding has none."""
-    if stored is not None and has_block_scales(target):
+    if stored is not None and target.encoding.has_block_scales:
         return stored
     rows, cols = matrix(target)
     block_rows, block_cols = blocks(target)
@@ -238,10 +236,10 @@ def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None)
     return np.full((height, width), 1.0 if stored is None else stored.flat[0], np.float32)
 
 
-def _peaks(values: Array, kind: GgmlType, limit: Limit) -> Array:
+def _peaks(values: Array, width: int, limit: Limit) -> Array:
     """Return the largest magnitude of each block, raised by what an F16 scale cannot express."""
-    in_blocks = np.abs(values).reshape(values.shape[0], -1, kind.elements)
-    peaks: Array = in_blocks.max(axis=2) + np.float32(GGML_STEP / limit.floor)
+    in_blocks = np.abs(values).reshape(values.shape[0], -1, width)
+    peaks: Array = in_blocks.max(axis=2) + np.float32(HALF_STEP / limit.floor)
     return peaks
 
 
@@ -259,8 +257,8 @@ def _limit(pair: Pair, *, only_exact: bool) -> Limit:
 
 def _rounds_to_bf16(pair: Pair) -> bool:
     """Return whether every right conversion writes the same bits: FP8 x scale, rounded to BF16."""
-    fp8 = all(isinstance(segment.source.encoding, Fp8) for segment in pair.segments)
-    return fp8 and pair.target.encoding == PLAIN[DType.BF16]
+    intended = {segment.source.encoding.intended_dtype for segment in pair.segments}
+    return intended == {DType.BF16} and pair.target.encoding == PLAIN[DType.BF16]
 
 
 def _stored_bytes(pair: Pair) -> int:
@@ -276,7 +274,7 @@ def _working(pair: Pair) -> np.dtype[Any]:
     """Return what SRC is decoded to: BF16 where it is, or where DST is its rounding to BF16."""
     if _rounds_to_bf16(pair):
         return BF16_BITS
-    if isinstance(pair.target.encoding, Ggml):
+    if pair.target.encoding.encodes_from_f32:
         return F32
     kinds = {_decoded(segment.source.encoding) for segment in pair.segments}
     return BF16_BITS if kinds == {BF16_BITS} else F32
@@ -303,7 +301,7 @@ def _same_bytes(
     target.read(pair.target, 0, strip.first * size, right)
     if not np.array_equal(left, right):
         return False
-    if not isinstance(encoding, Fp8):
+    if not encoding.has_scales:
         return True
     before = source.scales(segment.source, first, rows).copy()
     after = target.scales(pair.target, strip.first, rows)

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lingconv.encodings import Fp8, Ggml
+from lingconv.encodings.base import Limit
 from lingconv.encodings.kernels import compare as kernel
 from lingconv.model.family import LogicalName
 from lingconv.plans.tensor_map import StoredMatrix
-from lingconv.verification.limits import Limit
 from lingconv.verification.pairing import Pair
 from lingconv.verification.scales import ScaleCounts
 from lingconv.verification.verdict import ScaleFigures, TensorFigures, WorstBlock
@@ -23,7 +22,6 @@ Array = np.ndarray[Any, Any]
 
 _LARGEST = {kernel.WORST, kernel.PEAK}
 _ADDED = [number for number in range(kernel.NUM_SUMS) if number not in _LARGEST]
-_BLOCK = 128  # where an encoding has no blocks of its own
 
 
 def matrix(stored: StoredMatrix) -> tuple[int, int]:
@@ -32,20 +30,9 @@ def matrix(stored: StoredMatrix) -> tuple[int, int]:
     return rows, math.prod(stored.shape[1:])
 
 
-def has_block_scales(stored: StoredMatrix) -> bool:
-    """Return whether each block that figures are kept for has a scale of its own."""
-    return isinstance(stored.encoding, Fp8) and stored.encoding.block_rows > 0
-
-
 def blocks(stored: StoredMatrix) -> tuple[int, int]:
     """Return rows and columns of the blocks that figures are kept for."""
-    cols = matrix(stored)[1]
-    encoding = stored.encoding
-    if isinstance(encoding, Fp8) and has_block_scales(stored):
-        return encoding.block(stored.height, cols)
-    if isinstance(encoding, Ggml):
-        return 1, encoding.type.elements
-    return _BLOCK, _BLOCK
+    return stored.encoding.blocks(stored.height, matrix(stored)[1])
 
 
 @dataclass(slots=True)

@@ -53,6 +53,7 @@ class GgufReader:
             side_files={},
             ignored={},
             faults=tuple(self.faults),
+            format="gguf",
             metadata=metadata,
         )
 

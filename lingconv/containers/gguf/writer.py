@@ -1,12 +1,13 @@
-"""writer."""
+"""Writes GGUF: tensors placed in one file or a split, at the alignment of its key-values."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from lingconv.containers.base import FileBytes
 from lingconv.containers.gguf import header as gguf
-from lingconv.containers.placement import _cut, _place
+from lingconv.containers.placement import cut, place
 from lingconv.plans.key_values import Metadata
-from lingconv.plans.plan import Container, OutputFile, Transfer
+from lingconv.plans.plan import OutputFile, Transfer
+
+CONTAINER = "gguf"
 
 
 def pack_gguf(
@@ -21,7 +22,7 @@ def pack_gguf(
 
     The first file carries `metadata`, the others only what makes them part of it.
     """
-    shards = list(_cut(transfers, max_shard_bytes, max_tensors))
+    shards = list(cut(transfers, max_shard_bytes, max_tensors))
     num_tensors = sum(len(specs) for shard in shards for _, specs in shard)
     alignment = gguf.alignment_of(metadata)
     files = []
@@ -30,10 +31,6 @@ def pack_gguf(
         own = gguf.with_split(metadata, index, len(shards), num_tensors)
         ordered = [spec for _, specs in shard for spec in specs]
         start = len(gguf.build_header(own, ordered))
-        file = _place(name, shard, ordered, start, lambda spec: gguf.padded_bytes(spec, alignment))
-        files.append(file._replace(container=Container.GGUF, metadata=own))
+        file = place(name, shard, ordered, start, lambda spec: gguf.padded_bytes(spec, alignment))
+        files.append(file._replace(container=CONTAINER, metadata=own))
     return tuple(files)
-
-
-def _gguf_frames(file: OutputFile) -> Iterator[FileBytes]:
-    yield FileBytes(0, gguf.build_header(file.metadata or {}, file.tensors))

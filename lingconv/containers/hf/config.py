@@ -1,4 +1,4 @@
-"""Config.json from a family and its symbols: what gguf and megatron both need.."""
+"""config.json made of a family and its symbols, for formats that do not have one."""
 
 from collections.abc import Mapping
 from typing import Any

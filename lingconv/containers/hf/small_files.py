@@ -1,4 +1,4 @@
-"""small_files."""
+"""The small files of a checkpoint: which are carried over, and how JSON among them is read."""
 
 import json
 from collections.abc import Collection, Mapping

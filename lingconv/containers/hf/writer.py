@@ -1,11 +1,10 @@
-"""writer."""
+"""Writes Hugging Face checkpoints: tensors placed in safetensors shards, and their index."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from lingconv.containers.base import FileBytes
 from lingconv.containers.hf import safetensors
-from lingconv.containers.placement import _cut, _place
+from lingconv.containers.placement import cut, place
 from lingconv.plans.plan import OutputFile, Plan, Transfer
 
 
@@ -34,15 +33,11 @@ def pack_safetensors(transfers: Iterable[Transfer], max_shard_bytes: int) -> tup
 
     A tensor is never split, so one that is larger gets a file of its own.
     """
-    shards = list(_cut(transfers, max_shard_bytes, max_tensors=0))
+    shards = list(cut(transfers, max_shard_bytes, max_tensors=0))
     files = []
     for index, shard in enumerate(shards):
         name = safetensors.shard_name(index, len(shards))
         ordered = safetensors.storage_order(spec for _, specs in shard for spec in specs)
         start = len(safetensors.build_header(ordered))
-        files.append(_place(name, shard, ordered, start, lambda spec: spec.nbytes))
+        files.append(place(name, shard, ordered, start, lambda spec: spec.nbytes))
     return tuple(files)
-
-
-def _safetensors_frames(file: OutputFile) -> Iterator[FileBytes]:
-    yield FileBytes(0, safetensors.build_header(file.tensors))

@@ -1,4 +1,4 @@
-"""closing_files."""
+"""What torch_dist has beside its chunks: common.pt, module states, the lists of .metadata."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +41,7 @@ def objects_of(plan: Plan) -> Iterator[tuple[str, FilePlace]]:
     """Yield the modules' states of a torch_dist target by key, and where they are."""
     keys = (f"{key}/shard_{n}_{shards}" for key, shards in plan.states for n in range(shards))
     for number, key in enumerate(keys):
-        yield key, FilePlace(_STATES_NAME, number * len(_EMPTY_STATE), len(_EMPTY_STATE))
+        yield key, FilePlace(STATES_NAME, number * len(EMPTY_STATE), len(EMPTY_STATE))
 
 
 def _small_archive(value: Any) -> bytes:
@@ -50,12 +50,10 @@ def _small_archive(value: Any) -> bytes:
 
 
 # Megatron saves the objects of a key as a list; None is the state of a module that has none.
-_STATES_NAME = f"__1_0{SUFFIX}"
+STATES_NAME = f"__1_0{SUFFIX}"
+EMPTY_STATE = _small_archive([None])
 
 
-_EMPTY_STATE = _small_archive([None])
-
-
-def _common(plan: Plan) -> bytes:
+def common(plan: Plan) -> bytes:
     """Return common.pt."""
     return _small_archive(common_state(plan.args or {}))

@@ -1,17 +1,18 @@
-"""dcp_writer."""
+"""Writes torch_dist: tensors cut into chunks, chunks placed in .distcp files."""
 
 from collections.abc import Iterable, Iterator
 
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron.archives import chunk_archive
-from lingconv.containers.placement import _cut_specs, _Unplaced
+from lingconv.containers.placement import Unplaced, cut_specs
 from lingconv.encodings.dtypes import DTYPES, DType
 from lingconv.encodings.tensor_spec import TensorSpec
-from lingconv.plans.plan import Container, OutputFile, Transfer, in_term_runs
+from lingconv.plans.plan import OutputFile, Transfer, in_term_runs
 from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 
 # A chunk of torch_dist is read whole by whoever loads a part of it: one expert of Ling-1T.
 CHUNK_BYTES = 64 << 20
+CONTAINER = "torch_dist"
 
 
 def pack_torch_dist(
@@ -20,7 +21,7 @@ def pack_torch_dist(
     """Cut transfers into chunks, and these into `.distcp` files of about `max_shard_bytes`."""
     chunks = [chunk for transfer in transfers for chunk in _chunks(transfer)]
     files = []
-    for index, shard in enumerate(_cut_specs(chunks, max_shard_bytes, max_tensors=0)):
+    for index, shard in enumerate(cut_specs(chunks, max_shard_bytes, max_tensors=0)):
         name = f"{folder}__0_{index}{torch_dist.SUFFIX}"
         position, placed = 0, []
         for transfer, (spec,) in shard:
@@ -30,7 +31,7 @@ def pack_torch_dist(
             placed.append(transfer._replace(target=target))
             position = archive.end
         specs = tuple(spec for _, (spec,) in shard)
-        files.append(OutputFile(name, position, specs, tuple(placed), Container.TORCH_DIST))
+        files.append(OutputFile(name, position, specs, tuple(placed), CONTAINER))
     return tuple(files)
 
 
@@ -38,7 +39,7 @@ def _plain(spec: TensorSpec) -> DType:
     return DTYPES[spec.dtype.value]
 
 
-def _chunks(transfer: Transfer) -> Iterator[_Unplaced]:
+def _chunks(transfer: Transfer) -> Iterator[Unplaced]:
     """Yield a transfer in chunks of whole rows, or of whole experts where some are stacked."""
     target, cols = transfer.target, transfer.cols
     stack, height = target.stack, transfer.rows // (target.stack or 1)

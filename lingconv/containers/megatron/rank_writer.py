@@ -1,4 +1,4 @@
-"""Spreads a model over the files of Megatron's ranks (`mp_rank_*`)."""
+"""Writes legacy per-rank checkpoints: the model cut up for `mp_rank_*` files."""
 
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
@@ -11,8 +11,11 @@ from lingconv.model.family import Family, LogicalName, PhysicalName
 from lingconv.model.layout import PhysicalTensor, build_layout
 from lingconv.model.parallelism import FILE_NAME, all_ranks, parts
 from lingconv.plans.options import MegatronOptions, Spec
-from lingconv.plans.plan import Container, OutputFile, Transfer
+from lingconv.plans.plan import OutputFile, Transfer
 from lingconv.plans.tensor_map import ByteRange
+
+CONTAINER = "torch"
+TransferOf = Callable[[PhysicalTensor], Transfer]
 
 
 def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]) -> OutputFile:
@@ -25,10 +28,7 @@ def pack_rank(name: str, transfers: Iterable[Transfer], state: Mapping[str, Any]
         extent = ByteRange(name, offset, spec.nbytes)
         target = transfer.target._replace(extents=(extent,))
         placed.append(transfer._replace(target=target))
-    return OutputFile(name, archive.end, specs, tuple(placed), Container.TORCH, state=state)
-
-
-TransferOf = Callable[[PhysicalTensor], Transfer]
+    return OutputFile(name, archive.end, specs, tuple(placed), CONTAINER, state=state)
 
 
 def place_on_ranks(

@@ -87,6 +87,7 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
         side_files=side_files,
         ignored={},
         faults=(*reader.faults, *faults),
+        format="torch" if ranks else "torch_dist",
         args=args,
         left_out=reader.left_out,
         is_spread=bool(ranks),

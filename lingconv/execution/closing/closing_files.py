@@ -4,27 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lingconv.containers.hf.safetensors import INDEX_NAME, SINGLE_NAME
-from lingconv.containers.hf.writer import index_json
-from lingconv.containers.megatron.args import ITERATION
-from lingconv.containers.megatron.closing_files import (
-    _EMPTY_STATE,
-    _STATES_NAME,
-    ITERATION_FOLDER,
-    _common,
-    num_states,
-    objects_of,
-    tensors_of,
-)
-from lingconv.containers.megatron.dcp_metadata import (
-    COMMON_NAME,
-    FORMAT,
-    FORMAT_NAME,
-    METADATA_NAME,
-    write_metadata,
-)
-from lingconv.containers.megatron.reader import TRACKER_NAME
-from lingconv.plans.options import Target
+from lingconv.containers.base import ClosingFiles
+from lingconv.containers.registry import format_for
 from lingconv.plans.plan import Plan
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, RECORD_NAME
 
@@ -36,36 +17,28 @@ def closing_files(
 
     `source_record` and `base_card` are the lingconv.json and the README.md of the base.
     """
-    makers: dict[str, Callable[[], bytes]] = {
-        INDEX_NAME: lambda: index_json(plan),
+    common: dict[str, Callable[[], bytes]] = {
         RECORD_NAME: lambda: record_json(plan, source_record, version),
         CARD_NAME: lambda: _card(plan, source_record, base_card, version),
         CONFIG_NAME: lambda: _json(plan.config),
-        ITERATION_FOLDER + COMMON_NAME: lambda: _common(plan),
-        ITERATION_FOLDER + FORMAT_NAME: lambda: json.dumps(FORMAT).encode(),
-        ITERATION_FOLDER + _STATES_NAME: lambda: _EMPTY_STATE * num_states(plan),
-        ITERATION_FOLDER + METADATA_NAME: lambda: write_metadata(
-            tensors_of(plan), objects_of(plan)
-        ),
-        TRACKER_NAME: lambda: f"{ITERATION}\n".encode(),
     }
+    own = _own_files(plan)
+    makers = {**own.before, **common, **own.after}
     return {name: makers[name]() for name in closing_names(plan)}
 
 
 def closing_names(plan: Plan) -> list[str]:
-    """Return the names of those files: GGUF needs none, a single safetensors file no index."""
-    if plan.options.layout == Target.GGUF:
-        return []
+    """Return the names of those files: none where weights are a checkpoint by themselves."""
+    own = _own_files(plan)
+    if format_for(plan.options.layout).is_self_contained:
+        return [*own.before, *own.after]
     card = [CARD_NAME] if plan.weighting else []
-    if plan.options.layout == Target.MEGATRON:
-        inner = (_STATES_NAME, COMMON_NAME, FORMAT_NAME, METADATA_NAME)
-        own = [ITERATION_FOLDER + name for name in inner]
-        return [*own, RECORD_NAME, *card, CONFIG_NAME, TRACKER_NAME]
-    if plan.options.layout == Target.RANKS:
-        return [RECORD_NAME, *card, CONFIG_NAME, TRACKER_NAME]
-    single = [file.name for file in plan.files] == [SINGLE_NAME]
-    index = [] if single else [INDEX_NAME]
-    return [*index, RECORD_NAME, *card, CONFIG_NAME]
+    return [*own.before, RECORD_NAME, *card, CONFIG_NAME, *own.after]
+
+
+def _own_files(plan: Plan) -> ClosingFiles:
+    """Return the small files that only the plan's format has."""
+    return format_for(plan.options.layout).closing_files(plan)
 
 
 def record_of(plan: Plan, source_record: Mapping[str, Any] | None, version: str) -> dict[str, Any]:

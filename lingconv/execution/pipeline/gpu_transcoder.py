@@ -10,22 +10,15 @@ that is not finite, a scale beyond all measure), it says: it does such a strip a
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lingconv.checkpoint.decoder import Decoder
-from lingconv.encodings import Encoding, Fp8, Plain
-from lingconv.encodings.dtypes import DType
-from lingconv.encodings.kernels import fp8_triton as cuda
-from lingconv.execution.pipeline.transcoder import (
-    Transcoder,
-    encode_scales,
-    grid_of_scales,
-    offset_of_scales,
-    scale_rounding,
-)
+from lingconv.encodings import Encoding
+from lingconv.encodings.codec import GpuCodec, RowRange
+from lingconv.execution.pipeline.transcoder import Transcoder, row_range, write_others
 from lingconv.execution.pipeline.write_behind import PendingWrites
 from lingconv.plans.lowering import RowStrip, works_in_f32
 from lingconv.plans.plan import Source
@@ -33,8 +26,6 @@ from lingconv.plans.tensor_map import MatrixSlice
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 from lingconv.storage.local_output import WritableBlob
-
-_TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
 
 
 class _Lane:
@@ -84,11 +75,12 @@ class GpuTranscoder:
 
     def takes(self, strip: RowStrip) -> bool:
         """Return whether the GPU has kernels for what a strip needs."""
-        transfer = strip.transfer
-        target = transfer.target
-        if transfer.is_average or target.pitch or not _can_encode(target.encoding, target):
+        transfer, target = strip.transfer, strip.transfer.target
+        gpu = target.encoding.gpu
+        if transfer.is_average or target.pitch or gpu is None:
             return False
-        return all(_can_decode(segment, transfer.cols) for segment in strip.segments)
+        decodes = all(_can_decode(segment, transfer.cols) for segment in strip.segments)
+        return decodes and gpu.can_encode(target.height, target.cols)
 
     def run(self, strip: RowStrip, filled: PendingWrites, turn: int) -> None:
         """Queue what fills a strip; `filled` waits for it."""
@@ -97,11 +89,14 @@ class GpuTranscoder:
             self._lanes[turn] = _Lane(self._device)
         lane = self._lanes[turn]
         with torch.cuda.stream(lane.stream):
-            grid = grid_of_scales(strip)
+            target = strip.transfer.target
+            gpu, place = _gpu_codec(target.encoding), row_range(strip)
+            grid = gpu.scale_grid(place)
             notes = lane.take("notes", (1 + prod(grid),), torch.float32)
             odd, scales = notes[:1].view(torch.int32).zero_(), notes[1:].view(grid)
             values = self._decode(strip, lane, odd)
-            encoded = self._encode(strip, values, lane, odd, scales)
+            scaling = strip.transfer.scaling
+            encoded = gpu.encode(values, scales, place, scaling, odd, lane.take)
             elements = self._down("write", encoded, strip.offset)
             coming = _PendingCopy(elements, self._down("notes", notes, 0), grid)
             lane.done.record()
@@ -122,16 +117,8 @@ class GpuTranscoder:
             raw = stored[begin : begin + nbytes]
             self._decoder.read(source, 0, segment.first_row * (nbytes // segment.num_rows), raw)
             into = values[top : top + segment.num_rows]
-            if isinstance(source.encoding, Fp8):
-                codes = lane.take("stored", into.shape, torch.uint8)
-                _copy(raw, codes)
-                _dequantize(segment, codes, _up(scales, lane, "scales in"), into, odd)
-            elif _dtype_of(source.encoding) == dtype:
-                _copy(raw, into)
-            else:
-                wide = lane.take("stored", into.shape, _dtype_of(source.encoding))
-                _copy(raw, wide)
-                cuda.convert(wide, into, odd)
+            place = RowRange(segment.first_row, segment.num_rows, source.height, source.cols, 0)
+            _gpu_codec(source.encoding).decode(raw, scales, place, into, odd, lane.take)
             top, begin = top + segment.num_rows, begin + nbytes
         return values
 
@@ -139,7 +126,7 @@ class GpuTranscoder:
         """Return the scales of all segments, in one buffer that lasts as long as the turn."""
         found = [
             self._decoder.scales(s.source, s.first_row, s.num_rows).copy()
-            if isinstance(s.source.encoding, Fp8)
+            if s.source.encoding.has_scales
             else np.empty((0, 0), np.float32)
             for s in strip.segments
         ]
@@ -151,30 +138,6 @@ class GpuTranscoder:
             held.append(part)
             begin += grid.size
         return held
-
-    def _encode(
-        self,
-        strip: RowStrip,
-        values: torch.Tensor,
-        lane: _Lane,
-        odd: torch.Tensor,
-        scales: torch.Tensor,
-    ) -> torch.Tensor:
-        """Queue the encoding of a strip's rows, and fill `scales` if it has some."""
-        target = strip.transfer.target
-        encoding = target.encoding
-        if isinstance(encoding, Fp8):
-            scaling = strip.transfer.scaling
-            block = encoding.block(target.height, target.cols)
-            codes = lane.take("encoded", values.shape, torch.uint8)
-            rounding = scale_rounding(encoding, scaling)
-            cuda.quantize(values, codes, scales, odd, block, scaling.min_amax, rounding)
-            return codes
-        if values.dtype == _dtype_of(encoding):
-            return values
-        rounded = lane.take("encoded", values.shape, _dtype_of(encoding))
-        cuda.convert(values, rounded, odd)
-        return rounded
 
     def _down(self, purpose: str, tensor: torch.Tensor, like: int) -> Array:
         """Queue a copy to this machine's memory; return the bytes that are going to be there."""
@@ -190,12 +153,11 @@ class GpuTranscoder:
         if coming.notes[:4].any():
             self._do_again(strip, output)
             return
-        output.write(as_bytes(coming.elements), strip.offset)
-        if coming.grid[0]:
-            encoding = cast("Fp8", strip.transfer.target.encoding)
-            scales = coming.notes[4:].view(np.float32).reshape(coming.grid)
-            raw = encode_scales(scales, encoding.scale_dtype)
-            output.write(as_bytes(raw), offset_of_scales(strip, encoding, raw))
+        scales = coming.notes[4:].view(np.float32).reshape(coming.grid)
+        gpu = _gpu_codec(strip.transfer.target.encoding)
+        elements, *others = gpu.stored_parts(coming.elements, scales)
+        output.write(as_bytes(elements), strip.offset)
+        write_others(strip, others, output)
 
     def _do_again(self, strip: RowStrip, output: WritableBlob) -> None:
         """Have the processor fill a strip, or say what is wrong with it."""
@@ -204,53 +166,19 @@ class GpuTranscoder:
         alone.run(strip, output)
 
 
-def _can_encode(encoding: Encoding, target: Any) -> bool:
-    if isinstance(encoding, Fp8):
-        return cuda.can_quantize(*encoding.block(target.height, target.cols))
-    return isinstance(encoding, Plain) and encoding.dtype in _TORCH
-
-
 def _can_decode(segment: MatrixSlice, cols: int) -> bool:
     source = segment.source
-    if source.pitch or not segment.is_whole_rows or segment.num_cols != cols:
+    gpu = source.encoding.gpu
+    if gpu is None or source.pitch or not segment.is_whole_rows or segment.num_cols != cols:
         return False
-    if isinstance(source.encoding, Fp8):
-        return cuda.can_dequantize(source.encoding.block(source.height, cols)[1], cols)
-    return isinstance(source.encoding, Plain) and source.encoding.dtype in _TORCH
+    return gpu.can_decode(source.height, cols)
 
 
-def _dtype_of(encoding: Encoding) -> torch.dtype:
-    return _TORCH[cast("Plain", encoding).dtype]
-
-
-def _dequantize(
-    segment: MatrixSlice,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    into: torch.Tensor,
-    odd: torch.Tensor,
-) -> None:
-    """Queue the decoding of rows."""
-    source = segment.source
-    encoding = cast("Fp8", source.encoding)
-    block = encoding.block(source.height, source.cols)
-    above = encoding.scale_rows(segment.first_row, 1, source.height)[0]
-    first = segment.first_row
-    for done, count, inner in encoding.by_matrix(first, segment.num_rows, source.height):
-        part = slice(done, done + count)
-        top = encoding.scale_rows(first + done, count, source.height)[0] - above
-        cuda.dequantize(codes[part], scales[top:], into[part], odd, block, inner % block[0])
-
-
-def _up(array: Array, lane: _Lane, purpose: str) -> torch.Tensor:
-    """Queue a copy of float32 numbers to the GPU."""
-    tensor = lane.take(purpose, array.shape, torch.float32)
-    return tensor.copy_(torch.from_numpy(array), non_blocking=True)
-
-
-def _copy(raw: Array, tensor: torch.Tensor) -> None:
-    """Queue a copy of stored bytes to the GPU."""
-    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(raw), non_blocking=True)
+def _gpu_codec(encoding: Encoding) -> GpuCodec:
+    gpu = encoding.gpu
+    if gpu is None:
+        raise AssertionError(f"no GPU kernel for {encoding.label}")
+    return gpu
 
 
 def _pinned_buffer(nbytes: int) -> Array:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from lingconv.containers.registry import frames, seals
+from lingconv.containers.registry import format_of
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.execution.delivery import Delivery
 from lingconv.execution.pipeline.prefetch import Prefetcher, sources_of
@@ -23,7 +23,7 @@ from lingconv.execution.pipeline.write_behind import BufferSlots, PendingWrites,
 from lingconv.execution.progress import Progress
 from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.lowering import Strip, lower, written_bytes
-from lingconv.plans.plan import Container, OutputFile, Plan
+from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage import Storage
 from lingconv.storage.local_output import Checksums, LocalOutput
 from lingconv.storage.open_files import OpenFiles
@@ -90,16 +90,22 @@ class _OpenFile:
         feed.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
         self._tasks = feed.ahead(self._missing(done), lambda task: task.strip)
         self._next = next(self._tasks, None)
-        # Only archives state checksums of their elements.
-        summed = file.container in (Container.TORCH_DIST, Container.TORCH) and not sparse
+        self._format = format_of(file)
+        summed = self._format.sums_elements and not sparse
         self.checksums = Checksums(checksums) if summed else None
         self.output = LocalOutput(path, file.nbytes, checksums=self.checksums)
         try:
-            for part in frames(file):
+            for part in self._format.frames(file):
                 self.output.write(memoryview(part.data), part.offset)
         except BaseException:
             self.output.close()
             raise
+
+    def seal(self) -> None:
+        """Write the checksums of what has been written, where the format states them."""
+        if self.checksums is not None:
+            for part in self._format.seals(self.file, self.checksums.of):
+                self.output.write(memoryview(part.data), part.offset)
 
     @cached_property
     def sources(self) -> set[tuple[int, str]]:
@@ -326,10 +332,7 @@ class WorkerPool:
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
-        if file.checksums is not None:
-            sums = file.checksums
-            for part in seals(file.file, lambda item: sums.of(item.offset, item.nbytes)):
-                file.output.write(memoryview(part.data), part.offset)
+        file.seal()
         file.output.sync()
         check_unchanged(self._plan, self._storages, file.sources)
         with self._lock:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingconv.checkpoint.open import read_checkpoint
-from lingconv.containers.gguf.reader import GgufReader, models_in
+from lingconv.checkpoint.open import read_all
 from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import OTHER_WEIGHTS
 from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
@@ -156,11 +155,7 @@ def _finished_files(folder: Path) -> list[str]:
             details=unfinished,
             hint="run the command that writes it again, then push",
         )
-    models = models_in(files)
-    if len(models) > 1 and not any(name.endswith(".safetensors") for name in files):
-        faults = [fault for name in models for fault in GgufReader(storage, name).read().faults]
-    else:
-        faults = list(read_checkpoint(storage).faults)
+    faults = [fault for each in read_all(storage) for fault in each.faults]
     fatal = [fault for fault in faults if fault.fatal]
     if fatal:
         raise CheckpointError(f"{folder} has {len(fatal)} faults", faults=fatal)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lingconv.encodings import Encoding
 from lingconv.encodings.dtypes import E4M3_MAX
-from lingconv.encodings.fp8 import Fp8
 
 _MIN_AMAX = 1e-10  # as SGLang's and vLLM's per-token-group kernels clamp it
 
 
-def fake_quantize(x: Tensor, weights: Fp8) -> Tensor:
+def fake_quantize(x: Tensor, weights: Encoding) -> Tensor:
     """Return x [..., I], rounded to e4m3 and back, as float32.
 
     The groups are those that serving uses with such weights: as wide as the weights' blocks, or the
@@ -18,10 +18,10 @@ def fake_quantize(x: Tensor, weights: Fp8) -> Tensor:
     activations' scales are powers of two as well.
     """
     width = x.shape[-1]
-    group = weights.block_cols or width
+    group = weights.scale_width(width)
     groups = pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=_MIN_AMAX) / E4M3_MAX
-    if weights.power_of_two:
+    if weights.has_power_of_two_scales:
         scale = scale.log2().ceil().exp2()
     codes = (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return (codes.float() * scale).flatten(-2)[..., :width]

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lingconv.checkpoint.recognised_checkpoint import Model, refuse_faults
-from lingconv.encodings import is_decodable
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.family import LogicalName
 from lingconv.storage.atomic_file import replace_file
@@ -227,7 +226,7 @@ def check_model(model: Model, *, mtp: bool) -> None:
 
     refuse_faults(model, excused)
     for stored in model.stored.values():
-        if not is_decodable(stored.encoding):
+        if not stored.encoding.is_decodable:
             raise CheckpointError(
                 f"{stored.extents[0].file}: {stored.name}: {stored.encoding.label} cannot be"
                 " read as numbers"

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lingconv.checkpoint.decoder import Decoder
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings import Fp8
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
@@ -124,7 +123,7 @@ class WeightStream:
         self.bytes_read += sum(segment.nbytes for segment in segments)
         encoding = segments[0].source.encoding
         operand = x
-        if self._fp8_activations and isinstance(encoding, Fp8):
+        if self._fp8_activations and encoding.has_scales:
             operand = fake_quantize(x, encoding)
         parts = []
         while strips:
@@ -154,8 +153,8 @@ class WeightStream:
         encodings = {segment.source.encoding for segment in segments}
         if all(encoding == PLAIN[DType.BF16] for encoding in encodings):
             return self._compute if self._device == "cpu" else torch.bfloat16
-        fp8 = all(isinstance(encoding, Fp8) for encoding in encodings)
-        return self._compute if fp8 and not self._fp8_activations else torch.float32
+        scaled = all(encoding.has_scales for encoding in encodings)
+        return self._compute if scaled and not self._fp8_activations else torch.float32
 
     def _read_next(self) -> None:
         # Orders get their buffers in the order of their use. Were a later one to take the buffer

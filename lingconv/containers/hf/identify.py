@@ -1,0 +1,80 @@
+"""Which model a Hugging Face checkpoint holds: by its config.json, and by tensor names."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lingconv.containers.base import Identity
+from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.source_overrides import SourceOverrides
+from lingconv.errors import CheckpointError
+from lingconv.model.family import Family, PhysicalName
+from lingconv.model.layout import HF, build_layout
+from lingconv.model.layout_detection import experts_layout, with_mtp_apart
+from lingconv.storage.file_names import CONFIG_NAME
+
+
+def identify(
+    checkpoint: Checkpoint, families: Sequence[Family], overrides: SourceOverrides
+) -> Identity:
+    """Return the model that config.json describes, experts stacked or apart.
+
+    Raises CheckpointError when it names no known architecture or lacks what describes the model.
+    """
+    config = {**(overrides.config or checkpoint.config), **overrides.settings}
+    checkpoint = replace(checkpoint, config=config)
+    family, architecture = find_family(checkpoint, families)
+    symbols = _resolve_symbols(checkpoint, family)
+    names = checkpoint.tensors.keys()
+    layout_name = experts_layout(family, HF, names)
+    layout = build_layout(family, symbols, layout_name)
+    if layout_name != HF:
+        layout = with_mtp_apart(layout, build_layout(family, symbols, HF), names)
+    return Identity(checkpoint, family, architecture, symbols, layout)
+
+
+def find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Family, str]:
+    """Return the family, and which of its architectures config.json names.
+
+    Raises CheckpointError that lists what is known when it names none of them.
+    """
+    named = checkpoint.config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for family in families:
+        for name in names:
+            if name in family.architectures:
+                return family, name
+    known = sorted(name for family in families for name in family.architectures)
+    close = difflib.get_close_matches(names[0], known, 1) if names else []
+    raise CheckpointError(
+        f"{CONFIG_NAME} names an unknown architecture: {', '.join(names) or 'none'}",
+        faults=checkpoint.faults,
+        details=[f"known: {name}" for name in known] + [str(fault) for fault in checkpoint.faults],
+        hint=f"did you mean {close[0]}?"
+        if close
+        else "describe the model in a family file and pass it with `--formats PATH`",
+    )
+
+
+def _resolve_symbols(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+    """Return the symbols, whether or not the config counts MTP layers as hidden layers."""
+    symbols = family.resolve(checkpoint.config, HF)
+    outside = _first_mtp_tensor(family, symbols)
+    if outside is None or outside in checkpoint.tensors:
+        return symbols
+    decoder_layers = symbols["layers"] - symbols["mtp_layers"]
+    if decoder_layers < 0:
+        return symbols
+    inside_symbols = family.resolve(checkpoint.config, HF, {"layers": decoder_layers})
+    inside = _first_mtp_tensor(family, inside_symbols)
+    return inside_symbols if inside in checkpoint.tensors else symbols
+
+
+def _first_mtp_tensor(family: Family, symbols: Mapping[str, Any]) -> PhysicalName | None:
+    """Return the name of a tensor that only the first MTP layer has, or None without MTP."""
+    for block in family.blocks:
+        if block.mtp and len(block.layers(symbols)):
+            prefix = block.addresses[HF].format(layer=block.layers(symbols)[0], i=0)
+            return PhysicalName(prefix + family.tensors[block.groups[0]][0].addresses[HF])
+    return None

@@ -1,0 +1,134 @@
+"""Which model a Megatron checkpoint holds: by its arguments, by a config.json, or by its shapes.
+
+    who speaks                          what of it counts
+    -------------------------------------------------------------------------------------------
+    --config FILE                       all; arguments that differ are warnings
+    config.json beside the iteration    all; arguments that differ are faults
+    arguments in the checkpoint         all, where there is no config.json
+    shapes and --set KEY=VALUE          all, where there is neither; what is missing is refused
+
+`--set` changes single keys of whichever config counts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lingconv.containers.base import Identity
+from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.hf.config import DTYPE_NAMES, rebuild_config
+from lingconv.containers.hf.identify import find_family
+from lingconv.containers.megatron.rank_assembly import assemble_ranks
+from lingconv.containers.megatron.symbols_from_shapes import symbols_from_shapes
+from lingconv.containers.source_overrides import SourceOverrides
+from lingconv.encodings.dtypes import DTYPES, DType
+from lingconv.errors import CheckpointError, Fault
+from lingconv.model.family import Family
+from lingconv.model.layout import HF, MEGATRON, build_layout
+from lingconv.model.layout_detection import refined
+from lingconv.storage.file_names import CONFIG_NAME
+
+ARGS_NAME = "Megatron's arguments"
+
+
+def identify(
+    checkpoint: Checkpoint, families: Sequence[Family], overrides: SourceOverrides
+) -> Identity:
+    """Return the model, and the tensors of all ranks put together where they are apart.
+
+    Raises CheckpointError when nothing describes the model completely.
+    """
+    family = next((family for family in families if family.megatron is not None), None)
+    if family is None:
+        raise CheckpointError("no family file describes models in Megatron's formats")
+    config, faults = _config(checkpoint, family, overrides)
+    shown = replace(
+        checkpoint,
+        config={**config, **overrides.settings},
+        faults=(*checkpoint.faults, *faults),
+    )
+    family, architecture = find_family(shown, [family])
+    symbols = family.resolve(shown.config, HF)
+    if checkpoint.is_spread:
+        tensors, lost = assemble_ranks(family, symbols, checkpoint.args or {}, checkpoint.tensors)
+        shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
+        layout_name = MEGATRON
+    else:
+        layout_name = refined(family, MEGATRON, checkpoint.tensors)
+    layout = build_layout(family, symbols, layout_name)
+    return Identity(shown, family, architecture, symbols, layout)
+
+
+def _config(
+    checkpoint: Checkpoint, family: Family, overrides: SourceOverrides
+) -> tuple[Mapping[str, Any], list[Fault]]:
+    """Return the config that counts, and what contradicts it or was assumed."""
+    args, config = checkpoint.args, overrides.config or checkpoint.config
+    if not args:
+        return config or _config_from_shapes(checkpoint, family, overrides), []
+    symbols = family.resolve(args, MEGATRON, file=ARGS_NAME)
+    if config:
+        chosen = overrides.config is not None
+        return config, list(_contradictions(family, symbols, config, chosen=chosen))
+    stated = args.get("params_dtype")
+    dtype = stated if isinstance(stated, DType) else DType.BF16
+    architecture = family.megatron.of if family.megatron else ""
+    built = rebuild_config(family, architecture, symbols, dtype)
+    return built, list(_assumptions(family, symbols, args))
+
+
+def _config_from_shapes(
+    checkpoint: Checkpoint, family: Family, overrides: SourceOverrides
+) -> dict[str, Any]:
+    """Return a config of what the shapes and the user say.
+
+    Raises CheckpointError with all that nobody says.
+    """
+    found = {} if checkpoint.is_spread else symbols_from_shapes(family, checkpoint.tensors)
+    config: dict[str, Any] = {"architectures": [family.megatron.of if family.megatron else ""]}
+    config.update(family.config)
+    largest = max(checkpoint.tensors.values(), key=lambda t: t.nbytes, default=None)
+    if largest is not None and largest.dtype in DTYPE_NAMES:
+        config["torch_dtype"] = DTYPE_NAMES[DTYPES[largest.dtype.value]]
+    missing = []
+    for symbol in family.symbols:
+        keys = symbol.keys.get(HF, ())
+        if symbol.name in found and keys:
+            config[keys[0]] = found[symbol.name]
+        elif (
+            keys and MEGATRON in symbol.keys and not any(key in overrides.settings for key in keys)
+        ):
+            missing.append(keys[0])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.storage.uri} holds neither arguments nor a {CONFIG_NAME}",
+            faults=checkpoint.faults,
+            details=[f"`{key}` follows from no shape" for key in missing],
+            hint="pass the model's `--config FILE` (a config.json), or `--set KEY=VALUE` for each",
+        )
+    return config
+
+
+def _contradictions(
+    family: Family, from_args: Mapping[str, Any], config: Mapping[str, Any], *, chosen: bool
+) -> Iterator[Fault]:
+    """Yield what the arguments say otherwise than config.json, which the user may have chosen."""
+    from_config = family.resolve(config, HF)
+    for symbol in family.symbols:
+        one, other = from_args[symbol.name], from_config[symbol.name]
+        padded = symbol.name == "vocab_size" and one > other
+        if MEGATRON in symbol.keys and one != other and not padded:
+            message = f"`{symbol.key(MEGATRON)}` is {one}, {CONFIG_NAME} says {other}"
+            hint = "pass the right one as `--config FILE`"
+            yield Fault("config", message, ARGS_NAME, fatal=not chosen, hint=hint)
+
+
+def _assumptions(
+    family: Family, symbols: Mapping[str, Any], args: Mapping[str, Any]
+) -> Iterator[Fault]:
+    """Yield what no argument says, and what it was taken for."""
+    for symbol in family.symbols:
+        keys = symbol.keys.get(MEGATRON, ())
+        if keys and all(args.get(key) is None for key in keys):
+            message = f"`{keys[0]}` is not given, taken as {symbols[symbol.name]}"
+            yield Fault("config", message, ARGS_NAME, fatal=False)

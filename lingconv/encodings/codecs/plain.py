@@ -1,0 +1,105 @@
+"""Numbers without scales: copied, widened or rounded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lingconv.encodings.codec import (
+    BF16_BITS,
+    F32,
+    Array,
+    Buffers,
+    Encoded,
+    RowRange,
+    StoredRows,
+)
+from lingconv.encodings.dtypes import DType
+from lingconv.encodings.kernels import numeric
+from lingconv.encodings.plain import Plain
+from lingconv.encodings.scaling import Scaling
+
+
+class PlainCodec:
+    """Codec of one dtype: BF16, F16 or F32."""
+
+    def __init__(self, encoding: Plain) -> None:
+        self._dtype = encoding.dtype
+
+    def decode(self, rows: StoredRows, first: int, values: Array) -> bool:
+        """Fill `values`: as they are stored, or widened to float32."""
+        return _DECODERS[self._dtype, values.dtype](rows, first, values)
+
+    def encode(
+        self,
+        values: Array,
+        place: RowRange,
+        scaling: Scaling,
+        buffers: Buffers,
+        *,
+        allow_nonfinite: bool,
+    ) -> Encoded:
+        """Return `values` themselves, or rounded to nearest, ties to even."""
+        return _ENCODERS[self._dtype, values.dtype](values, place, buffers)
+
+    def scales(self, rows: StoredRows, first: int, num_rows: int) -> Array:
+        """Raise AssertionError: there are none."""
+        raise AssertionError(f"{self._dtype} has no scales")
+
+
+def _read(rows: StoredRows, first: int, values: Array) -> bool:
+    rows.read_rows(first, values)
+    return False  # nobody has to look at the values to read them
+
+
+def _bf16_to_f32(rows: StoredRows, first: int, values: Array) -> bool:
+    stored = rows.buffers.take("read", values.shape, np.uint16)
+    rows.read_rows(first, stored)
+    return bool(numeric.bf16_to_f32(stored.reshape(-1), values.reshape(-1)))
+
+
+def _f16_to_f32(rows: StoredRows, first: int, values: Array) -> bool:
+    stored = rows.buffers.take("read", values.shape, np.float16)
+    rows.read_rows(first, stored)
+    np.copyto(values, stored)
+    return not np.isfinite(stored).all()
+
+
+_DECODERS: dict[tuple[DType, np.dtype[Any]], Callable[[StoredRows, int, Array], bool]] = {
+    (DType.BF16, BF16_BITS): _read,
+    (DType.BF16, F32): _bf16_to_f32,
+    (DType.F16, F32): _f16_to_f32,
+    (DType.F32, F32): _read,
+}
+
+
+def _as_they_are(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
+    return Encoded([values])  # whoever decoded them has looked
+
+
+def _f32_to_bf16(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
+    rounded = buffers.take("write", values.shape, np.uint16, like=place.offset)
+    nonfinite = numeric.f32_to_bf16(values.reshape(-1), rounded.reshape(-1))
+    return Encoded([rounded], _first_infinite(rounded, 0x7F80) if nonfinite else -1)
+
+
+def _f32_to_f16(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
+    rounded = buffers.take("write", values.shape, np.float16, like=place.offset)
+    with np.errstate(over="ignore"):
+        np.copyto(rounded, values, casting="same_kind")
+    finite = np.isfinite(rounded).all()
+    return Encoded([rounded], -1 if finite else _first_infinite(rounded, 0x7C00))
+
+
+def _first_infinite(rounded: Array, infinity: int) -> int:
+    """Return the first row with NaN or Inf, all of whose exponent bits are set."""
+    bad = (rounded.view(np.uint16) & infinity) == infinity
+    return int(bad.any(axis=1).argmax())
+
+
+_ENCODERS: dict[tuple[DType, np.dtype[Any]], Callable[[Array, RowRange, Buffers], Encoded]] = {
+    (DType.BF16, BF16_BITS): _as_they_are,
+    (DType.BF16, F32): _f32_to_bf16,
+    (DType.F16, F32): _f32_to_f16,
+    (DType.F32, F32): _as_they_are,
+}
