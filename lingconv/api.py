@@ -16,6 +16,7 @@ from lingconv.errors import DestinationError, UsageError
 from lingconv.execution.destination import Destination
 from lingconv.execution.engine import Result, execute
 from lingconv.execution.progress import Progress
+from lingconv.execution.request import RunRequest
 from lingconv.execution.resources import Resources
 from lingconv.execution.run_folder import VERDICT_NAME, kept_plan, location_of, pinned_commits
 from lingconv.model.family_file import load_families
@@ -25,9 +26,9 @@ from lingconv.planner.sources import Average
 from lingconv.plans.checkpoint_weights import Weighting
 from lingconv.plans.options import ConvertOptions, Fp8Options, Target, TargetDType
 from lingconv.plans.plan import Plan
-from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import SUFFIX
 from lingconv.storage.hub.address import parse_address
+from lingconv.storage.local_files import replace_file
 from lingconv.storage.locations import is_remote, open_storage
 from lingconv.storage.machine import num_processors
 from lingconv.storage.upload_target import PublishOptions
@@ -89,6 +90,7 @@ def convert(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    recheck: bool = False,
     publish: PublishOptions | None = None,
 ) -> Result:
     """Convert `source` into the folder or GGUF file `destination`; the same call again resumes.
@@ -98,10 +100,11 @@ def convert(
 
     Raises the errors of `lingconv.errors`.
     """
-    target = Destination(destination, resources, publish, fresh=fresh)
+    request = RunRequest.of(resources, progress, publish, fresh=fresh, recheck=recheck)
+    target = Destination(destination, request)
     options = _named(options or ConvertOptions(), Path(destination))
     model = open_model(target.pinned(source), formats=formats, given=given)
-    return target.execute(build_plan(model, options), [model], progress)
+    return target.execute(build_plan(model, options), [model])
 
 
 def estimate(
@@ -124,7 +127,7 @@ def estimate(
         rates = estimating.read_profile(path)
     else:
         storages = [open_storage(source.uri)[0] for source in plan.sources]
-        folder, _ = Destination(destination, resources).disk(plan)
+        folder, _ = Destination(destination, RunRequest.of(resources)).disk(plan)
         rates = estimating.calibrate(plan, storages, folder, resources or Resources())
         if path is not None:
             replace_file(path, [(json.dumps(rates.to_json(), indent=2) + "\n").encode()])
@@ -153,7 +156,8 @@ def finish(destination: str | Path, *, progress: Progress | None = None) -> Resu
             hint="run the parts that write them; the same command goes on where it stopped",
         )
     storages = [open_storage(source.uri)[0] for source in plan.sources]
-    return execute(plan, storages, path, progress=progress, commits=pinned_commits(path))
+    request = RunRequest.of(progress=progress)
+    return execute(plan, storages, path, request, commits=pinned_commits(path))
 
 
 def plan_average(
@@ -189,6 +193,7 @@ def merge_checkpoints(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    recheck: bool = False,
     publish: PublishOptions | None = None,
 ) -> Result:
     """Average checkpoints of one model, oldest first, and convert the average in the same pass.
@@ -198,7 +203,8 @@ def merge_checkpoints(
     them may be on the Hub, as for `convert`. The same call again resumes. Raises the errors of
     `lingconv.errors`.
     """
-    target = Destination(destination, resources, publish, fresh=fresh)
+    request = RunRequest.of(resources, progress, publish, fresh=fresh, recheck=recheck)
+    target = Destination(destination, request)
     pinned = [target.pinned(source) for source in sources]
     built, average = plan_average(
         pinned, weighting, options, destination=destination, formats=formats, given=given
@@ -207,7 +213,7 @@ def merge_checkpoints(
         from lingconv.verification.reports import average_page as average_report
 
         average_report.write(built, str(destination), Path(report))
-    return target.execute(built, average.models, progress)
+    return target.execute(built, average.models)
 
 
 def quantize(
@@ -219,6 +225,7 @@ def quantize(
     resources: Resources | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    recheck: bool = False,
     publish: PublishOptions | None = None,
 ) -> Result:
     """Quantize to FP8, layout kept: `convert` with `dtype="fp8"`."""
@@ -231,6 +238,7 @@ def quantize(
         resources=resources,
         progress=progress,
         fresh=fresh,
+        recheck=recheck,
         publish=publish,
     )
 
@@ -263,9 +271,7 @@ def synth(
         build_plan(model, options),
         [model.checkpoint.storage],
         Path(destination),
-        resources=resources,
-        progress=progress,
-        fresh=fresh,
+        RunRequest.of(resources, progress, fresh=fresh),
         headers_only=headers_only,
     )
 

@@ -33,10 +33,10 @@ def in_child(staging, last_note=0):
         return child
     try:
         import lingconv
-        from lingconv.execution.run_folder import RunFolder
+        from lingconv.execution.journal import Journal
         from tests.noted import Noted
 
-        RunFolder._note = Noted(last_note)
+        Journal._note = Noted(last_note)
         os.dup2(os.open(staging.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         lingconv.convert(
             f"hf://{SOURCE}",

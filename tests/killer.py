@@ -19,7 +19,7 @@ import lingconv
 import lingconv.execution.pipeline.transcoder
 import lingconv.execution.pipeline.worker_pool
 from lingconv.api import merge_checkpoints
-from lingconv.execution.run_folder import RunFolder
+from lingconv.execution.journal import Journal
 from lingconv.plans.checkpoint_weights import mean
 from tests.noted import Noted
 from tests.support import tree_digest
@@ -51,7 +51,7 @@ def in_child(source, target, last_note=0):
     if child:
         return child
     try:
-        RunFolder._note = Noted(last_note)
+        Journal._note = Noted(last_note)
         convert(source, target)
     except BaseException:
         traceback.print_exc()
@@ -78,10 +78,10 @@ def main(source, work, rounds):
     undisturbed = work / "undisturbed"
     convert(source, undisturbed)  # compiles the kernels, too
     started = time.monotonic()
-    RunFolder._note = noted = Noted(0)
+    Journal._note = noted = Noted(0)
     convert(source, work / "timed")
     duration = time.monotonic() - started
-    RunFolder._note = noted.note
+    Journal._note = noted.note
     expected = tree_digest(undisturbed)
     rng = random.Random(20)
     seen = {"killed": 0, "resumed": 0, "rewritten": 0, "different": 0, "failed": 0, "stages": 0}

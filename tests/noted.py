@@ -3,7 +3,7 @@
 import os
 import signal
 
-from lingconv.execution.run_folder import RunFolder
+from lingconv.execution.journal import Journal
 
 
 class Noted:
@@ -12,7 +12,7 @@ class Noted:
     def __init__(self, last):
         self.last = last
         self.count = 0
-        self.note = RunFolder._note
+        self.note = Journal._note
 
     def __call__(self, folder, entry):
         self.note(folder, entry)

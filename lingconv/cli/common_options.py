@@ -263,6 +263,14 @@ Fresh = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Recheck = Annotated[
+    bool,
+    typer.Option(
+        "--recheck",
+        help="Compare finished files byte by byte with what they should hold; write what differs.",
+        rich_help_panel=RUN,
+    ),
+]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

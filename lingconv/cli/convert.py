@@ -15,6 +15,7 @@ from lingconv.cli.common_options import (
     Fresh,
     FromMainParams,
     HubFlags,
+    Recheck,
     ResourceFlags,
     Source,
     SourceFlags,
@@ -50,6 +51,7 @@ def convert(
     *,
     verify: Verify = False,
     fresh: Fresh = False,
+    recheck: Recheck = False,
     limits: ResourceFlags,
     hub: HubFlags,
     formats: Formats = None,
@@ -79,6 +81,7 @@ def convert(
         formats=formats,
         given=given,
         fresh=fresh,
+        recheck=recheck,
         verify=verify,
     )
 
@@ -93,6 +96,7 @@ def run(
     formats: str | None,
     given: SourceOverrides | None = None,
     fresh: bool,
+    recheck: bool,
     verify: bool,
 ) -> None:
     """Convert with progress on stderr, prove the result if `verify`, and print both."""
@@ -108,6 +112,7 @@ def run(
             resources=limits,
             progress=progress,
             fresh=fresh,
+            recheck=recheck,
             publish=publish,
         )
     verdict = None

@@ -17,6 +17,7 @@ from lingconv.cli.common_options import (
     Fresh,
     FromMainParams,
     HubFlags,
+    Recheck,
     ResourceFlags,
     Source,
     SourceFlags,
@@ -50,6 +51,7 @@ def experts(
     written: OutputFlags,
     verify: Verify = False,
     fresh: Fresh = False,
+    recheck: Recheck = False,
     limits: ResourceFlags,
     hub: HubFlags,
     formats: Formats = None,
@@ -75,6 +77,7 @@ def experts(
         formats=formats,
         given=said.given(),
         fresh=fresh,
+        recheck=recheck,
         verify=verify,
     )
 
@@ -204,6 +207,7 @@ def checkpoints(
         typer.Option("--report", metavar="FILE", help="Show the weights in an HTML file."),
     ] = None,
     fresh: Fresh = False,
+    recheck: Recheck = False,
     limits: ResourceFlags,
     hub: HubFlags,
     formats: Formats = None,
@@ -244,6 +248,7 @@ def checkpoints(
             resources=hub.resources(limits),
             progress=progress,
             fresh=fresh,
+            recheck=recheck,
             publish=hub.publish.options,
         )
     convert.show(result, more=_in_json(chosen, weights))

@@ -23,6 +23,7 @@ from lingconv.cli.option_groups import grouped
 from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import duration, file_size, memory_size, parse_rate
 from lingconv.errors import UsageError
+from lingconv.execution.request import RunRequest
 from lingconv.execution.resources import Resources
 from lingconv.storage.machine import free_bytes
 
@@ -151,7 +152,7 @@ def show(
     from lingconv.plans.lowering import peak_memory
 
     jobs, buffers = peak_memory(plan, limits.resolved_jobs, limits.max_memory_bytes)
-    folder, needed_bytes = Destination(destination, limits).disk(plan)
+    folder, needed_bytes = Destination(destination, RunRequest(limits)).disk(plan)
     summary = {
         "schema": SCHEMA,
         "source": plan.source,

@@ -12,6 +12,7 @@ from lingconv.cli.common_options import (
     Formats,
     Fresh,
     HubFlags,
+    Recheck,
     ResourceFlags,
     Source,
     Verify,
@@ -33,6 +34,7 @@ def quantize(
     output: OutputFlags,
     verify: Verify = False,
     fresh: Fresh = False,
+    recheck: Recheck = False,
     limits: ResourceFlags,
     hub: HubFlags,
     formats: Formats = None,
@@ -52,5 +54,6 @@ def quantize(
         hub.publish.options,
         formats=formats,
         fresh=fresh,
+        recheck=recheck,
         verify=verify,
     )

@@ -10,7 +10,8 @@ from lingconv.execution import engine
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.engine import Publish, Result
 from lingconv.execution.progress import Progress
-from lingconv.execution.resources import LOCAL, RAY, Resources
+from lingconv.execution.request import RunRequest
+from lingconv.execution.resources import LOCAL, RAY
 from lingconv.execution.run_folder import RunFolder, pinned_commits
 from lingconv.plans.plan import Plan
 from lingconv.storage.hub.address import HubAddress, is_hub, parse_address
@@ -27,14 +28,11 @@ class Destination:
     def __init__(
         self,
         destination: str | Path,
-        resources: Resources | None = None,
-        publish: PublishOptions | None = None,
-        *,
-        fresh: bool = False,
+        request: RunRequest | None = None,
     ) -> None:
-        self._resources = resources or Resources()
-        self._fresh = fresh
-        self._options = publish or PublishOptions()
+        self._request = request or RunRequest()
+        self._resources = self._request.resources
+        self._options = self._request.publish
         self._options.check()
         self._store = str(destination) if is_remote(destination) else ""
         if self._store:
@@ -42,11 +40,11 @@ class Destination:
         else:
             self._folder = Path(destination)
         self._check_options()
-        self._earlier = {} if fresh else pinned_commits(self._folder)
+        self._earlier = {} if self._request.fresh else pinned_commits(self._folder)
         self._commits: dict[str, str] = {}
         self._check_executor()
         if self._resources.part is not None:
-            self._refuse_in_parts(fresh=fresh)
+            self._refuse_in_parts()
 
     def pinned(self, source: str | Path) -> str:
         """Return a source; one on the Hub at the commit that this run, or an earlier one, reads."""
@@ -88,14 +86,14 @@ class Destination:
         if on_ray and self._resources.part is not None:
             raise UsageError("a cluster writes whole targets", hint="leave `--part` out")
 
-    def _refuse_in_parts(self, *, fresh: bool) -> None:
+    def _refuse_in_parts(self) -> None:
         """Refuse what parts of a run cannot do."""
         if self._store:
             raise UsageError(
                 "`--part` writes to a folder that all machines see, not to a store",
                 hint="then `lingconv finish` and `lingconv push` it; or take `--executor ray`",
             )
-        if fresh:
+        if self._request.fresh:
             raise UsageError(
                 "`--fresh` would remove what other parts have written",
                 hint="remove the folder before the first part starts",
@@ -125,7 +123,6 @@ class Destination:
         self,
         plan: Plan,
         models: Sequence[Model],
-        progress: Progress | None,
     ) -> Result:
         """Carry out a plan that reads `models`."""
         storages = [model.checkpoint.storage for model in models]
@@ -136,9 +133,7 @@ class Destination:
                 plan,
                 storages,
                 self._folder,
-                resources=self._resources,
-                progress=progress,
-                fresh=self._fresh,
+                self._request,
                 commits=self._commits,
                 publish=self._publish(plan),
                 store=(self._store, self._options) if self._store else None,
@@ -147,9 +142,7 @@ class Destination:
             plan,
             storages,
             self._folder,
-            resources=self._resources,
-            progress=progress,
-            fresh=self._fresh,
+            self._request,
             commits=self._commits,
             publish=self._publish(plan),
         )

@@ -1,35 +1,37 @@
 """Executes a plan: lock the target, fill its files, write index and config last.
 
-    read strip -> decode -> encode -> write strip      transcode.py, by the threads of workers.py
-    fsync -> rename -> note                            journal.py
+    read strip -> decode -> encode -> write strip      pipeline/, by the threads of a WorkerPool
+    fsync -> rename -> note                            run_folder.py, journal.py
 
 Killed anywhere, the same call goes on where it was.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lingconv.containers.registry import format_for
 from lingconv.errors import LingconvError, ResourceError, resumable
 from lingconv.execution.closing.closing_files import closing_files, record_json
 from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.pipeline.prefetch import sources_of
 from lingconv.execution.pipeline.worker_pool import WorkerPool, check_unchanged
-from lingconv.execution.progress import Progress, Silent
+from lingconv.execution.progress import Progress
+from lingconv.execution.request import RunRequest
 from lingconv.execution.resources import Resources
 from lingconv.execution.run_folder import RunFolder, location_of
 from lingconv.execution.run_identity import run_identity
 from lingconv.plans.lowering import peak_memory
-from lingconv.plans.options import Target
 from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage import Storage
-from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
+from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
 from lingconv.storage.machine import allow_open_files, free_bytes
 from lingconv.version import __version__
@@ -42,6 +44,7 @@ _CHUNK_BYTES = 4 << 20
 _MOST_AHEAD_BYTES = 512 << 20
 _AT_ONCE = 2  # files that are fetched whole: one is read while the next one comes
 
+# Opens what sends finished files away.
 Publish = Callable[[RunFolder, Progress], "Publisher"]
 
 
@@ -50,7 +53,8 @@ class Result:
     """What a run did; `destination` is a folder, the first of the GGUF files, or a repository.
 
     `commit_url` is where to look at what was published, `branch` the branch or pull request that it
-    is in; `state` is the folder of what a run keeps for itself.
+    is in; `state` is the folder of what a run keeps for itself. `files_differing` were finished,
+    and written again because a recheck found other bytes in them.
     """
 
     destination: str
@@ -63,16 +67,15 @@ class Result:
     commit_url: str = ""
     branch: str = ""
     state: Path | None = None
+    files_differing: int = 0
 
 
 def execute(
     plan: Plan,
     storages: Sequence[Storage],
     destination: Path,
+    request: RunRequest | None = None,
     *,
-    resources: Resources | None = None,
-    progress: Progress | None = None,
-    fresh: bool = False,
     headers_only: bool = False,
     commits: Mapping[str, str] | None = None,
     publish: Publish | None = None,
@@ -85,61 +88,42 @@ def execute(
     repository, and `destination` holds only what it has not got yet.
     Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
     """
-    resources = resources or Resources()
-    part = resources.part
-    mine, share = (part.of(plan.files), str(part)) if part else (plan.files, "")
-    progress = progress or Silent()
+    request = request or RunRequest()
+    part = request.resources.part
     started = time.monotonic()
-    memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
-    published: PublishedCommit | None = None
+    location = location_of(destination)
     with (
         resumable(),
         explained_writing(destination),
-        RunFolder(location_of(destination), identity, fresh=fresh, share=share) as folder,
+        RunFolder(
+            location,
+            identity,
+            fresh=request.fresh,
+            share=str(part) if part else "",
+            sources=files_read(plan, storages),
+            recheck=request.recheck,
+        ) as folder,
         ExitStack() as stack,
     ):
-        publisher = stack.enter_context(publish(folder, progress)) if publish else None
-        todo = publisher.begin() if publisher else unfinished(mine, folder)
-        if not headers_only:
-            missing = sum(folder.bytes_missing(file.name, file.nbytes) for file in todo)
-            check_disk(folder.root, min(missing, publisher.room) if publisher else missing)
-        progress.begin(plan, len(mine) - len(todo), memory[0])
-        with folder.alone():
-            folder.keep_plan(plan)
-            carry_side_files(plan, storages, folder)
-        _fill(
-            plan,
-            todo,
-            storages,
-            folder,
-            resources,
-            memory,
-            progress,
-            publisher,
-            sparse=headers_only,
-        )
-        if not part:
-            published = _complete(plan, storages[-1], folder, publisher)
-    named = location_of(destination).name
-    where = str(folder.root / plan.files[0].name if named else destination)
+        publisher = stack.enter_context(publish(folder, request.progress)) if publish else None
+        run = Run(plan, storages, folder, request, publisher, is_sparse=headers_only)
+        done = run.write_files()
+        published = None if part else run.complete()
+    first = str(folder.path(plan.files[0].name) if location.name else destination)
     return Result(
-        destination=published.address if published else where,
+        destination=published.address if published else first,
         digest=plan.digest,
-        files_written=len(todo),
-        files_found_finished=len(mine) - len(todo),
-        bytes_written=sum(file.nbytes for file in todo),
+        files_written=len(done.written),
+        files_found_finished=done.found,
+        bytes_written=sum(file.nbytes for file in done.written),
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
         commit_url=published.url if published else "",
         branch=published.branch if published else "",
         state=folder.state,
+        files_differing=done.differing,
     )
-
-
-def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
-    """Return the weight files that do not stand complete under their names."""
-    return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
 
 
 def write_share(
@@ -151,59 +135,140 @@ def write_share(
     resources: Resources,
 ) -> None:
     """Write the files of `plan`, which are those of one share of the run that `identity` names."""
-    memory = peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
     with (
         explained_writing(destination),
         RunFolder(location_of(destination), identity, fresh=False, share=share) as folder,
     ):
-        todo = unfinished(plan.files, folder)
-        _fill(plan, todo, storages, folder, resources, memory, Silent(), None, sparse=False)
+        run = Run(plan, storages, folder, RunRequest(resources), None)
+        run.fill(unfinished(plan.files, folder))
 
 
-def _fill(
-    plan: Plan,
-    todo: list[OutputFile],
-    storages: Sequence[Storage],
-    folder: RunFolder,
-    resources: Resources,
-    memory: tuple[int, int],
-    progress: Progress,
-    publisher: "Publisher | None",
-    *,
-    sparse: bool,
-) -> None:
-    """Have the crew fill files; `memory` is what `peak_memory` said of the plan."""
-    jobs, buffer_bytes = memory
-    allow_open_files(len(plan.source_files))
-    with ExitStack() as stack:
-        publishes = publisher is not None
-        crew = WorkerPool(
-            plan,
-            _fetched(plan, todo, storages, folder, resources, stack, publishes=publishes),
-            folder,
-            progress,
-            publisher or KeepLocal(),
-            sparse=sparse,
-            ahead_bytes=_ahead_bytes(resources.max_memory_bytes - buffer_bytes, jobs),
+class Written(NamedTuple):
+    """The files that a run wrote, how many it found finished, and how many of these differed."""
+
+    written: list[OutputFile]
+    found: int
+    differing: int = 0
+
+
+class Run:
+    """One execution of a plan in a folder that it holds: weights, then what completes them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        storages: Sequence[Storage],
+        folder: RunFolder,
+        request: RunRequest,
+        publisher: "Publisher | None",
+        *,
+        is_sparse: bool = False,
+    ) -> None:
+        self._plan = plan
+        self._storages = storages
+        self._folder = folder
+        self._request = request
+        self._publisher = publisher
+        self._is_sparse = is_sparse
+        resources = request.resources
+        self._jobs, self._buffer_bytes = peak_memory(
+            plan, resources.resolved_jobs, resources.max_memory_bytes
+        )
+
+    def write_files(self) -> Written:
+        """Write the weight files of the run's share that are not finished; carry small files."""
+        part = self._request.resources.part
+        mine = part.of(self._plan.files) if part else self._plan.files
+        todo = self._publisher.begin() if self._publisher else unfinished(mine, self._folder)
+        differing = self._differing([file for file in mine if file not in todo])
+        found = len(mine) - len(todo)
+        todo = [*differing, *todo]
+        self._check_disk(todo)
+        self._request.progress.begin(self._plan, found, self._jobs)
+        with self._folder.alone():
+            self._folder.keep_plan(self._plan)
+            carry_side_files(self._plan, self._storages, self._folder)
+        self.fill(todo)
+        return Written(todo, found, len(differing))
+
+    def _differing(self, finished: list[OutputFile]) -> list[OutputFile]:
+        """Return the finished files that hold other bytes than the plan gives, if that is asked."""
+        if not self._request.recheck or self._publisher or not finished:
+            return []
+        pool = self._pool(self._storages, compares=True)
+        pool.fill(finished, self._jobs)
+        return pool.differing
+
+    def _check_disk(self, todo: Sequence[OutputFile]) -> None:
+        """Raise ResourceError when there is no room for what is to be written."""
+        if self._is_sparse:
+            return
+        missing = sum(self._folder.bytes_missing(file.name, file.nbytes) for file in todo)
+        room = min(missing, self._publisher.room) if self._publisher else missing
+        check_disk(self._folder.root, room)
+
+    def fill(self, todo: Sequence[OutputFile]) -> None:
+        """Write some of the plan's files."""
+        allow_open_files(len(self._plan.source_files))
+        with ExitStack() as stack:
+            storages = _fetched(
+                self._plan,
+                todo,
+                self._storages,
+                self._folder,
+                self._request.resources,
+                stack,
+                publishes=self._publisher is not None,
+            )
+            self._pool(storages).fill(list(todo), self._jobs)
+
+    def _pool(self, storages: Sequence[Storage], *, compares: bool = False) -> WorkerPool:
+        resources = self._request.resources
+        return WorkerPool(
+            self._plan,
+            storages,
+            self._folder,
+            self._request.progress,
+            self._publisher or KeepLocal(),
+            sparse=self._is_sparse,
+            compares=compares,
+            ahead_bytes=_ahead_bytes(resources.max_memory_bytes - self._buffer_bytes, self._jobs),
             gpus=gpus_of(resources.device),
         )
-        crew.fill(todo, jobs)
+
+    def complete(self) -> "PublishedCommit | None":
+        """Write what makes a checkpoint of the weights; return the commit if it was published."""
+        plan, folder, base = self._plan, self._folder, self._storages[-1]
+        record, card = _source_record(base), _base_card(plan, base)
+        last = closing_files(plan, record, card if plan.weighting else "", __version__)
+        if self._publisher:
+            return self._publisher.finish(record, card, last)
+        for name, data in last.items():
+            replace_file(folder.path(name), [data])
+        if format_for(plan.options.layout).is_self_contained:  # nothing beside it tells what it is
+            replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
+        folder.complete()
+        return None
 
 
-def _complete(
-    plan: Plan, base: Storage, folder: RunFolder, publisher: "Publisher | None"
-) -> "PublishedCommit | None":
-    """Write what makes a checkpoint of the weights; return the commit where it was published."""
-    record, card = _source_record(base), _base_card(plan, base)
-    last = closing_files(plan, record, card if plan.weighting else "", __version__)
-    if publisher:
-        return publisher.finish(record, card, last)
-    for name, data in last.items():
-        replace_file(folder.root / name, [data])
-    if plan.options.layout == Target.GGUF:  # nothing beside the file tells what it is
-        replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
-    folder.complete()
-    return None
+def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
+    """Return the weight files that do not stand complete under their names."""
+    return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
+
+
+def files_read(plan: Plan, storages: Sequence[Storage]) -> set[tuple[int, int]]:
+    """Return device and inode of every file of this machine that a plan reads."""
+    found = set()
+    for source, storage in zip(plan.sources, storages, strict=True):
+        for name in source.files:
+            blob = storage.open(name)
+            try:
+                if blob.descriptor is not None:
+                    held = os.fstat(blob.descriptor)
+                    found.add((held.st_dev, held.st_ino))
+            finally:
+                blob.close()
+    return found
 
 
 def _ahead_bytes(spare_bytes: int, jobs: int) -> int:
@@ -272,8 +337,8 @@ def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder)
     """Copy the small files of the base, those that are not there yet."""
     base, storage = len(storages) - 1, storages[-1]
     for name, nbytes in plan.side_files.items():
-        path = folder.root / name
-        if not path.exists() or path.stat().st_size != nbytes:
+        path = folder.path(name)
+        if path.is_symlink() or not path.exists() or path.stat().st_size != nbytes:
             check_unchanged(plan, storages, {(base, name)})
             starts = range(0, nbytes, _CHUNK_BYTES)
             replace_file(path, (storage.read(name, start, _CHUNK_BYTES) for start in starts))

@@ -33,10 +33,12 @@ from lingconv.execution.engine import (
     Result,
     carry_side_files,
     execute,
+    files_read,
     unfinished,
     write_share,
 )
-from lingconv.execution.progress import Progress, Silent
+from lingconv.execution.progress import Progress
+from lingconv.execution.request import RunRequest
 from lingconv.execution.resources import Resources
 from lingconv.execution.run_folder import RunFolder, location_of
 from lingconv.execution.run_identity import run_identity
@@ -74,10 +76,8 @@ def execute_on_ray(
     plan: Plan,
     storages: Sequence[Storage],
     destination: Path,
+    request: RunRequest,
     *,
-    resources: Resources,
-    progress: Progress | None = None,
-    fresh: bool = False,
     commits: Mapping[str, str] | None = None,
     publish: Publish | None = None,
     store: tuple[str, PublishOptions] | None = None,
@@ -88,16 +88,16 @@ def execute_on_ray(
 
     Raises UsageError where Ray is not installed or not to be reached, and what tasks raise.
     """
-    progress = progress or Silent()
+    progress, resources = request.progress, request.resources
     started = time.monotonic()
     identity = run_identity(plan, __version__, commits or {}, headers_only=False)
-    place = location_of(destination)
+    place, read = location_of(destination), files_read(plan, storages)
     with explained_writing(destination):
-        if fresh:
-            with RunFolder(place, identity, fresh=True):
+        if request.fresh:
+            with RunFolder(place, identity, fresh=True, sources=read):
                 pass  # alone, nobody may be writing what is removed
         with (
-            RunFolder(place, identity, fresh=False, share="driver") as folder,
+            RunFolder(place, identity, fresh=False, share="driver", sources=read) as folder,
             ExitStack() as stack,
         ):
             publisher = stack.enter_context(publish(folder, progress)) if publish else None

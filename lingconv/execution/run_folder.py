@@ -1,9 +1,8 @@
 """The state of a run in its target folder: who is writing, what was planned, what is finished.
 
-    DST/.lingconv/lock           held while a run writes (released by the system, whatever happens)
-    DST/.lingconv/run.json       identity of the run: source files, options, plan digest, outputs
-    DST/.lingconv/journal.jsonl  a line for each finished weight file, for each finished piece, and
-                                 for each file that a repository has and that is not here any more
+    DST/.lingconv/lock           held while a run writes (`run_locks.py`)
+    DST/.lingconv/run.json       identity of the run (`run_identity.py`), how finished files look
+    DST/.lingconv/journal.jsonl  what is on disk already (`journal.py`)
     DST/.lingconv/plan.json      the plan, journal.I-of-N.jsonl and lock.I-of-N, where parts do it
     DST/.lingconv/verify.json    what `--verify` said of it, for the card when it is pushed
 
@@ -12,34 +11,40 @@ A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingcon
 Crash-only: a file under its final name is finished, because only a rename puts it there, after its
 data is on disk. The journal adds what it looked like then, so that a later change is noticed. Once
 the whole target is complete the journal goes, and run.json stays: the same command then finds
-nothing to do.
+nothing to do. docs/architecture.md has the table of all states and of what a kill leaves.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from lingconv.errors import DestinationError, Locked
-from lingconv.execution.run_identity import _COMMITS, _differences, _lasting
+from lingconv.errors import DestinationError
+from lingconv.execution.journal import JOURNAL_NAME, FileState, Journal, Pieces, forget, new_id
+from lingconv.execution.partial_file import PartialFile, id_of
+from lingconv.execution.run_identity import COMMITS, differences, is_same_run
+from lingconv.execution.run_locks import (
+    IDENTITY_NAME,
+    MAX_IDENTITY_BYTES,
+    RunLocks,
+    alone_in,
+    refuse_shared_outputs,
+)
 from lingconv.plans.plan import Plan
-from lingconv.storage.atomic_file import replace_file, sync_folder
 from lingconv.storage.file_names import PARTIAL_SUFFIX
 from lingconv.storage.file_names import SUFFIX as GGUF_SUFFIX
+from lingconv.storage.local_files import path_inside, read_file, replace_file, sync_folder
 from lingconv.storage.upload_target import ListedFile
-from lingconv.version import __version__
 
 STATE_NAME = ".lingconv"
-JOURNAL_NAME = "journal.jsonl"
-JOURNALS = "journal*.jsonl"
 PLAN_NAME = "plan.json"
 VERDICT_NAME = "verify.json"
-_IDENTITY_NAME = "run.json"
-_CLAIM_NAME = "claim"
+_FINISHED, _ROOT = "finished", "root"
+_MAX_PLAN_BYTES = 4 << 30
+# What serves only to go on; journals besides.
+_PASSING = ("lock.*", "claim", PLAN_NAME)
 
 
 class RunLocation(NamedTuple):
@@ -47,6 +52,11 @@ class RunLocation(NamedTuple):
 
     folder: Path
     name: str = ""
+
+    @property
+    def state(self) -> Path:
+        """The folder of what the run keeps for itself."""
+        return self.folder / STATE_NAME / self.name
 
 
 def location_of(destination: Path) -> RunLocation:
@@ -60,6 +70,7 @@ class RunFolder:
     """The target folder, locked. Use as a context manager.
 
     A `share` is the name of a part of the run that writes beside others, with its own journal.
+    `sources` are device and inode of all files that are read: none of them is ever an output.
     """
 
     def __init__(
@@ -69,19 +80,25 @@ class RunFolder:
         *,
         fresh: bool,
         share: str = "",
+        sources: Collection[tuple[int, int]] = (),
+        recheck: bool = False,
     ) -> None:
-        self._share = share
-        self._journal_name = f"journal.{share}.jsonl" if share else JOURNAL_NAME
         self.root = place.folder
-        self._shared = bool(place.name)
-        self.state = place.folder / STATE_NAME / place.name
+        self.state = place.state
+        self._is_shared = bool(place.name)
+        self._share = share
         self._identity = identity
         self._fresh = fresh
-        self._locks: list[int] = []
-        self.sent: dict[str, ListedFile] = {}
-        self._finished: dict[str, list[int]] = {}
-        self._pieces: dict[str, set[int]] = {}
-        self._checksums: dict[str, dict[int, tuple[int, int]]] = {}
+        self._sources = sources
+        self._recheck = recheck
+        self._is_moved = False
+        self._locks = RunLocks(self.state, share)
+        self._journal = Journal(self.state, f"journal.{share}.jsonl" if share else JOURNAL_NAME)
+
+    @property
+    def sent(self) -> dict[str, ListedFile]:
+        """The files that a repository has, as it lists them."""
+        return self._journal.sent
 
     def __enter__(self) -> Self:
         """Take the folder: create it, or check that it holds this very run.
@@ -89,48 +106,16 @@ class RunFolder:
         Raises DestinationError when somebody else is writing it or it holds something else.
         """
         self._refuse_foreign()
+        self._refuse_sources()
         self.state.mkdir(parents=True, exist_ok=True)
         try:
-            self._take_locks()
-            with self.alone():
+            with self._among_others(), self.alone():
+                self._locks.take(self.root)
                 self._claim()
         except BaseException:
-            self._let_go()
+            self._locks.release()
             raise
         return self
-
-    def _take_locks(self) -> None:
-        """Keep others out: a whole run everybody, a share the same share and whole runs."""
-        try:
-            self._take("lock", fcntl.LOCK_SH if self._share else fcntl.LOCK_EX)
-            if self._share:
-                self._take(f"lock.{self._share}", fcntl.LOCK_EX)
-        except BlockingIOError as exc:
-            raise Locked(
-                f"another run is writing {self.root}", hint="wait for it, or choose another target"
-            ) from exc
-
-    def _take(self, name: str, mode: int) -> None:
-        self._locks.append(os.open(self.state / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        fcntl.flock(self._locks[-1], mode | fcntl.LOCK_NB)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait for a moment in which no other share writes what is everybody's."""
-        if not self._share:
-            yield
-            return
-        fd = os.open(self.state / _CLAIM_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
-
-    def _let_go(self) -> None:
-        for fd in self._locks:
-            os.close(fd)
-        self._locks.clear()
 
     def __exit__(
         self,
@@ -139,19 +124,30 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         """Release the locks."""
-        self._let_go()
+        self._locks.release()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Wait for a moment in which no other share writes what is everybody's."""
+        return self._locks.alone()
+
+    def _among_others(self) -> AbstractContextManager[None]:
+        """Wait for a moment alone among the runs that write into a shared folder."""
+        return alone_in(self.root / STATE_NAME) if self._is_shared else nullcontext()
 
     def _refuse_foreign(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise DestinationError(f"{self.root} is not a folder")
+        for path in (self.root / STATE_NAME, self.state):
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise DestinationError(f"{path} is not a folder", hint="choose another target")
         if self.state.is_dir():
             return
-        if self._shared:
-            for name in self._identity["outputs"]:
-                if (self.root / name).exists():
+        if self._is_shared:
+            for path in self._outputs():
+                if path.exists():
                     raise DestinationError(
-                        f"{self.root / name} is there, and not from a run that can go on",
-                        hint="choose another name, or remove it",
+                        f"{path} is there, and not from a run that can go on",
+                        hint="choose another name, or move it away",
                     )
         elif self.root.is_dir() and any(p.name != STATE_NAME for p in self.root.iterdir()):
             raise DestinationError(
@@ -159,135 +155,164 @@ class RunFolder:
                 hint="choose a new folder",
             )
 
+    def _outputs(self) -> Iterator[Path]:
+        """Yield every file that this run writes."""
+        for name in self._identity["outputs"]:
+            yield path_inside(self.root, name)
+
+    def _refuse_sources(self) -> None:
+        """Raise DestinationError when an output is a file of a source, by whatever name."""
+        for path in self._outputs() if self._sources else ():
+            for each in (path, path.with_name(path.name + PARTIAL_SUFFIX)):
+                try:
+                    held = each.lstat() if each.is_symlink() else each.stat()
+                except OSError:
+                    continue
+                if (held.st_dev, held.st_ino) in self._sources:
+                    raise DestinationError(
+                        f"{each} is a file of the source, and would be written",
+                        hint="choose another folder, or another name",
+                    )
+
     def _claim(self) -> None:
-        held = _read_json(self.state / _IDENTITY_NAME)
+        """Make the folder this run's, or find that it is."""
+        if self._is_shared:
+            outputs = self._identity["outputs"]
+            refuse_shared_outputs(self.root / STATE_NAME, self.state, outputs)
+        held = read_record(self.state / IDENTITY_NAME)
         if self._fresh:
-            self._clear((held or self._identity).get("outputs", []))
+            self._clear(_names(held) if held else self._identity["outputs"])
             held = None
         if held is None:
             self._refuse_unclaimed()
-            replace_file(
-                self.state / _IDENTITY_NAME, [json.dumps(self._identity, indent=1).encode()]
-            )
-        elif _lasting(held) != _lasting(self._identity):
+            forget(self.state, (PLAN_NAME,))  # nothing counts that a lost run has noted
+            self._write_identity({})
+        elif not is_same_run(held, self._identity):
             raise DestinationError(
                 f"{self.root} holds another conversion",
-                details=list(_differences(held, self._identity)),
+                details=list(differences(held, self._identity)),
                 hint="choose another folder, or start over with `--fresh`",
             )
-        self._read_journal()
+        self._read_notes(held or {})
+
+    def _read_notes(self, held: Mapping[str, Any]) -> None:
+        """Take in what earlier runs noted."""
+        root = self.root.stat()
+        self._is_moved = held.get(_ROOT) != [root.st_dev, root.st_ino]
+        finished = held.get(_FINISHED)
+        for name, state in finished.items() if isinstance(finished, dict) else ():
+            if isinstance(state, list) and len(state) == len(FileState._fields):
+                self._journal.finished[name] = FileState(*state)
+        self._journal.read()
+
+    def _write_identity(self, finished: Mapping[str, FileState]) -> None:
+        root = self.root.stat()
+        record = {
+            **self._identity,
+            _ROOT: [root.st_dev, root.st_ino],
+            _FINISHED: {name: list(state) for name, state in finished.items()},
+        }
+        replace_file(self.state / IDENTITY_NAME, [json.dumps(record, indent=1).encode()])
 
     def _refuse_unclaimed(self) -> None:
         """Refuse a folder whose record is lost: nobody knows what its files belong to."""
-        for name in self._identity["outputs"]:
-            if (self.root / name).exists():
+        for path in self._outputs():
+            if path.exists():
                 raise DestinationError(
-                    f"{self.root} has lost its record (in {STATE_NAME}), and holds {name}",
+                    f"{self.root} has lost its record (in {STATE_NAME}), and holds {path.name}",
                     hint="choose another folder, or start over with `--fresh`",
                 )
 
     def _clear(self, outputs: Iterable[str]) -> None:
-        """Remove what the earlier run wrote, and nothing else."""
-        for name in outputs:
-            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if inside:  # the record may have come with a folder from a stranger
-                (self.root / name).unlink(missing_ok=True)
-                (self.root / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        (self.state / _IDENTITY_NAME).unlink(missing_ok=True)
-        self._forget()
+        """Remove what the earlier run wrote, and nothing else: first what says that it is there."""
+        paths = [path_inside(self.root, name) for name in outputs]
+        for path in paths:
+            self._refuse_to_remove_source(path)
+        forget(self.state, _PASSING)
+        for path in paths:
+            for each in (path.with_name(path.name + PARTIAL_SUFFIX), path):
+                if each.is_symlink() or not each.is_dir():
+                    each.unlink(missing_ok=True)
+        (self.state / IDENTITY_NAME).unlink(missing_ok=True)
 
-    def _forget(self) -> None:
-        """Remove what serves only to go on: journals, and what parts have left."""
-        for pattern in (JOURNALS, "lock.*", _CLAIM_NAME, PLAN_NAME):
-            for path in self.state.glob(pattern):
-                path.unlink(missing_ok=True)
+    def _refuse_to_remove_source(self, path: Path) -> None:
+        held = path.lstat() if path.exists() or path.is_symlink() else None
+        if held is not None and (held.st_dev, held.st_ino) in self._sources:
+            raise DestinationError(
+                f"{path} is a file of the source, and would be removed",
+                hint="choose another folder, or another name",
+            )
 
-    def _read_journal(self) -> None:
-        paths = sorted(self.state.glob(JOURNALS))
-        for line in (line for path in paths for line in path.read_text("utf-8").splitlines()):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that a kill cut short; its file is found under its final name
-            if "stat" in entry:
-                self._finished[entry["file"]] = entry["stat"]
-            elif "sent" in entry:
-                self.sent[entry["file"]] = ListedFile(*entry["sent"])
-            elif entry["lingconv"] == __version__:  # another one may cut files differently
-                self._pieces.setdefault(entry["file"], set()).add(entry["piece"])
-                sums = self._checksums.setdefault(entry["file"], {})
-                sums.update({offset: (count, crc) for offset, count, crc in entry["crc"]})
+    def path(self, name: str) -> Path:
+        """Return where a file of the target stands; raise DestinationError for a way out of it."""
+        return path_inside(self.root, name)
 
     def is_finished(self, name: str, nbytes: int) -> bool:
         """Return whether a weight file stands complete under its final name.
 
         Raises DestinationError when it was changed since it was finished.
         """
-        path = self.root / name
-        if not path.exists():
+        path = self.path(name)
+        if path.is_symlink() or not path.is_file():
+            if path.is_symlink() or path.exists():
+                raise DestinationError(f"{path} is no regular file", hint="move it away")
             return False
-        stat = _stat(path)
-        if stat[0] == nbytes and self._finished.get(name, stat) == stat:
+        now = FileState.of(path)
+        noted = self._journal.finished.get(name, now)
+        if now.size == nbytes and noted.agrees(now, is_moved=self._is_moved or self._recheck):
             return True
         raise DestinationError(
             f"{path} was changed after it was finished",
-            hint="remove it to have it written again, or start over with `--fresh`",
+            hint="move it away to have it written again, or compare it with `--recheck`",
         )
 
     def bytes_missing(self, name: str, nbytes: int) -> int:
         """Return how much disk a file still needs, beyond what its partial file holds already."""
-        path = self.partial(name)
-        held = path.stat().st_blocks * 512 if path.exists() else 0
+        path = self._partial_path(name)
+        held = path.lstat().st_blocks * 512 if path.exists() else 0
         return max(0, nbytes - held)
 
-    def pieces(self, name: str, nbytes: int) -> Collection[int]:
-        """Return the pieces of a file that are on disk already, if it is still there."""
-        path = self.partial(name)
-        there = path.exists() and path.stat().st_size == nbytes
-        return self._pieces.get(name, ()) if there else ()
+    def partial(self, name: str, nbytes: int) -> tuple[PartialFile, Pieces]:
+        """Return the unfinished file, a new one where there is none, and what is on disk of it."""
+        path = self._partial_path(name)
+        held = "" if self._recheck else id_of(path, nbytes)
+        if not held:
+            return PartialFile(path, nbytes, new_id(), is_new=True), Pieces(set(), {})
+        return PartialFile(path, nbytes, held, is_new=False), self._journal.pieces(name, held)
 
-    def checksums(self, name: str) -> Mapping[int, tuple[int, int]]:
-        """Return bytes and CRC-32 of what was written to a file, by offset."""
-        return self._checksums.get(name, {})
+    def _partial_path(self, name: str) -> Path:
+        return self.path(name + PARTIAL_SUFFIX)
 
-    def finish_piece(self, name: str, piece: int, checksums: Iterable[tuple[int, ...]]) -> None:
+    def finish_piece(
+        self, name: str, file_id: str, piece: int, checksums: Iterable[tuple[int, ...]]
+    ) -> None:
         """Note that a piece of a file, whose data is on disk, is complete."""
-        sums = [list(each) for each in checksums]
-        self._note({"file": name, "piece": piece, "lingconv": __version__, "crc": sums})
-
-    def partial(self, name: str) -> Path:
-        """Return where a file is written until it is finished."""
-        return self.root / (name + PARTIAL_SUFFIX)
+        self._journal.note_piece(name, file_id, piece, checksums)
 
     def finish(self, name: str) -> None:
         """Give a file, whose data is on disk, its final name, and note it."""
-        self.partial(name).replace(self.root / name)
-        sync_folder((self.root / name).parent)
-        self._note({"file": name, "stat": _stat(self.root / name)})
+        path = self.path(name)
+        self._partial_path(name).replace(path)
+        sync_folder(path.parent)
+        self._journal.note_finished(name, FileState.of(path))
+
+    def note_finished(self, name: str) -> None:
+        """Note that a finished file is what it should be, however it looks now."""
+        self._journal.note_finished(name, FileState.of(self.path(name)))
 
     def finish_sending(self, name: str, sent: ListedFile) -> None:
         """Note that a repository has a finished file, and remove it here."""
-        self._note({"file": name, "sent": list(sent)})
-        self.sent[name] = sent
+        self._journal.note_sent(name, sent)
         self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove a finished file."""
-        (self.root / name).unlink(missing_ok=True)
-
-    def _note(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry) + "\n"
-        journal = os.open(
-            self.state / self._journal_name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-        )
-        try:
-            os.write(journal, line.encode())
-        finally:
-            os.close(journal)
+        self.path(name).unlink(missing_ok=True)
 
     def complete(self) -> None:
-        """Note that everything is there: the journal has served its purpose."""
-        self._forget()
+        """Note that everything is there: how files look goes to the record, the journal goes."""
+        self._write_identity(self._journal.finished)
+        forget(self.state, _PASSING)
 
     def keep_plan(self, plan: Plan) -> None:
         """Keep the plan of a run in parts, for who finishes what they have written."""
@@ -298,32 +323,41 @@ class RunFolder:
 
 def kept_plan(destination: Path) -> Plan:
     """Return the plan that parts of a run have left; raise DestinationError when there is none."""
-    place = location_of(destination)
-    held = _read_json(place.folder / STATE_NAME / place.name / PLAN_NAME)
+    path = location_of(destination).state / PLAN_NAME
+    held = read_record(path, _MAX_PLAN_BYTES)
     if held is None:
         raise DestinationError(
             f"{destination} has no plan of a run in parts",
             hint="parts are run with `--part I/N`; a whole run finishes itself",
         )
-    return Plan.from_json(held)
+    try:
+        return Plan.from_json(held)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
+        raise DestinationError(
+            f"{path} is no plan of this version of lingconv: {exc!r}"[:300],
+            hint="run a part again with `--part I/N`: it writes the plan anew",
+        ) from exc
 
 
 def pinned_commits(destination: Path) -> dict[str, str]:
     """Return the commits that an earlier run read, by the addresses that the user wrote."""
-    place = location_of(destination)
-    held = _read_json(place.folder / STATE_NAME / place.name / _IDENTITY_NAME) or {}
-    commits = held.get(_COMMITS, {})
-    return dict(commits) if isinstance(commits, dict) else {}
+    held = read_record(location_of(destination).state / IDENTITY_NAME) or {}
+    commits = held.get(COMMITS, {})
+    if not isinstance(commits, dict):
+        return {}
+    return {key: value for key, value in commits.items() if isinstance(value, str)}
 
 
-def _stat(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path, max_bytes: int = MAX_IDENTITY_BYTES) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a run's state; None where there is none to be read."""
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        value = json.loads(read_file(path, max_bytes) or b"")
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _names(held: Mapping[str, Any]) -> list[str]:
+    """Return the outputs that a record names, as far as they are names."""
+    outputs = held.get("outputs")
+    return [n for n in outputs if isinstance(n, str)] if isinstance(outputs, list) else []

@@ -1,4 +1,4 @@
-"""run_identity."""
+"""What must be equal for a run to go on, and what differs, in words."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from lingconv.execution.closing.closing_files import closing_names
 from lingconv.plans.plan import Plan
 
-_COMMITS = "commits"
+COMMITS = "commits"
 
 
 def run_identity(
@@ -23,18 +23,21 @@ def run_identity(
         "source_files": {name: list(stat) for name, stat in plan.source_files.items()},
         "options": {**plan.options.to_json(), "headers_only": headers_only},
         "family": plan.family,
-        _COMMITS: dict(commits),
+        COMMITS: dict(commits),
         "outputs": [*(file.name for file in plan.files), *plan.side_files, *closing_names(plan)],
     }
     return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
 
 
-def _lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without the commits: the files that they name are in it themselves."""
-    return {name: value for name, value in identity.items() if name != _COMMITS}
+def is_same_run(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether a record is that of the wanted run.
+
+    Commits do not count: the files that they name are in it themselves.
+    """
+    return all(held.get(name) == wanted[name] for name in wanted if name != COMMITS)
 
 
-def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[str]:
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[str]:
     """Yield what differs between two identities, in words."""
     for name, old, new in _changed(held.get("options"), wanted["options"]):
         yield f"option {name}: was {json.dumps(old)}, now {json.dumps(new)}"

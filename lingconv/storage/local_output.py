@@ -24,7 +24,13 @@ from typing import Any, Protocol
 
 from isal import isal_zlib
 
-from lingconv.errors import SAME_COMMAND, DestinationError, PermissionDenied, ResourceError
+from lingconv.errors import (
+    SAME_COMMAND,
+    DestinationError,
+    Locked,
+    PermissionDenied,
+    ResourceError,
+)
 from lingconv.storage import BLOCK_BYTES
 
 
@@ -99,9 +105,12 @@ class WritableBlob(Protocol):
 
 
 class LocalOutput:
-    """A file of a known size that is being filled.
+    """A file of a known size that is being filled, and locked against everybody else.
 
     Its disk space can be reserved, so that a full disk shows before the work and not in its midst.
+    `tail` stands behind its last byte until it is whole. `goes_on` opens a file that is there, else
+    whatever has its name is removed first: it may be a link. Raises Locked when somebody else is
+    writing it.
     """
 
     def __init__(
@@ -110,18 +119,25 @@ class LocalOutput:
         nbytes: int,
         *,
         checksums: "Checksums | None" = None,
+        tail: bytes = b"",
+        goes_on: bool = False,
     ) -> None:
         self._nbytes = nbytes
         self._open = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._checksums = checksums
+        self.checksums = checksums
         # Who knows no bytes has no checksums of them.
         self._can_clone = sys.platform == "linux" and checksums is None
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o644)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        if not goes_on:
+            _remove_unlocked(path)
+        self._fd = os.open(path, flags if goes_on else flags | os.O_CREAT | os.O_EXCL, 0o644)
         self._direct_fd = -1
         try:
-            os.ftruncate(self._fd, nbytes)
+            _lock(self._fd, path)
+            if not goes_on:
+                os.ftruncate(self._fd, nbytes + len(tail))
+                os.pwrite(self._fd, tail, nbytes)
             with suppress(OSError):
                 self._direct_fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except BaseException:
@@ -147,8 +163,8 @@ class LocalOutput:
 
         Its whole blocks bypass the cache if they lie at page boundaries in memory too.
         """
-        if self._checksums is not None:
-            self._checksums.add(offset, data)
+        if self.checksums is not None:
+            self.checksums.add(offset, data)
         first = -offset % BLOCK_BYTES
         last = len(data) - (offset + len(data)) % BLOCK_BYTES
         if self._direct_fd < 0 or last <= first:
@@ -189,6 +205,10 @@ class LocalOutput:
             self._can_clone = False
         return self._can_clone
 
+    def finish(self) -> None:
+        """Cut the tail off: the file is whole."""
+        os.ftruncate(self._fd, self._nbytes)
+
     def sync(self) -> None:
         """Return when everything is on disk."""
         os.fsync(self._fd)
@@ -200,6 +220,62 @@ class LocalOutput:
                 if fd >= 0:
                     os.close(fd)
             self._fd = self._direct_fd = -1
+
+
+class ComparedOutput:
+    """A finished file: what would be written to it is compared with what it holds.
+
+    `differs` tells afterwards whether a byte was another one. Checksums are of the right bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.differs = False
+        self.checksums = Checksums({})
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def reserve(self) -> None:
+        """Do nothing: the file is there."""
+
+    def write(self, data: memoryview, offset: int) -> int:
+        """Compare bytes at `offset`; return how many they are."""
+        self.checksums.add(offset, data)
+        if not self.differs and os.pread(self._fd, len(data), offset) != data:
+            self.differs = True
+        return len(data)
+
+    def clone(self, source: int, start: int, nbytes: int, offset: int) -> bool:
+        """Return that bytes have to be read to be compared."""
+        return False
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Keep others from writing a file, as long as it is open."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise Locked(
+            f"another run is writing {path}", hint="wait for it, or choose another target"
+        ) from exc
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove what has a file's name, unless somebody is writing it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError:  # a link, a socket: nothing that a run writes
+        path.unlink(missing_ok=True)
+        return
+    try:
+        _lock(fd, path)
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
 
 
 @cache

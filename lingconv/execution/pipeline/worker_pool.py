@@ -8,13 +8,13 @@ piece, so that even one of a terabyte goes on where a kill left it.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
 
+from lingconv.containers.base import FileBytes
 from lingconv.containers.registry import format_of
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.execution.delivery import Delivery
@@ -25,7 +25,7 @@ from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.lowering import Strip, lower, written_bytes
 from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage import Storage
-from lingconv.storage.local_output import Checksums, LocalOutput
+from lingconv.storage.local_output import Checksums, ComparedOutput, LocalOutput
 from lingconv.storage.open_files import OpenFiles
 
 
@@ -64,6 +64,18 @@ def _tasks(file: OutputFile) -> Iterator[_Task]:
         position += written_bytes(strip)
 
 
+def _sealed(frames: Iterable[FileBytes], seals: Iterable[FileBytes]) -> Iterator[FileBytes]:
+    """Yield frames with the seals in their places."""
+    waiting = sorted(seals, reverse=True)
+    for frame in frames:
+        data, end = bytearray(frame.data), frame.offset + len(frame.data)
+        while waiting and waiting[-1].offset < end:
+            seal = waiting.pop()
+            first = seal.offset - frame.offset
+            data[first : first + len(seal.data)] = seal.data
+        yield FileBytes(frame.offset, bytes(data))
+
+
 class _OpenFile:
     """An output file being filled: its strips, and how many are taken but not yet written.
 
@@ -74,38 +86,42 @@ class _OpenFile:
     def __init__(
         self,
         file: OutputFile,
-        path: Path,
+        output: "LocalOutput | ComparedOutput",
+        file_id: str,
         done: Collection[int],
-        checksums: Mapping[int, tuple[int, int]],
         feed: Prefetcher,
-        *,
-        sparse: bool,
     ) -> None:
         self.file = file
         self.started = time.monotonic()
         self.writer = WriterThread()
         self.held_bytes = 0
+        self.id = file_id
+        self.output = output
         self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
         feed.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
         self._tasks = feed.ahead(self._missing(done), lambda task: task.strip)
         self._next = next(self._tasks, None)
         self._format = format_of(file)
-        summed = self._format.sums_elements and not sparse
-        self.checksums = Checksums(checksums) if summed else None
-        self.output = LocalOutput(path, file.nbytes, checksums=self.checksums)
         try:
-            for part in self._format.frames(file):
-                self.output.write(memoryview(part.data), part.offset)
+            if isinstance(output, LocalOutput):
+                self._write(self._format.frames(file))
         except BaseException:
             self.output.close()
             raise
 
     def seal(self) -> None:
         """Write the checksums of what has been written, where the format states them."""
-        if self.checksums is not None:
-            for part in self._format.seals(self.file, self.checksums.of):
-                self.output.write(memoryview(part.data), part.offset)
+        sums = self.output.checksums
+        seals = self._format.seals(self.file, sums.of) if sums is not None else ()
+        if isinstance(self.output, LocalOutput):
+            self._write(seals)
+        else:  # checksums stand in the midst of frames
+            self._write(_sealed(self._format.frames(self.file), seals))
+
+    def _write(self, parts: Iterable[FileBytes]) -> None:
+        for part in parts:
+            self.output.write(memoryview(part.data), part.offset)
 
     @cached_property
     def sources(self) -> set[tuple[int, str]]:
@@ -160,11 +176,14 @@ class WorkerPool:
         delivery: Delivery,
         *,
         sparse: bool,
+        compares: bool = False,
         ahead_bytes: int = 0,
         gpus: Sequence[str] = (),
     ) -> None:
         self._gpus = gpus
         self._sparse = sparse
+        self._compares = compares
+        self.differing: list[OutputFile] = []
         self._plan = plan
         self._storages = storages
         self._folder = folder
@@ -308,33 +327,42 @@ class WorkerPool:
         return opened
 
     def _open_file(self, file: OutputFile) -> _OpenFile:
-        done = self._folder.pieces(file.name, file.nbytes)
-        return _OpenFile(
-            file,
-            self._folder.partial(file.name),
-            done,
-            self._folder.checksums(file.name),
-            self._feed,
-            sparse=self._sparse,
+        if self._compares:
+            finished = ComparedOutput(self._folder.path(file.name))
+            return _OpenFile(file, finished, "", set(), self._feed)
+        held, pieces = self._folder.partial(file.name, file.nbytes)
+        summed = format_of(file).sums_elements and not self._sparse
+        output = LocalOutput(
+            held.path,
+            file.nbytes,
+            checksums=Checksums(pieces.checksums) if summed else None,
+            tail=held.tail,
+            goes_on=not held.is_new,
         )
+        return _OpenFile(file, output, held.id, pieces.numbers, self._feed)
 
     def _release(self, file: _OpenFile, piece: int) -> None:
         """Note that a strip is written; make what it completes durable."""
         whole_piece, whole_file = file.release(piece)
         if whole_file:
             self._finish(file)
-        elif whole_piece:
+        elif whole_piece and isinstance(file.output, LocalOutput):
             file.output.sync()
             check_unchanged(self._plan, self._storages, file.sources)
             with self._lock:
-                sums = file.checksums.take_new() if file.checksums else []
-                self._folder.finish_piece(file.file.name, piece, sums)
+                sums = file.output.checksums.take_new() if file.output.checksums else []
+                self._folder.finish_piece(file.file.name, file.id, piece, sums)
 
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
         file.seal()
+        if isinstance(file.output, ComparedOutput):
+            self._finish_comparison(file, file.output)
+            return
         file.output.sync()
         check_unchanged(self._plan, self._storages, file.sources)
+        file.output.finish()
+        file.output.sync()
         with self._lock:
             self._open.remove(file)
             file.close()
@@ -342,3 +370,14 @@ class WorkerPool:
         seconds = time.monotonic() - file.started
         self._progress.file_ends(file.file.name, file.file.nbytes, seconds)
         self._delivery.deliver(file.file)
+
+    def _finish_comparison(self, file: _OpenFile, output: ComparedOutput) -> None:
+        """Keep in mind whether a finished file holds the bytes that it should."""
+        with self._lock:
+            self._open.remove(file)
+            file.close()
+            if output.differs:
+                self.differing.append(file.file)
+            else:
+                self._folder.note_finished(file.file.name)
+        self._progress.file_ends(file.file.name, file.file.nbytes, time.monotonic() - file.started)

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from lingconv.storage import BLOCK_BYTES
-from lingconv.storage.local_output import LocalOutput
+from lingconv.storage.local_output import ComparedOutput, LocalOutput
 
 
 class BlockClone(NamedTuple):
@@ -37,7 +37,7 @@ class PendingWrite(NamedTuple):
 class PendingWrites:
     """Stands in for a file while a strip is filled, and remembers what is to be written."""
 
-    def __init__(self, file: LocalOutput) -> None:
+    def __init__(self, file: "LocalOutput | ComparedOutput") -> None:
         self.cloned_bytes = 0
         self._file = file
         self._parts: list[PendingWrite] = []

@@ -23,8 +23,8 @@ from lingconv.execution.closing.model_card import CardInputs, model_card, publis
 from lingconv.execution.progress import Progress
 from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.plan import OutputFile, Plan
-from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
+from lingconv.storage.local_files import replace_file
 from lingconv.storage.upload_target import PublishedCommit, PublishOptions, UploadTarget
 from lingconv.version import __version__
 

@@ -16,8 +16,9 @@ from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import OTHER_WEIGHTS
 from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
 from lingconv.execution.closing.model_card import CardInputs, model_card, published_record
+from lingconv.execution.journal import JOURNALS
 from lingconv.execution.progress import Progress, Silent
-from lingconv.execution.run_folder import JOURNALS, STATE_NAME, VERDICT_NAME
+from lingconv.execution.run_folder import STATE_NAME, VERDICT_NAME
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, PARTIAL_SUFFIX, RECORD_NAME, SUFFIX
 from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.repository import Repository

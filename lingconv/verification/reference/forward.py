@@ -17,7 +17,7 @@ from torch import Tensor
 from lingconv.checkpoint.recognised_checkpoint import Model, refuse_faults
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.family import LogicalName
-from lingconv.storage.atomic_file import replace_file
+from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
 from lingconv.storage.machine import num_processors
 from lingconv.verification.options import Activations, Compute, ForwardOptions

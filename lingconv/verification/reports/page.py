@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from lingconv.errors import UsageError
-from lingconv.storage.atomic_file import replace_file
+from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
 
 
