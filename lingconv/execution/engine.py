@@ -9,14 +9,14 @@ Killed anywhere, the same call goes on where it was.
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lingconv.containers.registry import format_for
-from lingconv.errors import LingconvError, ResourceError, resumable
+from lingconv.errors import CheckpointError, LingconvError, ResourceError, resumable
 from lingconv.execution.closing.closing_files import closing_files, record_json
 from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
@@ -89,7 +89,7 @@ def execute(
     Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
     """
     request = request or RunRequest()
-    part = request.resources.part
+    part, memory = request.resources.part, memory_for(plan, request.resources)
     started = time.monotonic()
     identity = run_identity(plan, __version__, commits or {}, headers_only=headers_only)
     location = location_of(destination)
@@ -107,7 +107,7 @@ def execute(
         ExitStack() as stack,
     ):
         publisher = stack.enter_context(publish(folder, request.progress)) if publish else None
-        run = Run(plan, storages, folder, request, publisher, is_sparse=headers_only)
+        run = Run(plan, storages, folder, request, memory, publisher, is_sparse=headers_only)
         done = run.write_files()
         published = None if part else run.complete()
     first = str(folder.path(plan.files[0].name) if location.name else destination)
@@ -135,11 +135,12 @@ def write_share(
     resources: Resources,
 ) -> None:
     """Write the files of `plan`, which are those of one share of the run that `identity` names."""
+    memory = memory_for(plan, resources)
     with (
         explained_writing(destination),
         RunFolder(location_of(destination), identity, fresh=False, share=share) as folder,
     ):
-        run = Run(plan, storages, folder, RunRequest(resources), None)
+        run = Run(plan, storages, folder, RunRequest(resources), memory)
         run.fill(unfinished(plan.files, folder))
 
 
@@ -160,7 +161,8 @@ class Run:
         storages: Sequence[Storage],
         folder: RunFolder,
         request: RunRequest,
-        publisher: "Publisher | None",
+        memory: tuple[int, int],
+        publisher: "Publisher | None" = None,
         *,
         is_sparse: bool = False,
     ) -> None:
@@ -170,10 +172,7 @@ class Run:
         self._request = request
         self._publisher = publisher
         self._is_sparse = is_sparse
-        resources = request.resources
-        self._jobs, self._buffer_bytes = peak_memory(
-            plan, resources.resolved_jobs, resources.max_memory_bytes
-        )
+        self._jobs, self._buffer_bytes = memory
 
     def write_files(self) -> Written:
         """Write the weight files of the run's share that are not finished; carry small files."""
@@ -251,6 +250,14 @@ class Run:
         return None
 
 
+def memory_for(plan: Plan, resources: Resources) -> tuple[int, int]:
+    """Return how many threads fit the budget, and the bytes of their buffers.
+
+    Raises ResourceError when the budget is too small for one.
+    """
+    return peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
+
+
 def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
     """Return the weight files that do not stand complete under their names."""
     return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
@@ -258,17 +265,23 @@ def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFil
 
 def files_read(plan: Plan, storages: Sequence[Storage]) -> set[tuple[int, int]]:
     """Return device and inode of every file of this machine that a plan reads."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     for source, storage in zip(plan.sources, storages, strict=True):
         for name in source.files:
-            blob = storage.open(name)
-            try:
-                if blob.descriptor is not None:
-                    held = os.fstat(blob.descriptor)
-                    found.add((held.st_dev, held.st_ino))
-            finally:
-                blob.close()
+            with suppress(CheckpointError):  # small files may have been made, not read
+                found.update(_inode_of(storage, name))
     return found
+
+
+def _inode_of(storage: Storage, name: str) -> Iterator[tuple[int, int]]:
+    """Yield device and inode of a file, if it is one of this machine."""
+    blob = storage.open(name)
+    try:
+        if blob.descriptor is not None:
+            held = os.fstat(blob.descriptor)
+            yield held.st_dev, held.st_ino
+    finally:
+        blob.close()
 
 
 def _ahead_bytes(spare_bytes: int, jobs: int) -> int:

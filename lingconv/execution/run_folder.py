@@ -1,7 +1,8 @@
 """The state of a run in its target folder: who is writing, what was planned, what is finished.
 
     DST/.lingconv/lock           held while a run writes (`run_locks.py`)
-    DST/.lingconv/run.json       identity of the run (`run_identity.py`), how finished files look
+    DST/.lingconv/run.json       identity of the run (`run_identity.py`)
+    DST/.lingconv/files.json     the folder's own inode, and how finished files look
     DST/.lingconv/journal.jsonl  what is on disk already (`journal.py`)
     DST/.lingconv/plan.json      the plan, journal.I-of-N.jsonl and lock.I-of-N, where parts do it
     DST/.lingconv/verify.json    what `--verify` said of it, for the card when it is pushed
@@ -16,7 +17,7 @@ nothing to do. docs/architecture.md has the table of all states and of what a ki
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -41,6 +42,7 @@ from lingconv.storage.upload_target import ListedFile
 STATE_NAME = ".lingconv"
 PLAN_NAME = "plan.json"
 VERDICT_NAME = "verify.json"
+_FILES_NAME = "files.json"
 _FINISHED, _ROOT = "finished", "root"
 _MAX_PLAN_BYTES = 4 << 30
 # What serves only to go on; journals besides.
@@ -185,18 +187,22 @@ class RunFolder:
             held = None
         if held is None:
             self._refuse_unclaimed()
-            forget(self.state, (PLAN_NAME,))  # nothing counts that a lost run has noted
-            self._write_identity({})
+            forget(self.state, (PLAN_NAME, _FILES_NAME))  # nothing that a lost run noted counts
+            self._note_files({})
+            replace_file(
+                self.state / IDENTITY_NAME, [json.dumps(self._identity, indent=1).encode()]
+            )
         elif not is_same_run(held, self._identity):
             raise DestinationError(
                 f"{self.root} holds another conversion",
                 details=list(differences(held, self._identity)),
                 hint="choose another folder, or start over with `--fresh`",
             )
-        self._read_notes(held or {})
+        self._read_notes()
 
-    def _read_notes(self, held: Mapping[str, Any]) -> None:
+    def _read_notes(self) -> None:
         """Take in what earlier runs noted."""
+        held = read_record(self.state / _FILES_NAME) or {}
         root = self.root.stat()
         self._is_moved = held.get(_ROOT) != [root.st_dev, root.st_ino]
         finished = held.get(_FINISHED)
@@ -205,14 +211,13 @@ class RunFolder:
                 self._journal.finished[name] = FileState(*state)
         self._journal.read()
 
-    def _write_identity(self, finished: Mapping[str, FileState]) -> None:
+    def _note_files(self, finished: Mapping[str, FileState]) -> None:
         root = self.root.stat()
         record = {
-            **self._identity,
             _ROOT: [root.st_dev, root.st_ino],
             _FINISHED: {name: list(state) for name, state in finished.items()},
         }
-        replace_file(self.state / IDENTITY_NAME, [json.dumps(record, indent=1).encode()])
+        replace_file(self.state / _FILES_NAME, [json.dumps(record, indent=1).encode()])
 
     def _refuse_unclaimed(self) -> None:
         """Refuse a folder whose record is lost: nobody knows what its files belong to."""
@@ -225,7 +230,10 @@ class RunFolder:
 
     def _clear(self, outputs: Iterable[str]) -> None:
         """Remove what the earlier run wrote, and nothing else: first what says that it is there."""
-        paths = [path_inside(self.root, name) for name in outputs]
+        paths = []
+        for name in outputs:
+            with suppress(DestinationError):  # the record may be a stranger's
+                paths.append(path_inside(self.root, name))
         for path in paths:
             self._refuse_to_remove_source(path)
         forget(self.state, _PASSING)
@@ -310,8 +318,8 @@ class RunFolder:
         self.path(name).unlink(missing_ok=True)
 
     def complete(self) -> None:
-        """Note that everything is there: how files look goes to the record, the journal goes."""
-        self._write_identity(self._journal.finished)
+        """Note that everything is there: how files look is kept, the journal goes."""
+        self._note_files(self._journal.finished)
         forget(self.state, _PASSING)
 
     def keep_plan(self, plan: Plan) -> None:
