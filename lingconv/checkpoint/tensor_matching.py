@@ -74,7 +74,7 @@ class Matcher:
         if self.layout.base == MEGATRON:
             return self._find_boxes(tensor, held, encoding)
         found = StoredMatrix(tensor.name, tensor.shape, encoding, (_extent(held),), tensor.stack)
-        if tensor.turned:
+        if tensor.transposition:
             return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
         return found
 
@@ -105,9 +105,9 @@ class Matcher:
         scale = scales[0]
         axes = 3 if tensor.stack else 2
         dtype = SCALE_DTYPES.get(scale.dtype)
-        if dtype is None or len(held.shape) != axes or tensor.turned:
-            turned = "transposed " if tensor.turned else ""
-            message = f"{scale.dtype} scale of {turned}FP8 with {len(held.shape)} axes is not read"
+        if dtype is None or len(held.shape) != axes or tensor.transposition:
+            how = "transposed " if tensor.transposition else ""
+            message = f"{scale.dtype} scale of {how}FP8 with {len(held.shape)} axes is not read"
             self._fault("scale", message, scale)
             return None
         encoding = recognise_fp8(

@@ -39,6 +39,6 @@ def transposed(arena: Arena, strip: RowStrip, rows: Array) -> Array:
     """Return rows as the target stores them: transposed where it has them by columns."""
     if not strip.transfer.target.pitch:
         return rows
-    columns = arena.take("turned", rows.shape[::-1], rows.dtype, like=strip.offset)
+    columns = arena.take("transposed", rows.shape[::-1], rows.dtype, like=strip.offset)
     np.copyto(columns, rows.T)
     return columns

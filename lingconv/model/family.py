@@ -53,12 +53,24 @@ class Role(StrEnum):
         )
 
 
+class Transposition(StrEnum):
+    """How a stack of transposed matrices is stored: [n] matrices of [rows, cols] each.
+
+    Megatron's fused experts are wide or tall, NeMo Automodel's are deep.
+    """
+
+    NONE = ""
+    WIDE = "wide"  # [cols, n x rows]
+    TALL = "tall"  # [n x cols, rows]
+    DEEP = "deep"  # [n, cols, rows]
+
+
 class LogicalTensor(NamedTuple):
     """One tensor of the model at the finest grain, and the physical tensor that holds its rows.
 
     `stack` is 0, or how many of its kind are stacked along a first axis of that tensor; those that
-    share the rows of a matrix may take `turns`, each with an equal part of its rows at a time.
-    `turned` ones are stacked transposed.
+    share the rows of a matrix may be interleaved in `groups`, each with an equal part of its rows
+    in every group. `transposition` says how a stack is stored transposed, if it is.
     """
 
     name: LogicalName
@@ -68,10 +80,10 @@ class LogicalTensor(NamedTuple):
     keep_dtype: bool
     mtp: bool
     stack: int
-    turns: int
+    groups: int
     split: str
     is_expert: bool
-    turned: str
+    transposition: Transposition
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +134,9 @@ class TensorRule:
     when: str
     repeat: tuple[tuple[str, str], ...]
     keep_dtype: bool
-    turns: Mapping[str, str]
+    interleave: Mapping[str, str]
     split: Mapping[str, str]
-    turned: Mapping[str, str]
+    transposed: Mapping[str, Transposition]
 
     def address(self, layout: str) -> str:
         """Return the address in a layout: that of its last refinement which has one."""
@@ -137,16 +149,16 @@ class TensorRule:
                 return whole_number(count, symbols) if part is None else len(part.experts)
         return 0
 
-    def turn(self, layout: str) -> str:
-        """Return how a layout stacks transposed matrices: `wide`, `tall` or `deep`."""
+    def transposition(self, layout: str) -> Transposition:
+        """Return how a layout stores a stack of transposed matrices."""
         base, *refinements = layout.split("+")
-        found = (self.turned.get(f"{base}_{word}", "") for word in refinements)
-        return next((word for word in found if word), "")
+        found = (self.transposed.get(f"{base}_{word}") for word in refinements)
+        return next((each for each in found if each), Transposition.NONE)
 
-    def num_turns(self, layout: str, symbols: Mapping[str, Any]) -> int:
-        """Return how many turns it takes with those that share its address."""
+    def num_groups(self, layout: str, symbols: Mapping[str, Any]) -> int:
+        """Return in how many groups its rows are interleaved with those that share its address."""
         base = layout.split("+")[0]
-        return whole_number(self.turns[base], symbols) if base in self.turns else 1
+        return whole_number(self.interleave[base], symbols) if base in self.interleave else 1
 
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
         """Return the shape that the symbols give; an axis is a product of symbols and integers."""
@@ -296,10 +308,10 @@ class Family:
                         rule.keep_dtype,
                         block.mtp,
                         entry.stack,
-                        entry.turns,
+                        entry.groups,
                         rule.split.get(layout.split("+")[0], ""),
                         bool(rule.repeat),
-                        rule.turn(layout),
+                        rule.transposition(layout),
                     )
 
     def _entries(
@@ -307,7 +319,7 @@ class Family:
     ) -> list["_Entry"]:
         """Return what every layer of a block holds.
 
-        Neighbours that repeat over the same index take turns: e0.gate, e0.up, ..., e1.gate, ...
+        Neighbours that repeat over the same index alternate: e0.gate, e0.up, ..., e1.gate, ...
         """
         rules = [
             rule
@@ -324,7 +336,7 @@ class Family:
                     rule.name,
                     rule.address(layout),
                     rule.stack(layout, symbols, part),
-                    rule.num_turns(layout, symbols),
+                    rule.num_groups(layout, symbols),
                 )
                 for rule in members
             ]
@@ -359,7 +371,7 @@ class _Entry(NamedTuple):
     name: str
     address: str
     stack: int
-    turns: int
+    groups: int
 
 
 def _of_layout(addresses: Mapping[str, str], layout: str) -> str:

@@ -21,6 +21,7 @@ from lingconv.model.family import (
     Role,
     ScalePolicy,
     TensorRule,
+    Transposition,
 )
 from lingconv.model.layout import HF
 from lingconv.model.symbol_rules import RULES, SPELLINGS
@@ -72,9 +73,9 @@ def _read(entry: Traversable) -> Family:
 
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
-_TURNS = "_turns"
+_INTERLEAVE = "_interleave"
 _SPLIT = "_split"
-_TURNED = "_turned"
+_TRANSPOSED = "_transposed"
 _BLOCK_WORDS = {"name", "groups", "first", "end", "mtp", "stage"}
 
 
@@ -161,14 +162,16 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
         addresses={
             word: text
             for word, text in entry.items()
-            if word not in _TENSOR_WORDS and not word.endswith((_TURNS, _SPLIT, _TURNED))
+            if word not in _TENSOR_WORDS and not word.endswith((_INTERLEAVE, _SPLIT, _TRANSPOSED))
         },
         when=entry.get("when", ""),
         repeat=tuple(entry.get("repeat", {}).items()),
         keep_dtype=entry.get("keep_dtype", False),
-        turns=_with_suffix(entry, _TURNS),
+        interleave=_with_suffix(entry, _INTERLEAVE),
         split=_with_suffix(entry, _SPLIT),
-        turned=_with_suffix(entry, _TURNED),
+        transposed={
+            word: Transposition(value) for word, value in _with_suffix(entry, _TRANSPOSED).items()
+        },
     )
 
 

@@ -2,8 +2,9 @@
 
 An address is a physical tensor's name and runs of its rows. Logical tensors that share a name are
 that tensor's rows, one behind the other, in the order of the family file: Q, K and V in a fused
-matrix are three addresses, and so are experts that are stacked: only the shape tells. Some take
-turns: Megatron's fused matrix holds a group's queries, its key and its value, then the next group.
+matrix are three addresses, and so are experts that are stacked: only the shape tells. Some are
+interleaved: Megatron's fused matrix holds a group's queries, its key and its value, then the next
+group's.
 This module knows names and shapes; it opens no file.
 """
 
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lingconv.errors import UsageError
-from lingconv.model.family import Family, LogicalName, LogicalTensor, PhysicalName, Role, Shape
+from lingconv.model.family import (
+    Family,
+    LogicalName,
+    LogicalTensor,
+    PhysicalName,
+    Role,
+    Shape,
+    Transposition,
+)
 from lingconv.model.parallelism import RankShard, RankShare
 
 # Layouts by their names in family files; refinements follow behind a `+`.
@@ -42,8 +51,8 @@ class PhysicalTensor(NamedTuple):
     """A tensor as a layout names it, the logical rows that it is made of, and their common role.
 
     `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    Of rows that are split over ranks, columns from `first_col` on are in it. `turned` matrices are
-    stored transposed, one behind the other, under a shape that is `wide`, `tall` or `deep`.
+    Of rows that are split over ranks, columns from `first_col` on are in it. `transposition`
+    says how the matrices are stored transposed, if they are.
     """
 
     name: PhysicalName
@@ -54,7 +63,7 @@ class PhysicalTensor(NamedTuple):
     stack: int
     rows: tuple[Rows, ...]
     first_col: int = 0
-    turned: str = ""
+    transposition: Transposition = Transposition.NONE
 
     @property
     def height(self) -> int:
@@ -63,12 +72,12 @@ class PhysicalTensor(NamedTuple):
 
     @property
     def stored_shape(self) -> Shape:
-        """The shape as files state it: a stack has an axis of its own, if it is not turned."""
-        if self.turned == "wide":
+        """The shape as files state it: a stack has an axis of its own, unless it is transposed."""
+        if self.transposition == Transposition.WIDE:
             return (*self.shape[1:], self.shape[0])
-        if self.turned == "tall":
+        if self.transposition == Transposition.TALL:
             return (self.stack * self.shape[1], self.height)
-        if self.turned == "deep":
+        if self.transposition == Transposition.DEEP:
             return (self.stack, self.shape[1], self.height)
         return stacked_shape(self.shape, self.stack)
 
@@ -128,16 +137,22 @@ def build_layout(
 def _join(members: list[LogicalTensor], part: RankShard | None) -> PhysicalTensor:
     """Return the physical tensor that `members` share, as far as a part holds it.
 
-    Each member is split over ranks, but those that take turns are split together: a rank gets whole
-    turns, or, where there are more ranks than turns, a piece of one.
+    Members lie one behind the other, or are interleaved in groups (Q, K and V of Megatron, here of
+    2 key-value heads with 2 query heads each; a letter is a head):
+
+        one behind the other   Q Q Q Q K K V V
+        interleaved            Q Q K V Q Q K V
+
+    Each member is split over ranks, but interleaved ones are split together: a rank gets whole
+    groups, or, where there are more ranks than groups, a piece of one.
     """
     first = members[0]
     by_rows, by_columns = _shares(first, part)
     for member in members:
         if (member.shape[1:], member.role) != (first.shape[1:], first.role):
             raise ValueError(f"{member.name} cannot share {first.address}: other width or role")
-    if first.turns > 1:
-        rows = _share_of(_in_turns(members), by_rows, first)
+    if first.groups > 1:
+        rows = _share_of(_interleaved(members), by_rows, first)
     else:
         rows = [
             each
@@ -158,7 +173,7 @@ def _join(members: list[LogicalTensor], part: RankShard | None) -> PhysicalTenso
         first.stack,
         tuple(rows),
         by_columns.rank * width[0] if width else 0,
-        first.turned,
+        first.transposition,
     )
 
 
@@ -166,11 +181,12 @@ def _all_rows(member: LogicalTensor) -> Rows:
     return Rows(member.name, 0, member.shape[0])
 
 
-def _in_turns(members: list[LogicalTensor]) -> list[Rows]:
-    counts = [member.shape[0] // member.turns for member in members]
+def _interleaved(members: list[LogicalTensor]) -> list[Rows]:
+    """Return the rows of all members, group by group."""
+    counts = [member.shape[0] // member.groups for member in members]
     return [
-        Rows(member.name, 0, count, turn * count)
-        for turn in range(members[0].turns)
+        Rows(member.name, 0, count, group * count)
+        for group in range(members[0].groups)
         for member, count in zip(members, counts, strict=True)
     ]
 

@@ -79,7 +79,7 @@ class EncodingChoice:
             )
         if not copies:
             self._check_decoding(tensor, terms, target, is_average=is_average)
-        if tensor.turned and target.has_scales:
+        if tensor.transposition and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
                 hint="add `--dtype bf16`, or stack experts otherwise (`--experts-as`)",

@@ -155,7 +155,7 @@ class _Planner:
         terms = self._terms(tensor)
         is_average = len(terms) > 1 or len(terms[0].sources) > 1
         encoding, scaling, copies = self.choice.choose(tensor, terms, is_average=is_average)
-        pitch, shape = (tensor.height, tensor.stored_shape) if tensor.turned else (0, ())
+        pitch, shape = (tensor.height, tensor.stored_shape) if tensor.transposition else (0, ())
         stored = StoredMatrix(
             tensor.name, tensor.shape, encoding, (), tensor.stack, (), pitch, shape
         )

@@ -82,10 +82,10 @@ def lower(file: OutputFile) -> Iterator[Strip]:
 
 def _moves_bytes(transfer: Transfer) -> bool:
     """Return whether what fills a matrix lies in its sources as it is to lie in the target."""
-    turned = transfer.target.pitch or any(s.source.pitch for s in transfer.segments)
+    by_columns = transfer.target.pitch or any(s.source.pitch for s in transfer.segments)
     return (
         transfer.copies
-        and not turned
+        and not by_columns
         and all(
             segment.is_whole_rows and segment.num_cols == transfer.cols
             for segment in transfer.segments

@@ -383,8 +383,8 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
 def _stored_to_json(stored: StoredMatrix, encodings: _Numbers) -> list[Any]:
     extents = [list(extent) for extent in stored.extents]
     number = encodings.of(stored.encoding)
-    turned = [stored.pitch, stored.stored_as]
-    return [stored.name, list(stored.shape), number, extents, stored.stack, turned]
+    columns = [stored.pitch, stored.stored_as]
+    return [stored.name, list(stored.shape), number, extents, stored.stack, columns]
 
 
 def _stored_from_json(value: list[Any], encodings: list[Any]) -> StoredMatrix:

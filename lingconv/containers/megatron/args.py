@@ -76,7 +76,7 @@ def rank_modules(layout: Layout, beside: Mapping[str, str]) -> list[str]:
     for tensor in layout.tensors.values():
         module, _, _ = tensor.name.rpartition(".")
         parent, _, own = module.rpartition(".")
-        if tensor.role in _LINEAR and not tensor.turned:
+        if tensor.role in _LINEAR and not tensor.transposition:
             modules[module] = None
         if own in beside:
             modules[f"{parent}.{beside[own]}"] = None

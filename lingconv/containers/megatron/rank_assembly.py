@@ -146,7 +146,7 @@ class _RankAssembler:
             for address in within(self._addresses[rows.logical], rows.first, rows.num_rows):
                 place = (address.start, tensor.first_col)
                 offset, pitch = held.offset + top * row_bytes, 0
-                if tensor.turned:
+                if tensor.transposition:
                     pitch = tensor.height
                     offset = held.offset + top // pitch * pitch * row_bytes
                     offset += top % pitch * held.dtype.itemsize
