@@ -28,7 +28,7 @@ class Model:
     faults: tuple[Fault, ...]
 
     def __repr__(self) -> str:
-        return f"Model({self.checkpoint.storage.uri!r})"
+        return f"<Model {self.checkpoint.storage.uri!r}: {self.architecture}, {self.layout.name}>"
 
     @property
     def own_dtype(self) -> DType | None:

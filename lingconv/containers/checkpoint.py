@@ -20,7 +20,7 @@ class LeftOut(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """What a folder holds: `shards` are read, `side_files` carried over, `ignored` left behind.
 
@@ -45,3 +45,6 @@ class Checkpoint:
     is_recorded: bool = False
     is_spread: bool = False
     revision: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.storage.uri!r}: {self.format}, {len(self.tensors)} tensors>"

@@ -119,7 +119,7 @@ class Dropped(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A conversion as a value.
 
@@ -141,6 +141,12 @@ class Plan:
     args: Mapping[str, Any] | None = None
     states: tuple[tuple[str, int], ...] = ()
     weighting: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.digest[:12]}: {self.source} -> {self.options.layout},"
+            f" {len(self.files)} files, {self.write_bytes:,} bytes>"
+        )
 
     @property
     def source(self) -> str:
