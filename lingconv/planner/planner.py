@@ -16,7 +16,7 @@ from lingconv.containers.megatron.closing_files import ITERATION_FOLDER
 from lingconv.containers.megatron.dcp_writer import pack_torch_dist
 from lingconv.containers.megatron.rank_writer import place_on_ranks
 from lingconv.encodings import Fp8, Ggml
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.model.symbol_rules import megatron_notes
@@ -57,9 +57,10 @@ class _Planner:
         self.average = average
         self.model = average.base
         self.options = options
-        self.drop = [Pattern(text) for text in options.drop]
-        self.exclude = [Pattern(text) for text in options.exclude]
         self.symbols, self.layout = _target_layout(self.model, options)
+        extra = {f.tensor for m in average.models for f in m.faults if f.kind == "extra tensor"}
+        self.drop = among(map(Pattern, options.drop), extra)
+        self.exclude = among(map(Pattern, options.exclude), self.layout.tensors)
         self.chooser = EncodingChoice(self.model, self.layout, self.symbols, options)
         self.origins = Sources(average)
         self.notes: list[str] = []
@@ -158,7 +159,7 @@ class _Planner:
     def _excused(self, model: Model, fault: Fault) -> bool:
         """Return whether the user's options make a fault harmless."""
         if fault.kind == "extra tensor":
-            return any(pattern.matches(fault.tensor) for pattern in self.drop)
+            return fault.tensor in self.drop
         tensor = model.tensor(fault.tensor)
         left_out = self.options.mtp == Mtp.DROP and tensor is not None and tensor.mtp
         return left_out and fault.kind == "missing tensor"
@@ -188,7 +189,7 @@ class _Planner:
 
     def _terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:
         """Return what a tensor is made of: all checkpoints, or the base where it is excluded."""
-        if any(pattern.matches(tensor.name) for pattern in self.exclude):
+        if tensor.name in self.exclude:
             return self.origins.base_terms(tensor)
         return self.origins.terms(tensor)
 
