@@ -13,7 +13,7 @@ import sys
 from typing import Any, Final, NoReturn
 
 MAX_MEMORY: Final = 2**30  # bytes of address space
-MAX_CPU_S: Final = 20
+MAX_CPU_S: Final = 5
 MAX_TEXT: Final = 1_000_000  # characters
 _NO_MEMORY: Final = 12  # exit code of the child: ENOMEM
 # All that the child gets of the environment: what Python needs to start, and no token.
