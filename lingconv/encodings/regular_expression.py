@@ -198,8 +198,6 @@ class _Parser:
         return low, high
 
     def _repeat(self, part: Node, low: int, high: int | None) -> Node:
-        if isinstance(part, Edge):
-            raise ValueError(f"nothing to repeat at {self._at}")  # noqa: TRY004 - bad text
         self._takes("?")
         if self._peek() == "+":
             raise ValueError("possessive repetitions are not followed")

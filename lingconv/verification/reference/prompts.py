@@ -191,8 +191,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_tokenizers_own(error: BaseException) -> bool:
-    """Return whether the library raised it: plain Exception, or Rust's panic, which is none."""
-    return type(error) is Exception or type(error).__name__ == "PanicException"
+    """Return whether the library raised it: an Exception, or Rust's panic, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _content(value: Any) -> str:
