@@ -29,7 +29,7 @@ from tests.support import edit_json, read_header, write_raw
 # rich's markup, half a character, and a byte of a name that is not UTF-8.
 HOSTILE = (
     "x\x1b[2J\x1b]52;c;ZWNobw==\x07\nerror: forged\r\x9b2J\x85\u2028\u202egnp\u2066\u200b\u115f"
-    "[red][/b][link=http://a]\ud800\udce9\x7f\t`|<b>&"
+    "[red][/b][link=http://a]\ud800 \udce9\x7f\t`|<b>&"
 )
 IN_A_PATH = HOSTILE.replace("\ud800", "").replace("/", "")
 
@@ -174,6 +174,7 @@ def test_bars_show_names_as_they_are(monkeypatch):
         bars.file_begins(HOSTILE, 10, 0)
         bars.advance(HOSTILE, 10)
         bars.file_ends(HOSTILE, 10, 1.0)
+        bars.advance(HOSTILE, 10)  # told by another thread, and late
         bars.sending(10)
         bars.file_sent(HOSTILE, 10, 1.0)
     text = written.getvalue()

@@ -157,16 +157,21 @@ class Bars(Silent):
         self._bars.advance(self._total, held)
 
     def advance(self, name: str, nbytes: int) -> None:
-        """Move both bars."""
-        self._bars.advance(self._rows[name], nbytes)
+        """Move both bars.
+
+        A worker may tell of its bytes when another has written the file's last ones, and it ended.
+        """
         with self._lock:
+            if name in self._rows:
+                self._bars.advance(self._rows[name], nbytes)
             self._bars.advance(self._total, nbytes)
             if self._rates.add(nbytes):
                 self._bars.footer = str(self._rates)
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Turn the file's row into a line."""
-        self._bars.remove_task(self._rows.pop(name))
+        with self._lock:
+            self._bars.remove_task(self._rows.pop(name))
         self._print(_finished(name, nbytes, seconds))
 
     def sending(self, nbytes: int) -> None:
