@@ -6,7 +6,6 @@
 Killed anywhere, the same call goes on where it was.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingconv.errors import LingconvError, ResourceError, resumable
 from lingconv.execution.closing.closing_files import closing_files, record_json
+from lingconv.execution.closing.source_record import MAX_RECORD_BYTES, parse_record
 from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.pipeline.prefetch import sources_of
@@ -288,7 +288,7 @@ def _base_card(plan: Plan, storage: Storage) -> str:
 
 def _source_record(storage: Storage) -> dict[str, Any] | None:
     """Return the source's own lingconv.json, when it has one."""
-    with suppress(LingconvError, ValueError):
-        value = json.loads(storage.read(RECORD_NAME))
-        return value if isinstance(value, dict) else None
+    with suppress(LingconvError):
+        if storage.stat(RECORD_NAME).size <= MAX_RECORD_BYTES:
+            return parse_record(storage.read(RECORD_NAME))
     return None
