@@ -1,5 +1,6 @@
 """What strangers wrote is shown, never obeyed: names, words of servers; and streams that fail."""
 
+import html
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from lingconv.cli.terminal import Terminal
 from lingconv.cli.visible_text import MAX_LINE, filtered, visible
 from lingconv.errors import CheckpointError, Fault, LingconvError, ResourceError
 from lingconv.storage.hub import client
+from lingconv.verification.reports import page
 from tests.support import edit_json, read_header, write_raw
 
 # Clear the screen, write the clipboard, forge a line, C1 controls, turn letters around, hide some,
@@ -269,6 +271,15 @@ def test_a_signal_while_modules_are_loaded_is_answered(number, code, golden):
     assert done.returncode == code
     assert done.stderr.startswith(b"error: interrupted")
     assert b"Traceback" not in done.stderr
+
+
+def test_a_page_shows_codes_in_place_of_controls(tmp_path):
+    page.write(f"<p>\n{html.escape(HOSTILE)}ü</p>", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert unsafe(text) <= {"\t"}
+    assert text.startswith("<p>\n")
+    assert text.endswith("ü</p>")
+    assert "\\u001b[2J" in text
 
 
 def test_tokens_are_struck_out(monkeypatch):
