@@ -288,7 +288,7 @@ def _base_card(plan: Plan, storage: Storage) -> str:
 
 def _source_record(storage: Storage) -> dict[str, Any] | None:
     """Return the source's own lingconv.json, when it has one."""
-    with suppress(LingconvError):
+    with suppress(LingconvError, KeyError):  # made-up sources hold none
         if storage.stat(RECORD_NAME).size <= MAX_RECORD_BYTES:
             return parse_record(storage.read(RECORD_NAME))
     return None
