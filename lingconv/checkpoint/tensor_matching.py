@@ -1,6 +1,6 @@
 """Pairs the tensors that a layout expects with what is stored, and finds their encodings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
@@ -10,7 +10,7 @@ from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import select
 from lingconv.encodings.quantization_config import StatedQuantization
 from lingconv.errors import Fault
 from lingconv.model.family import Family, PhysicalName, Role
@@ -158,16 +158,28 @@ class Matcher:
         if self.stated and not fp8:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
-        kept = [Pattern(text) for text in (self.stated.kept_modules if self.stated else ())]
         if self.layout.base == HF:  # GGUF and Megatron mix dtypes by their nature
-            self.faults += _odd_dtypes(self.layout, self.stored, kept)
+            self.faults += _odd_dtypes(self.layout, self.stored, self._kept())
+
+    def _kept(self) -> frozenset[str]:
+        """Return the names of the tensors that config.json lists as not quantized."""
+        if self.stated is None:
+            return frozenset()
+        kept = select(self.stated.kept_modules, self.stored)
+        for fault in kept.faults:
+            message = f"`{quantization_config.KEY}`, `{self.stated.kept_key}`: {fault}"
+            hint = "list the modules by name there: what it says of others is not looked at"
+            self.faults.append(
+                Fault("quantization config", message, CONFIG_NAME, fatal=False, hint=hint)
+            )
+        return kept.names
 
     def _fault(self, kind: str, message: str, held: StoredTensor, hint: str = "") -> None:
         self.faults.append(Fault(kind, message, held.file, held.name, hint=hint))
 
 
 def _odd_dtypes(
-    layout: Layout, stored: Mapping[PhysicalName, StoredMatrix], kept: Sequence[Pattern]
+    layout: Layout, stored: Mapping[PhysicalName, StoredMatrix], kept: Collection[str]
 ) -> Iterable[Fault]:
     """Report tensors whose dtype differs from that of most of their role, unannounced by `kept`."""
     by_role: dict[str, dict[Encoding, list[str]]] = {}
@@ -178,7 +190,7 @@ def _odd_dtypes(
         if len(found) == 1:
             continue
         unannounced = {
-            encoding: [name for name in names if not any(p.matches(name) for p in kept)]
+            encoding: [name for name in names if name not in kept]
             for encoding, names in found.items()
         }
         usual = max(unannounced, key=lambda encoding: len(unannounced[encoding]))

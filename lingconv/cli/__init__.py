@@ -4,12 +4,10 @@ import gc
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
+from typing import NoReturn
 
-from lingconv.cli.app import app
-from lingconv.cli.terminal import terminal
-from lingconv.errors import Interrupted, LingconvError
+from lingconv.errors import SAME_COMMAND, Interrupted, LingconvError
 
 INTERNAL_ERROR = 70
 TERMINATED = 143
@@ -19,41 +17,70 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, heard wherever Ctrl-C would be."""
 
 
-def _leave(code: int) -> None:
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    global _told_to_end
+    _told_to_end = True
+    raise _Terminated
+
+
+_told_to_end = False
+
+
+def _leave(error: Interrupted) -> NoReturn:
     """Exit at once: an upload that is on its way would be waited for, and nothing needs its end."""
+    from lingconv.cli.terminal import terminal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    terminal.error(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(TERMINATED if _told_to_end else error.exit_code)
 
 
-def main() -> None:
-    """Run the command line and exit with the code that `lingconv.errors` documents."""
-    # Headers of a trillion parameters are a million small objects without a cycle among them; the
-    # collector would look through all of them again and again, for half of the planning time.
-    gc.set_threshold(10_000_000, 50, 50)
-    terminated = False
+def _run() -> int:
+    """Return the exit code of the command that sys.argv names."""
+    # From here on a signal is answered; what is imported takes the most of a short command.
+    from lingconv.cli.app import app
 
-    def on_sigterm(signum: int, frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         app()
+    except SystemExit as exc:
+        if exc.code == Interrupted.exit_code:  # Typer's answer to KeyboardInterrupt
+            raise KeyboardInterrupt from exc
+        sys.stdout.flush()
+        return int(exc.code or 0)
+    return 0
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that `lingconv.errors` documents."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        from lingconv.cli.output_streams import open_standard_streams
+
+        open_standard_streams()
+        # Headers of a trillion parameters are a million small objects without a cycle among them;
+        # the collector would look through all of them again and again, for half of the planning.
+        gc.set_threshold(10_000_000, 50, 50)
+        code = _run()
     except Interrupted as exc:
-        terminal.error(exc)
-        _leave(TERMINATED if terminated else exc.exit_code)
-    except LingconvError as exc:
-        terminal.error(exc)
-        sys.exit(exc.exit_code)
+        _leave(exc)
     except KeyboardInterrupt:
-        _leave(TERMINATED if terminated else Interrupted.exit_code)
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): not worth a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _leave(Interrupted("interrupted", hint=SAME_COMMAND))
+    except LingconvError as exc:
+        code = _told(exc)
     except Exception:
-        traceback.print_exc()
+        code = _told(None)
+    sys.exit(code)
+
+
+def _told(error: LingconvError | None) -> int:
+    """Return the exit code of an error, None for one that is a bug, when it has been told."""
+    from lingconv.cli.terminal import terminal
+
+    if error is None:
         terminal.bug()
-        sys.exit(INTERNAL_ERROR)
+        return INTERNAL_ERROR
+    terminal.error(error)
+    return error.exit_code

@@ -20,4 +20,4 @@ def formats(formats: Formats = None, *, printed: DisplayFlags) -> None:
         "families": {family.name: dict(family.architectures) for family in families},
         "presets": list(presets()),
     }
-    terminal.result(lines, value, "\n".join(family.name for family in families))
+    terminal.result(lines, value, [family.name for family in families])

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -28,8 +28,10 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from lingconv.cli.output_streams import RawStream
 from lingconv.cli.terminal import terminal, wants_colour
 from lingconv.cli.units import file_size, memory_size
+from lingconv.cli.visible_text import visible
 from lingconv.execution.progress import Progress, Silent
 from lingconv.storage.machine import peak_resident_bytes
 from lingconv.verification.progress import Unwatched, Watcher
@@ -99,20 +101,25 @@ class _BarsWithFooter(RichProgress):
         yield Text(self.footer)
 
 
+def _live_console() -> Console:
+    """Return a console on stderr whose control sequences pass."""
+    stream = RawStream(sys.stderr)
+    return Console(file=cast("TextIO", stream), no_color=not wants_colour(sys.stderr))
+
+
 class Bars(Silent):
     """Live bars for a person."""
 
     def __init__(self) -> None:
-        live = Console(stderr=True, no_color=not wants_colour(sys.stderr))
         self._bars = _BarsWithFooter(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f}%"),
             _Amount(),
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=live,
+            console=_live_console(),
             transient=True,
         )
         self._lock = threading.Lock()
@@ -130,11 +137,15 @@ class Bars(Silent):
     ) -> None:
         self._bars.stop()
 
+    def _print(self, line: str) -> None:
+        """Print a line above the bars: as it is, for names are no markup."""
+        self._bars.console.print(Text(visible(line)), soft_wrap=True)
+
     def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Show the row of the whole run."""
         if done:
-            self._bars.console.print(_resuming(plan, done), highlight=False)
-        self._bars.console.print(_headline(plan), highlight=False)
+            self._print(_resuming(plan, done))
+        self._print(_headline(plan))
         total = sum(file.nbytes for file in plan.files)
         self._rates = _Rates(plan)
         self._total = self._bars.add_task("total", total=total)
@@ -142,21 +153,26 @@ class Bars(Silent):
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:
         """Show a row for the file."""
-        self._rows[name] = self._bars.add_task(name, total=nbytes, completed=held)
+        self._rows[name] = self._bars.add_task(visible(name), total=nbytes, completed=held)
         self._bars.advance(self._total, held)
 
     def advance(self, name: str, nbytes: int) -> None:
-        """Move both bars."""
-        self._bars.advance(self._rows[name], nbytes)
+        """Move both bars.
+
+        A worker may tell of its bytes when another has written the file's last ones, and it ended.
+        """
         with self._lock:
+            if name in self._rows:
+                self._bars.advance(self._rows[name], nbytes)
             self._bars.advance(self._total, nbytes)
             if self._rates.add(nbytes):
                 self._bars.footer = str(self._rates)
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
         """Turn the file's row into a line."""
-        self._bars.remove_task(self._rows.pop(name))
-        self._bars.console.print(_finished(name, nbytes, seconds), highlight=False)
+        with self._lock:
+            self._bars.remove_task(self._rows.pop(name))
+        self._print(_finished(name, nbytes, seconds))
 
     def sending(self, nbytes: int) -> None:
         """Show a row for what the Hub gets."""
@@ -165,7 +181,7 @@ class Bars(Silent):
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
         """Move that row, and say so."""
         self._bars.advance(self._sent, nbytes)
-        self._bars.console.print(_sent(name, nbytes, seconds), highlight=False)
+        self._print(_sent(name, nbytes, seconds))
 
 
 class Lines(Silent):
@@ -334,9 +350,8 @@ def make_watcher(verb: str) -> Iterator[Watcher]:
     if wanted == "none":
         yield Unwatched()
     elif wanted == "bar" or (wanted == "auto" and sys.stderr.isatty() and not terminal.quiet):
-        live = Console(stderr=True, no_color=not wants_colour(sys.stderr))
-        with live.status(verb) as status:
-            yield _Meter(verb, status.update, _SAMPLE_EVERY_S)
+        with _live_console().status(verb) as status:
+            yield _Meter(verb, lambda text: status.update(Text(visible(text))), _SAMPLE_EVERY_S)
     else:
         yield _Meter(verb, terminal.note, _LOG_EVERY_S)
 

@@ -1,14 +1,18 @@
 """What a person or a program sees: results on stdout, everything else on stderr.
 
+Nothing that a file or a server says reaches a stream but through `visible`, or as ASCII JSON.
+
 Every command builds its result as text and as JSON values and hands both to `output`.
 """
 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lingconv.cli.visible_text import visible
 from lingconv.errors import CheckpointError, LingconvError
 from lingconv.version import __version__
 
@@ -23,19 +27,22 @@ class Terminal:
         self.quiet = False
         self.verbose = False
 
-    def result(self, text: Sequence[str], value: Mapping[str, Any], essence: str) -> None:
-        """Print a command's result: lines for people, a document (`--json`) or one word (-q)."""
+    def result(
+        self, text: Sequence[str], value: Mapping[str, Any], essence: str | Sequence[str]
+    ) -> None:
+        """Print a command's result: lines for people, a document (`--json`) or its essence (-q)."""
         if self.json:
-            lines = [json.dumps(value, indent=2)]
+            print(json.dumps(value, indent=2))  # noqa: T201 - ASCII, and names in full
         else:
-            lines = [essence] if self.quiet else list(text)
-        for line in lines:
-            print(line)  # noqa: T201 - the one place that prints results
+            short = [essence] if isinstance(essence, str) else essence
+            for line in short if self.quiet else text:
+                print(visible(line))  # noqa: T201 - the one place that prints results
+        sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Say something about the run."""
         if not self.quiet:
-            self._say(text)
+            self._say(visible(text))
 
     def event(self, name: str, **values: Any) -> None:
         """Tell a program what happens, on a line of its own."""
@@ -44,25 +51,27 @@ class Terminal:
 
     def warning(self, text: str) -> None:
         """Say what is odd, but not in the way."""
-        self._say(f"{_paint('warning', '33')}: {text}")
+        self._say(f"{_paint('warning', '33')}: {visible(text)}")
 
     def error(self, error: LingconvError) -> None:
         """Say what went wrong, where, and what to do."""
-        self._say(f"{_paint('error', '31')}: {error.message}")
+        self._say(f"{_paint('error', '31')}: {visible(error.message)}")
         shown = error.details if self.verbose else error.details[:_MAX_DETAILS]
         for detail in shown:
-            self._say(f"  {detail}")
+            self._say(f"  {visible(detail)}")
         if len(error.details) > len(shown):
             self._say(f"  ... and {len(error.details) - len(shown)} more (-v shows all)")
         if self.verbose and error.__cause__ is not None:
-            self._say(f"  caused by: {error.__cause__!r}")
+            self._say(f"  caused by: {visible(repr(error.__cause__))}")
         if error.hint:
-            self._say(f"{_paint('hint', '36')}: {error.hint}")
+            self._say(f"{_paint('hint', '36')}: {visible(error.hint)}")
         if self.json:
             self._say(json.dumps({"error": _error_json(error)}))
 
     def bug(self) -> None:
-        """Ask for a report of an error that is not in the tree."""
+        """Show the error that is being handled, which is not in the tree, and ask for a report."""
+        for line in traceback.format_exc().splitlines():
+            self._say(visible(line))
         self._say(
             f"{_paint('error', '31')}: this is a bug in lingconv {__version__}; please report it"
             " with the lines above and the output of `lingconv env`"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lingconv.encodings.base import Encoding
 from lingconv.encodings.fp8 import Fp8
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import select
 
 FP8 = "fp8"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -30,6 +30,11 @@ class StatedQuantization:
     block: tuple[int, int]
     kept_modules: tuple[str, ...]
     power_of_two: bool = False
+
+    @property
+    def kept_key(self) -> str:
+        """The key of `quantization_config` that lists the modules kept."""
+        return "ignore" if self.method == COMPRESSED_TENSORS else " or ".join(_KEPT_KEYS)
 
 
 def dialect_of(encoding: Fp8) -> str:
@@ -129,16 +134,14 @@ def with_kept(
 ) -> dict[str, Any]:
     """Return a `quantization_config` for the same weights under other names.
 
-    Its list of what is not quantized stays where it still tells one from the other.
+    Its list of what is not quantized stays where it still tells one from the other, and where every
+    pattern in it can be read.
     """
     keys = {FP8: _KEPT_KEYS, COMPRESSED_TENSORS: ("ignore",)}[stated["quant_method"]]
     key = next((key for key in keys if stated.get(key)), keys[0])
-    patterns = [Pattern(text) for text in _names(stated.get(key))]
-
-    def listed(name: str) -> bool:
-        return any(pattern.matches(name) for pattern in patterns)
-
-    if all(map(listed, kept_modules)) and not any(map(listed, quantized)):
+    names = frozenset(kept_modules), frozenset(quantized)
+    listed = select(_names(stated.get(key)), names[0] | names[1])
+    if not listed.faults and names[0] <= listed.names and not names[1] & listed.names:
         return dict(stated)
     return {**stated, key: list(kept_modules)}
 

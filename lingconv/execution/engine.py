@@ -6,7 +6,6 @@
 Killed anywhere, the same call goes on where it was.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lingconv.containers.registry import format_for
 from lingconv.errors import CheckpointError, LingconvError, ResourceError, resumable
 from lingconv.execution.closing.closing_files import closing_files, record_json
+from lingconv.execution.closing.source_record import MAX_RECORD_BYTES, parse_record
 from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.pipeline.prefetch import sources_of
@@ -366,7 +366,7 @@ def _base_card(plan: Plan, storage: Storage) -> str:
 
 def _source_record(storage: Storage) -> dict[str, Any] | None:
     """Return the source's own lingconv.json, when it has one."""
-    with suppress(LingconvError, ValueError):
-        value = json.loads(storage.read(RECORD_NAME))
-        return value if isinstance(value, dict) else None
+    with suppress(LingconvError, KeyError):  # made-up sources hold none
+        if storage.stat(RECORD_NAME).size <= MAX_RECORD_BYTES:
+            return parse_record(storage.read(RECORD_NAME))
     return None

@@ -9,7 +9,7 @@ from lingconv.containers.registry import format_for
 from lingconv.encodings import Encoding, Fp8, Plain, encoding_of, quantization_config
 from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, GgufTensor, ModelSize, choose_types
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.scaling import Scaling
 from lingconv.errors import UsageError
@@ -52,7 +52,9 @@ class EncodingChoice:
         self._layout = layout
         self._options = options
         self._ignore = [Pattern(text) for text in options.fp8.ignore]
+        self._ignored = among(self._ignore, layout.tensors)
         self._scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
+        self._scaled = [(rule.among(layout.tensors), policy) for rule, policy in self._scale_rules]
         self._fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
         self._types = (
             _choose_types(layout, symbols, options, self.file_type) if self.file_type else {}
@@ -165,13 +167,13 @@ class EncodingChoice:
     def _quantizes(self, tensor: PhysicalTensor) -> bool:
         if not tensor.role.quantizable or len(tensor.shape) != 2:
             return False
-        return not any(pattern.matches(tensor.name) for pattern in self._ignore)
+        return tensor.name not in self._ignored
 
     def _scaling(self, tensor: PhysicalTensor) -> Scaling:
         """Return the scale policy of a tensor: the last rule that names it, else the default."""
         policy = self._options.fp8.scale
-        for pattern, named in self._scale_rules:
-            if pattern.matches(tensor.name):
+        for names, named in self._scaled:
+            if tensor.name in names:
                 policy = named
         if policy in (SCALE_F32, SCALE_UE8M0):
             return Scaling(0.0, power_of_two=policy == SCALE_UE8M0)
@@ -181,7 +183,7 @@ class EncodingChoice:
 def refuse_idle(option: str, patterns: Iterable[Pattern], names: Collection[str]) -> None:
     """Raise UsageError for a pattern that matches none of `names`."""
     for pattern in patterns:
-        if not any(pattern.matches(name) for name in names):
+        if not pattern.among(names):
             raise UsageError(
                 f"`--{option} {pattern.text}` matches nothing",
                 hint="patterns are exact names, globs, or `re:` and a regular expression",

@@ -11,7 +11,7 @@ from typing import Any
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.containers.base import PlacementRequest
 from lingconv.containers.registry import built_in, format_for
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.family import Family
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
@@ -60,9 +60,10 @@ class _Planner:
         self.average = average
         self.model = average.base
         self.options = options
-        self.drop = [Pattern(text) for text in options.drop]
-        self.exclude = [Pattern(text) for text in options.exclude]
         self.symbols, self.layout = _target_layout(self.model, options)
+        extra = {f.tensor for m in average.models for f in m.faults if f.kind == "extra tensor"}
+        self.drop = among(map(Pattern, options.drop), extra)
+        self.exclude = among(map(Pattern, options.exclude), self.layout.tensors)
         self.format = format_for(options.layout)
         self.choice = EncodingChoice(self.model, self.layout, self.symbols, options)
         self.sources = Sources(average)
@@ -133,7 +134,7 @@ class _Planner:
     def _excused(self, model: Model, fault: Fault) -> bool:
         """Return whether the user's options make a fault harmless."""
         if fault.kind == "extra tensor":
-            return any(pattern.matches(fault.tensor) for pattern in self.drop)
+            return fault.tensor in self.drop
         tensor = model.tensor(fault.tensor)
         left_out = self.options.mtp == Mtp.DROP and tensor is not None and tensor.mtp
         return left_out and fault.kind == "missing tensor"
@@ -163,7 +164,7 @@ class _Planner:
 
     def _terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:
         """Return what a tensor is made of: all checkpoints, or the base where it is excluded."""
-        if any(pattern.matches(tensor.name) for pattern in self.exclude):
+        if tensor.name in self.exclude:
             return self.sources.base_terms(tensor)
         return self.sources.terms(tensor)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lingconv.checkpoint.recognised_checkpoint import Model
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import select
 from lingconv.errors import LingconvError
 from lingconv.model.family import LogicalName, Role
 from lingconv.model.layout import Rows, count_rows
@@ -76,11 +76,11 @@ def recorded_mtp(recipe: Mapping[str, Any]) -> Mtp:
     return Mtp.KEEP
 
 
-def recorded_drops(recipe: Mapping[str, Any]) -> list[Pattern]:
+def recorded_drops(recipe: Mapping[str, Any]) -> list[str]:
     """Return the patterns of the tensors that a recipe left out."""
     drop = recipe.get("drop")
     texts = drop if isinstance(drop, list) else []
-    return [Pattern(text) for text in texts if isinstance(text, str)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def read_recipe(target: Model) -> Mapping[str, Any]:
@@ -130,9 +130,10 @@ def _fault_findings(target: Model) -> Iterator[Finding]:
             name = tensor.rows[0].logical if tensor and len(tensor.rows) == 1 else fault.tensor
             where = f"{fault.file}: " if fault.file else ""
             yield Finding(fault.kind, name, f"{where}{fault.message}")
-    kept = [Pattern(text) for text in (target.stated.kept_modules if target.stated else ())]
-    for name, stored in target.stored.items():
-        if stored.encoding.has_scales and any(pattern.matches(name) for pattern in kept):
+    scaled = {name for name, item in target.stored.items() if item.encoding.has_scales}
+    kept = select(target.stated.kept_modules if target.stated else (), scaled)
+    for name in target.stored:
+        if name in kept.names:
             message = "is FP8, but the config lists it among the modules that are not converted"
             yield Finding("label", name, message)
 

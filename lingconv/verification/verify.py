@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lingconv.checkpoint.recognised_checkpoint import Model, refuse_faults
-from lingconv.encodings.name_pattern import Pattern
+from lingconv.encodings.name_pattern import select
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import LogicalName
 from lingconv.plans.options import Mtp
@@ -91,12 +91,14 @@ def _level_reached(
     return Level.TENSORS if skipped else options.level
 
 
-def _without(source: Model, mtp: Mtp, drops: Sequence[Pattern]) -> Model:
+def _without(source: Model, mtp: Mtp, drops: Iterable[str]) -> Model:
     """Return SRC without the faults of tensors that DST was made without."""
+    extra = {fault.tensor for fault in source.faults if fault.kind == "extra tensor"}
+    dropped = select(drops, extra).names
 
     def left_out(fault: Fault) -> bool:
         if fault.kind == "extra tensor":
-            return any(pattern.matches(fault.tensor) for pattern in drops)
+            return fault.tensor in dropped
         tensor = source.tensor(fault.tensor)
         return mtp == Mtp.DROP and tensor is not None and tensor.mtp
 

@@ -86,5 +86,9 @@ def _card(
     return card.model_card(described).encode()
 
 
+_ESCAPED = "backslashreplace"  # gives \\udXXX, as JSON does
+
+
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # Halves of characters, and bytes of names that are no UTF-8, stay JSON's escapes.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", _ESCAPED)

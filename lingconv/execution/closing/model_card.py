@@ -6,7 +6,9 @@ keys are kept.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -15,11 +17,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 from yaml import YAMLError
 
+from lingconv.errors import CheckpointError
 from lingconv.execution.closing.runtimes import encoding_word, loaders
 from lingconv.plans.options import Target, TargetDType
-from lingconv.storage.file_names import MARK
+from lingconv.storage.file_names import MARK, RECORD_NAME
 from lingconv.storage.provenance import public_name, repository_of, without_paths
 
+_MARKUP = re.compile(r"[\\`*\[\]<>|#~$]")
 END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
 _FLOAT_OUTTYPES = ("auto", "f32", "f16", "bf16")
@@ -51,18 +55,42 @@ class CardInputs:
 
 
 def model_card(described: CardInputs) -> str:
-    """Return README.md."""
+    """Return README.md. Raises CheckpointError for a record that lingconv did not write."""
     data, text = _parse(described.base_card)
-    front = ModelCardData(ignore_metadata_errors=True, **_front_matter(described, data)).to_yaml()
     if MARK in text:  # a card of lingconv's own: the part that it made is made anew
         text = text.partition(END_MARK)[2]
-    section = _section(described).strip()
+    with _record_is_read():
+        front = _to_yaml(_front_matter(described, data))
+        section = _section(described).strip()
     return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
 
 
 def published_record(record: Mapping[str, Any]) -> bytes:
-    """Return lingconv.json as it is published."""
-    return (json.dumps(without_paths(record), indent=2, ensure_ascii=False) + "\n").encode()
+    """Return lingconv.json as it is published. Raises CheckpointError as `model_card` does."""
+    with _record_is_read():
+        told = json.dumps(without_paths(record), indent=2, ensure_ascii=False)
+    return f"{told}\n".encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def _record_is_read() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{RECORD_NAME} is not what lingconv writes: {exc!r}",
+            hint=f"move {RECORD_NAME} away: the weights do not need it",
+        ) from exc
+
+
+def _to_yaml(data: Mapping[str, Any]) -> str:
+    return ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
+
+
+def _inline(text: str) -> str:
+    """Return a name as Markdown is to show it in a line or a cell: no mark-up, no line end."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return _MARKUP.sub(r"\\\g<0>", printable)
 
 
 def _parse(card: str) -> tuple[dict[str, Any], str]:
@@ -71,9 +99,12 @@ def _parse(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         parsed = ModelCard(card, ignore_metadata_errors=True)
-    except (YAMLError, ValueError, TypeError):
+        data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
+        tags = data.get("tags")
+        data["tags"] = [t for t in tags if isinstance(t, str)] if isinstance(tags, list) else []
+        _to_yaml(data)  # what cannot be written again is no front matter
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         return {}, card
-    data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
     return data, parsed.text
 
 
@@ -100,7 +131,7 @@ def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]
         Target.GGUF.value if layout == Target.GGUF else "",
         "lingconv",
     ]
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *filter(None, own)]))
+    data["tags"] = list(dict.fromkeys([*data.get("tags", ()), *filter(None, own)]))
     return data
 
 
@@ -136,15 +167,19 @@ def _section(described: CardInputs) -> str:
     encoding = encoding_word(config, record["encodings"])
     return _template().render(
         mark=MARK,
-        title=_title(described),
+        title=_inline(_title(described)),
         what=_what(record),
         provenance=list(_provenance(record)),
         sources=[
-            (public_name(source["uri"]), source["revision"] or "-", f"{source['weight']:.9g}")
+            (
+                _inline(public_name(source["uri"])),
+                _inline(source["revision"] or "-"),
+                f"{source['weight']:.9g}",
+            )
             for source in sources
         ],
         left_out=[
-            (reason, held["count"], f"{held['bytes']:,} bytes")
+            (_inline(reason), held["count"], f"{held['bytes']:,} bytes")
             for reason, held in record["dropped"].items()
         ],
         proof=_proof(described),
@@ -180,7 +215,7 @@ def _what(record: Mapping[str, Any]) -> str:
             f"{how} of {len(sources)} checkpoints, summed in float64 and rounded once,"
             f" stored as {stored}."
         )
-    name, relation = public_name(next(_origins(record))), _relation(record)
+    name, relation = _inline(public_name(next(_origins(record)))), _relation(record)
     done = "quantized" if relation == _QUANTIZED else "converted, every number kept as it was read"
     if record["options"]["dtype"] in ("bf16", "f16", "f32"):
         done = f"converted to {record['options']['dtype'].upper()}"
@@ -189,15 +224,15 @@ def _what(record: Mapping[str, Any]) -> str:
 
 def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if len(record.get("sources", ())) <= 1:
-        yield "source", public_name(record["source"])
+        yield "source", _inline(public_name(record["source"]))
         if record.get("revision"):
-            yield "revision", record["revision"]
+            yield "revision", _inline(record["revision"])
     yield "made by", f"lingconv {record['lingconv']}"
     yield "plan", f"`{record['plan_digest']}`"
     if record["options"]["dtype"] == TargetDType.FP8:
         fp8 = record["options"]["fp8"]
         words = [f"scheme {fp8['scheme']}", f"scales {fp8['scale']}"]
-        words += [f"`{pattern}` kept" for pattern in fp8["ignore"]]
+        words += [f"{_inline(pattern)} kept" for pattern in fp8["ignore"]]
         yield "FP8", ", ".join(words)
     if record["options"]["layout"] == Target.GGUF:
         yield "GGUF", f"`{record['options']['gguf']['outtype']}`"

@@ -5,14 +5,17 @@ tried again, with growing pauses, or after as long as the server asks for; the r
 of lingconv's own tree. No message repeats a header, a token or a signed link.
 """
 
+import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from json import JSONDecodeError
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -44,6 +47,13 @@ LONGEST_WAIT_S = 60.0
 LONGEST_ASKED_S = 900.0
 REFUSED = (400, 401, 403, 404, 410)  # what stores answer to a link that ran out
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
+_STRUCK_OUT = "***"
+_SECRETS = (
+    re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{8,}"),
+    re.compile(r"(?i:bearer|basic)\s+[A-Za-z0-9+/=_.~%-]{8,}"),
+    re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://\S+"),
+)
+_MAX_SAID = 500
 _LOG_IN = "run `hf auth login`, or set `HF_TOKEN`"
 
 
@@ -85,7 +95,30 @@ def patiently(uri: str, action: Callable[[], T]) -> T:
             raise
         except Exception as exc:
             if not backoff.pause(exc):
-                raise translated(exc, uri) from exc
+                raise translated(exc, uri) from Cause(exc)
+
+
+class Cause(Exception):
+    """What the client's error said, in place of it: its own text may hold a token or a link."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {without_secrets(str(error))}")
+
+
+def without_secrets(text: str) -> str:
+    """Return what a server or a client said without tokens and links, and not too much of it.
+
+    The token that is in use is struck out however it is written, and whatever looks like one.
+    """
+    token = get_token() or ""
+    for form in (token, quote(token, safe=""), json.dumps(token)[1:-1]):
+        text = text.replace(form, _STRUCK_OUT) if form else text
+    # Percent-escapes of letters that need none hide it from the comparison above.
+    if token and token in unquote(text):
+        text = unquote(text).replace(token, _STRUCK_OUT)
+    for secret in _SECRETS:
+        text = secret.sub(_STRUCK_OUT, text)
+    return text if len(text) <= _MAX_SAID else f"{text[:_MAX_SAID]} ..."
 
 
 def hub_api() -> HfApi:
@@ -188,7 +221,7 @@ def translated(error: Exception, uri: str) -> LingconvError:
 def _said(error: Exception) -> str:
     """Return what the server said, without the links that the client adds."""
     if isinstance(error, HfHubHTTPError) and error.server_message:
-        return error.server_message
+        return without_secrets(error.server_message)
     return f"HTTP {status_of(error)}"
 
 
@@ -197,4 +230,4 @@ def _plain(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).splitlines()[0] if str(error) else ""
-    return type(error).__name__ if not text or "://" in text else text
+    return type(error).__name__ if not text or "://" in text else without_secrets(text)

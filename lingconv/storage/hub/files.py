@@ -17,7 +17,15 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
 from lingconv.storage.hub.address import HubAddress
-from lingconv.storage.hub.client import REFUSED, Backoff, Unfinished, hub_api, patiently, translated
+from lingconv.storage.hub.client import (
+    REFUSED,
+    Backoff,
+    Cause,
+    Unfinished,
+    hub_api,
+    patiently,
+    translated,
+)
 from lingconv.storage.upload_target import ListedFile
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -105,7 +113,7 @@ class RemoteFile:
             except Exception as exc:
                 failure = exc
             if failure is not None and not backoff.pause(failure):
-                raise translated(failure, str(self.address)) from failure
+                raise translated(failure, str(self.address)) from Cause(failure)
 
     def _request(self, offset: int, count: int) -> Iterator[bytes]:
         """Yield the bytes of one answer, at most `count` of them."""

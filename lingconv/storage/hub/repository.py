@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars
 from lingconv.errors import DestinationError, LingconvError, PermissionDenied, UsageError
 from lingconv.storage.file_names import CARD_NAME, MARK
 from lingconv.storage.hub.address import HubAddress
-from lingconv.storage.hub.client import Backoff, hub_api, patiently, status_of, translated
+from lingconv.storage.hub.client import Backoff, Cause, hub_api, patiently, status_of, translated
 from lingconv.storage.hub.files import RemoteFile, as_listed, find_commit, list_files
 from lingconv.storage.upload_target import (
     ListedFile,
@@ -196,7 +196,7 @@ class Repository:
             except Exception as exc:
                 moved = status_of(exc) in _MOVED
                 if not moved and not backoff.pause(exc):
-                    raise translated(exc, str(self.address)) from exc
+                    raise translated(exc, str(self.address)) from Cause(exc)
                 self.look()
                 if _is_done(operations, self.files):
                     return

@@ -1,23 +1,27 @@
 """Tokens to run: from a text, from numbers, from a file, or a fixed sample.
 
 The tokenizer is the checkpoint's own tokenizer.json, through the tokenizers library; a chat
-template is rendered by jinja2's sandbox, because it is a stranger's program.
+template is a stranger's program, and runs within limits (`chat_template`).
 """
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lingconv.errors import CheckpointError, UsageError
+from lingconv.containers.hf.small_files import read_json
+from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.storage import Storage
+from lingconv.verification.reference import chat_template
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SAMPLE_TOKENS = 64
+_MAX_TEMPLATE_BYTES = 10_000_000
+_WITHOUT_CHAT = "pass `--prompt` without `--chat`, or ids: `--tokens 1,2,3`"
 _STRIDE = 2_654_435_761  # 2^32 / golden ratio (Knuth, TAOCP 3, 6.4): spreads ids over a vocabulary
 
 
@@ -85,13 +89,30 @@ class Text:
             )
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_buffer(storage.read(TOKENIZER))
-        except Exception as exc:  # the library raises plain Exception
-            raise CheckpointError(f"{TOKENIZER} cannot be used: {exc}") from exc
+        except BaseException as exc:
+            if not _is_tokenizers_own(exc):
+                raise
+            raise CheckpointError(
+                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `--tokens 1,2,3`"
+            ) from exc
 
     def encode(self, prompt: str, *, chat: bool = False) -> Tensor:
         """Return the ids [1, S] of a prompt, put into the chat template first if `chat`."""
+        if not _is_unicode(prompt):
+            raise UsageError("the prompt is not UTF-8", hint="pass its ids: `--tokens 1,2,3`")
         text = self._render(prompt) if chat else prompt
-        ids = self._tokenizer.encode(text, add_special_tokens=not chat).ids
+        if not _is_unicode(text):
+            raise CheckpointError(
+                "the chat template makes halves of characters (surrogates)", hint=_WITHOUT_CHAT
+            )
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=not chat).ids
+        except BaseException as exc:
+            if not _is_tokenizers_own(exc):
+                raise
+            raise CheckpointError(
+                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `--tokens 1,2,3`"
+            ) from exc
         return torch.tensor([ids], dtype=torch.int64)
 
     def decode(self, token: int) -> str:
@@ -100,44 +121,51 @@ class Text:
         return text or self._tokenizer.id_to_token(token) or ""
 
     def _render(self, prompt: str) -> str:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         config = self._config()
-        template = self._template(config)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
+        file, template = self._template(config)
         special = {name: _content(value) for name, value in config.items() if name[-6:] == "_token"}
         messages = [{"role": "user", "content": prompt}]
+        variables = {**special, "messages": messages, "add_generation_prompt": True}
         try:
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **special
-            )
-        except (TemplateError, TypeError, ValueError) as exc:
-            raise CheckpointError(f"the chat template cannot be rendered: {exc}") from exc
+            return chat_template.render(template, variables)
+        except ValueError as exc:
+            raise CheckpointError(
+                f"{file}: the chat template cannot be rendered: {exc}", hint=_WITHOUT_CHAT
+            ) from exc
 
     def _config(self) -> dict[str, Any]:
         if TOKENIZER_CONFIG not in self._storage.files():
             return {}
-        try:
-            value = json.loads(self._storage.read(TOKENIZER_CONFIG))
-        except ValueError as exc:
-            raise CheckpointError(f"{TOKENIZER_CONFIG} is not JSON: {exc}") from exc
-        return value if isinstance(value, dict) else {}
+        faults: list[Fault] = []
+        config = read_json(self._storage, TOKENIZER_CONFIG, faults)
+        if faults:
+            raise CheckpointError(
+                f"{TOKENIZER_CONFIG} cannot be used", faults=faults, hint=_WITHOUT_CHAT
+            )
+        return config
 
-    def _template(self, config: dict[str, Any]) -> str:
+    def _template(self, config: dict[str, Any]) -> tuple[str, str]:
+        """Return the template, and before it the name of the file that holds it."""
         if CHAT_TEMPLATE in self._storage.files():
-            return self._storage.read(CHAT_TEMPLATE).decode("utf-8", "replace")
+            return CHAT_TEMPLATE, self._read_template()
         template = config.get("chat_template")
         if isinstance(template, list):  # several by name
-            named = {item.get("name"): item.get("template") for item in template}
-            template = named.get("default")
+            named = [item for item in template if isinstance(item, dict)]
+            default = [item for item in named if item.get("name") == "default"]
+            template = default[-1].get("template") if default else None
         if not isinstance(template, str):
             raise CheckpointError(
                 f"{self._storage.uri} has no chat template",
                 hint="leave `--chat` out: base models have none",
             )
-        return template
+        return TOKENIZER_CONFIG, template
+
+    def _read_template(self) -> str:
+        if self._storage.stat(CHAT_TEMPLATE).size > _MAX_TEMPLATE_BYTES:
+            raise CheckpointError(
+                f"{CHAT_TEMPLATE} has more than {_MAX_TEMPLATE_BYTES:,} bytes", hint=_WITHOUT_CHAT
+            )
+        return self._storage.read(CHAT_TEMPLATE).decode("utf-8", "replace")
 
 
 class NextToken(NamedTuple):
@@ -158,11 +186,15 @@ def next_tokens(storage: Storage, logits_BSV: Tensor, count: int) -> list[NextTo
     ]
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _is_tokenizers_own(error: BaseException) -> bool:
+    """Return whether the library raised it: an Exception, or Rust's panic, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _content(value: Any) -> str:
     """Return a special token's text: given as it is, or in an object."""
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """Let a template refuse a conversation (templates call it by this name)."""
-    raise ValueError(message)

@@ -1,5 +1,6 @@
 """HTML pages that need nothing else: no network, no script; light, dark, paper."""
 
+import re
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,11 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from lingconv.errors import UsageError
 from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
+
+# Controls but line end and tab, what has no width or turns the direction, and halves of characters.
+_NO_LETTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
 
 
 def check() -> None:
@@ -34,6 +40,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def write(html: str, path: Path) -> None:
-    """Write a page, all of it or nothing."""
+    """Write a page, all of it or nothing; what is no letter in a name is written as its code."""
+    shown = _NO_LETTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", html)
     with explained_writing(path):
-        replace_file(path, [html.encode()])
+        replace_file(path, [shown.encode()])
