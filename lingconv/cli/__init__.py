@@ -42,7 +42,10 @@ def _run() -> int:
     """Return the exit code of the command that sys.argv names."""
     # From here on a signal is answered; what is imported takes the most of a short command.
     from lingconv.cli.app import app
+    from lingconv.cli.option_flags import speller
+    from lingconv.cli.terminal import terminal
 
+    terminal.spell = speller(app)
     try:
         app()
     except SystemExit as exc:

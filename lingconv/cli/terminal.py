@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lingconv.cli.visible_text import visible
@@ -24,6 +24,8 @@ class Terminal:
 
     def __init__(self) -> None:
         self.json = False
+        # Shows what the core says of options as flags; set by whoever has the commands.
+        self.spell: Callable[[str], str] = str
         self.quiet = False
         self.verbose = False
 
@@ -36,13 +38,13 @@ class Terminal:
         else:
             short = [essence] if isinstance(essence, str) else essence
             for line in short if self.quiet else text:
-                print(visible(line))  # noqa: T201 - the one place that prints results
+                print(self._shown(line))  # noqa: T201 - the one place that prints results
         sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Say something about the run."""
         if not self.quiet:
-            self._say(visible(text))
+            self._say(self._shown(text))
 
     def event(self, name: str, **values: Any) -> None:
         """Tell a program what happens, on a line of its own."""
@@ -51,22 +53,22 @@ class Terminal:
 
     def warning(self, text: str) -> None:
         """Say what is odd, but not in the way."""
-        self._say(f"{_paint('warning', '33')}: {visible(text)}")
+        self._say(f"{_paint('warning', '33')}: {self._shown(text)}")
 
     def error(self, error: LingconvError) -> None:
         """Say what went wrong, where, and what to do."""
-        self._say(f"{_paint('error', '31')}: {visible(error.message)}")
+        self._say(f"{_paint('error', '31')}: {self._shown(error.message)}")
         shown = error.details if self.verbose else error.details[:_MAX_DETAILS]
         for detail in shown:
-            self._say(f"  {visible(detail)}")
+            self._say(f"  {self._shown(detail)}")
         if len(error.details) > len(shown):
             self._say(f"  ... and {len(error.details) - len(shown)} more (-v shows all)")
         if self.verbose and error.__cause__ is not None:
             self._say(f"  caused by: {visible(repr(error.__cause__))}")
         if error.hint:
-            self._say(f"{_paint('hint', '36')}: {visible(error.hint)}")
+            self._say(f"{_paint('hint', '36')}: {self._shown(error.hint)}")
         if self.json:
-            self._say(json.dumps({"error": _error_json(error)}))
+            self._say(json.dumps({"error": _error_json(error, self.spell)}))
 
     def bug(self) -> None:
         """Show the error that is being handled, which is not in the tree, and ask for a report."""
@@ -77,18 +79,21 @@ class Terminal:
             " with the lines above and the output of `lingconv env`"
         )
 
+    def _shown(self, text: str) -> str:
+        return visible(self.spell(text))
+
     def _say(self, text: str) -> None:
         # In one write, so that threads do not talk into each other's lines.
         print(f"{text}\n", end="", file=sys.stderr)  # noqa: T201 - the one place that talks
 
 
-def _error_json(error: LingconvError) -> dict[str, Any]:
+def _error_json(error: LingconvError, spell: Callable[[str], str]) -> dict[str, Any]:
     value: dict[str, Any] = {
         "type": type(error).__name__,
         "exit_code": error.exit_code,
-        "message": error.message,
-        "details": list(error.details),
-        "hint": error.hint,
+        "message": spell(error.message),
+        "details": [spell(detail) for detail in error.details],
+        "hint": spell(error.hint),
     }
     if isinstance(error, CheckpointError):
         value["faults"] = [
