@@ -56,8 +56,8 @@ def test_help_is_quick_to_load():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for command in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
-        assert command in done.stdout
+    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
+        assert each in done.stdout
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])
@@ -238,8 +238,8 @@ def test_small_commands():
 
 
 def test_every_command_has_help():
-    for command in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
-        out, _ = run(command, "--help")
+    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
+        out, _ = run(each, "--help")
         assert "--json" in out
 
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,32 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("experts", ["grouped", "sequential", "fused"])
-@pytest.mark.parametrize("parallel", GRID, ids=lambda p: "-".join(map(str, p[:4])))
+WAYS = [(parallel, experts) for parallel in GRID for experts in ("grouped", "sequential", "fused")]
+
+
+def pairs(way):
+    """Return each two settings of a way, with their numbers."""
+    parallel, experts = way
+    return set(combinations(enumerate((*parallel[:4], experts)), 2))
+
+
+def covering(ways):
+    """Return few of the ways, in which each two settings meet that meet in any of them."""
+    missing, chosen = set().union(*map(pairs, ways)), []
+    while missing:
+        chosen.append(max(ways, key=lambda way: len(pairs(way) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+FEW = covering(WAYS)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "experts"),
+    [pytest.param(*way, marks=[] if way in FEW else pytest.mark.long) for way in WAYS],
+    ids=["-".join(map(str, (*parallel[:4], experts))) for parallel, experts in WAYS],
+)
 def test_there_and_back(golden, parallel, experts, tmp_path):
     target = to_ranks(golden, tmp_path / "m", parallel, experts)
     assert len(list(target.rglob("*.pt"))) == len(all_ranks(parallel))

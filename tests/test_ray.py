@@ -172,6 +172,7 @@ convert(sys.argv[1], sys.argv[2], ConvertOptions(dtype="fp8", max_shard_bytes=30
 """
 
 
+@pytest.mark.long
 def test_the_driver_dies(cluster, hub, golden, tmp_path, monkeypatch):
     started, _ = cluster
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
@@ -179,7 +180,8 @@ def test_the_driver_dies(cluster, hub, golden, tmp_path, monkeypatch):
     source, target = "hf://org/tiny-ling-v2", tmp_path / "far"
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, source, target, started.address], cwd=ROOT,
-        env=environment(hub.endpoint, tmp_path / "home"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=environment(hub.endpoint, tmp_path / "home"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as driver:  # fmt: skip
         assert driver.stdout.readline() == b"three files\n"
         driver.send_signal(signal.SIGKILL)
@@ -190,6 +192,7 @@ def test_the_driver_dies(cluster, hub, golden, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "local", target)
 
 
+@pytest.mark.long
 def test_a_store_is_written_to_from_all_nodes(cluster, hub, golden, tmp_path, monkeypatch):
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
     hub.add("org/tiny-ling-v2", contents(golden))
@@ -208,6 +211,7 @@ def test_a_store_is_written_to_from_all_nodes(cluster, hub, golden, tmp_path, mo
     assert (again.files_written, again.files_found_finished) == (0, 14)
 
 
+@pytest.mark.long
 def test_the_driver_of_a_store_dies(cluster, bucket, hub, golden, tmp_path, monkeypatch):
     started, _ = cluster
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
@@ -235,6 +239,8 @@ def test_a_repository_is_written_to_from_all_nodes(
 ):
     point_client_at(monkeypatch, hub.endpoint, tmp_path / "home")
     name = f"org/from-nodes-{options.pull_request}"
+    hub.repositories.clear()
+    hub.blobs.clear()  # a file that it has already would not be sent
     if options.pull_request:
         hub.add(name, {})
     trouble = After(file3=killing(hub))

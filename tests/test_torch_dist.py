@@ -210,7 +210,7 @@ def boxes(draw):
     return shape, draw(st.permutations([*parts, *more, *whole]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(boxes())
 def test_any_chunks_make_the_tensor(drawn):
     shape, parts = drawn

@@ -16,10 +16,13 @@ come true is a failure, never a smaller test.
         run(convert, source, other)                         # raises what the conversion raises
         assert tree_digest(other) == tree_digest(target)
 
-`run` takes a function of a module (its arguments travel by pickle), `command` the words of a command
-line, `start` either without waiting for the end. They are forked from one server, which has
-lingconv, numba and torch imported: a process costs some hundredths of a second. It gets the
-environment of the test as it is then, and nothing that was patched in the test's own process.
+`run` takes a function of a module (its arguments travel by pickle), `command` the words of a
+command line, `start` and `start_command` either without waiting for the end. They are forked from
+one server, which has lingconv, numba and torch imported: a process costs some hundredths of a
+second. It gets the environment and the working directory of the test as they are then, and nothing
+that was patched in the test's own process: the function itself patches what it needs.
+
+An instant without a kill is proven by `Ending.struck`: a test asserts that its fault was met.
 
 Events are what the operating system is asked for (`instants.EVENTS`), with the path or the address
 that it is asked about, so that instants say nothing of lingconv's own functions. A table of states

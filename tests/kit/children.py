@@ -17,7 +17,7 @@ from typing import Any
 from tests.kit.instants import Instant, Watch
 
 # What stops a hang; nothing that is right takes a fraction of it.
-GUARD_S = 280
+GUARD_S = 600
 PRELOADED = [
     "lingconv.api",
     "lingconv.cli.app",

@@ -71,9 +71,15 @@ EVENTS = {
     "remove": _event("os.unlink", "os.remove", "os.rmdir"),
     "lock": _event("fcntl.flock"),
     "request": _event("huggingface_hub.utils.httpx.Client.send", subject=_request),
-    "commit": _event("huggingface_hub.utils.httpx.Client.send", subject=_request, only="*/commit/*"),
-    "upload": _event("huggingface_hub.utils.httpx.Client.send", subject=_request, only="PUT */store/*"),
-    "download": _event("huggingface_hub.utils.httpx.Client.send", subject=_request, only="GET */cdn/*"),
+    "commit": _event(
+        "huggingface_hub.utils.httpx.Client.send", subject=_request, only="*/commit/*"
+    ),
+    "upload": _event(
+        "huggingface_hub.utils.httpx.Client.send", subject=_request, only="PUT */store/*"
+    ),
+    "download": _event(
+        "huggingface_hub.utils.httpx.Client.send", subject=_request, only="GET */cdn/*"
+    ),
 }
 TORN = ("write", "journal")
 FILES = ("write", "journal", "size", "sync", "rename", "remove")
@@ -117,26 +123,26 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def KILL_BEFORE(call):  # noqa: N802 - read like the constants that they are
+def KILL_BEFORE(call):
     """SIGKILL, and the call is not made."""
     _die()
 
 
-def KILL_AFTER(call):  # noqa: N802
+def KILL_AFTER(call):
     """SIGKILL, once the call is made, whatever came of it."""
     with suppress(Exception):
         call()
     _die()
 
 
-def KILL_WITHIN(call):  # noqa: N802
+def KILL_WITHIN(call):
     """SIGKILL, once half of it is written: a torn line, a torn block."""
     call.half()
     _die()
 
 
 @dataclass(frozen=True)
-class fail:  # noqa: N801
+class fail:
     """The call is not made, the system says `code`: ENOSPC, EIO ..."""
 
     code: int = codes.ENOSPC
@@ -151,7 +157,7 @@ def short(call):
 
 
 @dataclass(frozen=True)
-class send:  # noqa: N801
+class send:
     """A signal to the process itself, then the call."""
 
     number: int
