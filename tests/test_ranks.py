@@ -18,6 +18,7 @@ from lingconv.plans.options import ConvertOptions, MegatronOptions
 from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]
+SIMPLE = ("1 1 1", "2 1 1", "1 2 1")
 ITERATION = "iter_0000001"
 
 
@@ -173,7 +174,10 @@ def test_fused_experts_are_what_grouped_mlp_multiplies_by(golden, dtype, tmp_pat
         assert not [name for name in model if name.endswith("experts._extra_state")]
 
 
-@pytest.mark.parametrize("parallel", ["1 1 1", "2 1 1", "1 2 1", "2 2 2", "4 1 2"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["2 2 2", "4 1 2", *(pytest.param(one, marks=pytest.mark.long) for one in SIMPLE)],
+)
 def test_megatron_core_loads_every_name_and_no_other(golden, parallel, tmp_path):
     """`load_state_dict(strict=True)` of each rank's own module, then the golden logits."""
     tp, pp, ep = map(int, parallel.split())
