@@ -26,7 +26,7 @@ def point_client_at(monkeypatch, endpoint, home, token=TOKEN):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setattr(lingconv.storage.hub.client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(lingconv.storage.hub.client, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time", HURRIED)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)

@@ -31,6 +31,7 @@ from tests.test_hub_read import assert_same_weights, contents
 
 ROOT = Path(__file__).parents[1]
 MANY = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
+NODES = 3
 ON_RAY = Resources(executor="ray")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's own processes and sockets
@@ -59,13 +60,13 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def cluster(hub, bucket, tmp_path_factory):
-    """Three nodes with a processor each; their workers can reach the Hub and the store."""
+    """Nodes with a processor each; their workers can reach the Hub and the store."""
     before = dict(os.environ)
     os.environ.update(environment(hub.endpoint, tmp_path_factory.mktemp("home")))
     started = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
-    nodes = [started.add_node(num_cpus=1) for _ in range(2)]
+    nodes = [started.add_node(num_cpus=1) for _ in range(NODES - 1)]
     os.environ.clear()
     os.environ.update(before)
     ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
@@ -232,7 +233,11 @@ def test_the_driver_of_a_store_dies(cluster, bucket, hub, golden, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "options", [PublishOptions(create=True), PublishOptions(pull_request=True)]
+    "options",
+    [
+        PublishOptions(create=True),
+        pytest.param(PublishOptions(pull_request=True), marks=pytest.mark.long),
+    ],
 )
 def test_a_repository_is_written_to_from_all_nodes(
     cluster, hub, golden, tmp_path, monkeypatch, options
@@ -277,8 +282,9 @@ def test_interrupting_cancels_the_tasks(cluster, hub, golden, tmp_path, monkeypa
         )  # fmt: skip
     assert cancelled
     ended = [was_cancelled(task) for task in cancelled]  # each waits for the end of a task
-    assert any(ended)
-    assert len(list(target.glob("*.safetensors"))) <= 14 - sum(ended)
+    # What a node was at may have had its name when it was stopped; what waited never began.
+    assert sum(ended) > NODES
+    assert len(list(target.glob("*.safetensors"))) <= 14 - sum(ended) + NODES < 14
 
 
 def was_cancelled(task):
