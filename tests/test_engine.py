@@ -50,8 +50,8 @@ class StopAfter(Silent):
 def test_kills(golden, tmp_path, kind, rounds):
     """kill -9 anywhere: the same command gives the same bytes, and writes no file twice."""
     seen = kill_many(kind, golden, tmp_path, rounds)
-    assert seen.resumed >= rounds // 4, seen
-    assert len(seen.stages) >= rounds // 4, seen
+    assert seen.resumed >= rounds // 5, seen
+    assert len(seen.stages) >= rounds // 5, seen
 
 
 def test_interrupt_keeps_what_is_finished_and_resumes(golden, tmp_path):
