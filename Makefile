@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check bench peers clean
+.PHONY: demo test test-all check bench peers clean
 
 demo: $(VENV)/.installed  ## convert an embedded tiny Ling model to FP8 and back, prove it, show the result
 	$(BIN)/python -m lingconv.cli.demo
 
-test: $(VENV)/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.installed-dev  ## run the tests, in two processes: some minutes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+
+test-all: test  ## ... and then those that take long by their nature: a hundred kills of each kind
+	$(BIN)/python -m pytest -q -n 2 -m long
 
 check: $(VENV)/.installed-dev  ## lint, format, types, and what the wheel holds
 	$(BIN)/ruff check .

@@ -8,7 +8,10 @@ overlapping is worth, and memory and disk are what they are anywhere.
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,13 +27,33 @@ from benchmarks.harness import (
     workplace,
 )
 from tests.hub_server import Hub
-from tests.hub_support import environment, sampled, weight_bytes
+from tests.hub_support import environment, weight_bytes
 
 SOURCE = "bench/Ling-mini-2.0-cut"
 FILE_BYTES = "500MB"
 _DOWNLOAD = (
     "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
 )
+
+
+@contextmanager
+def sampled(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
+    """Measure something again and again meanwhile; yields the list of what was found."""
+    found: list[int] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            found.append(measure())
+            time.sleep(every_s)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 def serve(pipe: Connection, folder: Path) -> None:

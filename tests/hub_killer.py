@@ -1,22 +1,15 @@
-"""Kills conversions from one repository to another, under fire. Run as a program by the tests.
+"""Kills conversions from one repository to another, under fire, and runs them until they are done.
 
-    python -m tests.hub_killer SOURCE WORK ROUNDS
-
-The Hub runs in this process; every run is a process of its own, killed at a random instant, or
-right after a random line of the journal, and then run again until it is done. Prints what was seen.
+The Hub runs in the process of the test; every run is a process of its own, killed at a stated
+instant.
 """
 
-import json
-import os
 import random
-import signal
-import sys
-import time
-import traceback
-from pathlib import Path
+from dataclasses import dataclass
 
-from tests.hub_server import TOKEN, Fire, Hub
-from tests.hub_support import HURRIED, environment, sampled, weight_bytes
+from tests.hub_server import Fire
+from tests.hub_support import point_client_at, watched, weight_bytes
+from tests.kit import Instant, counts, run, sample
 
 SHARES = {
     "429": 0.03, "503": 0.03, "cut": 0.05, "short": 0.05, "expired": 0.05, "store 503": 0.05,
@@ -24,20 +17,25 @@ SHARES = {
 }  # fmt: skip
 MAX_DISK = 700_000
 SOURCE, OUT = "org/source", "org/out"
+REQUEST_BYTES = 100_000
+# What is done at least as often by a run under fire as by a quiet one, whoever is quicker.
+CERTAIN = ("journal", "rename", "remove")
 
 
-def in_child(staging, last_note=0):
-    """Start a conversion in a process of its own; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        import lingconv
-        from lingconv.execution.journal import Journal
-        from tests.noted import Noted
+def publish(endpoint, home, staging):
+    """Convert from the Hub to the Hub; run in a child. Returns the most that lay on disk."""
+    import pytest
 
-        Journal._note = Noted(last_note)
-        os.dup2(os.open(staging.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    import lingconv
+    import lingconv.execution.pipeline.worker_pool
+    import lingconv.storage.byte_ranges
+
+    point_client_at(pytest.MonkeyPatch(), endpoint, home)
+    lingconv.storage.byte_ranges.SMALL_BYTES = 1000
+    lingconv.storage.byte_ranges.BLOCK_BYTES = 4096
+    lingconv.storage.byte_ranges.REQUEST_BYTES = REQUEST_BYTES
+    lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
+    with watched(lambda: weight_bytes(staging)) as disk:
         lingconv.convert(
             f"hf://{SOURCE}",
             f"hf://{OUT}",
@@ -47,102 +45,68 @@ def in_child(staging, last_note=0):
                 jobs=4, max_memory_bytes=100 << 20, max_disk_bytes=MAX_DISK, staging=staging
             ),
         )
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    return max(disk)
 
 
-def one_run(hub, quiet, work, number, rng, duration, notes):
-    """Kill a run until it is through; return what was seen."""
-    hub.repositories.pop(OUT, None)
-    own = set(quiet.values()) - set(hub.repositories[SOURCE].files("main")[1].values())
-    for digest in own:
-        hub.blobs.pop(digest, None)
-    hub.stored.clear()
-    staging = work / f"run-{number}/staging"
-    staging.mkdir(parents=True)
-    committed_before = {}
-    seen = {"killed": 0, "again": 0, "failed": 0}
-    with sampled(lambda: weight_bytes(staging)) as disk:
-        if number % 2:
-            child = in_child(staging, rng.randint(1, notes))
-        else:
-            child = in_child(staging)
-            time.sleep(rng.uniform(0, duration))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        seen["killed"] = os.WIFSIGNALED(status)
-        time.sleep(0.02)  # what was on its way may still be committed
-        if OUT in hub.repositories:
-            committed_before = dict(hub.repositories[OUT].files("main")[1])
-        stored_before = dict(hub.stored)
-        for _ in range(5):
-            _, status, used = os.wait4(in_child(staging), 0)
-            seen["rss"] = used.ru_maxrss << 10
-            if status == 0:
-                break
-            seen["failed"] += 1
-    again = [d for d in committed_before.values() if hub.stored[d] > stored_before.get(d, 0)]
-    seen["again"] = len(again)
-    seen["disk"] = max(disk)
-    seen["different"] = hub.repositories[OUT].files("main")[1] != quiet
+@dataclass
+class Seen:
+    """The most that lay on disk, and in the memory of a quiet run and of those under fire."""
+
+    disk: int = 0
+    quiet_peak: int = 0
+    peak: int = 0
+
+
+def certain(quiet, files):
+    """Return how often each event comes at least, in any run."""
+    times = {name: often for name, often in counts(quiet.trace).items() if name in CERTAIN}
+    weights = [len(data) for name, data in files.items() if name.endswith(".safetensors")]
+    times["upload"] = len(weights)
+    # What one commit sends has room on the disk; what completes the target has one of its own.
+    times["commit"] = -(-sum(weights) // MAX_DISK) + 1
+    times["download"] = sum(map(len, files.values())) // REQUEST_BYTES
+    return times
+
+
+def kill_under_fire(hub, source, work, rounds):
+    """Kill `rounds` runs and let each go on; return what was seen.
+
+    Raises AssertionError for a run that was not killed where it had to be, that came to another
+    repository than a quiet one, or that sent what was there already.
+    """
+    home = work / "home"
+    hub.add(SOURCE, {path.name: path.read_bytes() for path in source.iterdir()})
+    seen = Seen()
+    quiet = run(publish, hub.endpoint, home, work / "quiet", watch=CERTAIN)
+    seen.quiet_peak, seen.disk = quiet.peak_bytes, quiet.value
+    expected = hub.repositories[OUT].files("main")[1]
+    instants = sample(certain(quiet, hub.tree(OUT)), rounds, random.Random(7))
+    hub.fire = Fire(seed=11, **SHARES)
+    hub.link_uses = 20
+    for number, instant in enumerate(instants):
+        _forget(hub, expected)
+        _one_run(hub, home, work / f"run-{number}/staging", instant, seen)
+        assert hub.repositories[OUT].files("main")[1] == expected, instant
     return seen
 
 
-def main(source, work, rounds):
-    rng = random.Random(7)
-    with Hub() as hub:
-        os.environ.clear()
-        os.environ.update(environment(hub.endpoint, work / "home"))
-        import huggingface_hub.utils._http as client_http
-
-        import lingconv.api
-        import lingconv.execution.pipeline.transcoder
-        import lingconv.execution.pipeline.worker_pool
-        import lingconv.execution.publishing.publisher
-        import lingconv.storage.byte_ranges
-        import lingconv.storage.hub.client
-
-        client_http.time = HURRIED
-        lingconv.storage.hub.client.FIRST_WAIT_S = 0.01
-        lingconv.storage.byte_ranges.SMALL_BYTES = 1000
-        lingconv.storage.byte_ranges.BLOCK_BYTES = 4096
-        lingconv.storage.byte_ranges.REQUEST_BYTES = 100_000
-        lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
-        hub.add(SOURCE, {path.name: path.read_bytes() for path in source.iterdir()})
-        # Compiles the kernels, and says how long a run takes and what comes of it.
-        for number in range(2):
-            staging = work / f"quiet-{number}"
-            staging.mkdir(parents=True)
-            hub.repositories.pop(OUT, None)
-            started = time.monotonic()
-            _, status, used = os.wait4(in_child(staging), 0)
-            duration = time.monotonic() - started
-            assert status == 0
-        quiet = hub.repositories[OUT].files("main")[1]
-        journal = next(staging.rglob("journal.jsonl")).read_text()
-        hub.fire = Fire(seed=11, **SHARES)
-        hub.link_uses = 20
-        runs = [
-            one_run(hub, quiet, work, number, rng, 1.3 * duration, journal.count("\n") - 1)
-            for number in range(rounds)
-        ]
-        state = [path for path in work.rglob("*") if path.is_file()]
-        seen = {
-            "killed": sum(run["killed"] for run in runs),
-            "different": sum(run["different"] for run in runs),
-            "sent again": sum(run["again"] for run in runs),
-            "failed": sum(run["failed"] for run in runs),
-            "disk": max(run["disk"] for run in runs),
-            "rss": max(run["rss"] for run in runs),
-            "quiet rss": used.ru_maxrss << 10,
-            "met": dict(hub.fire.met),
-            "leaks": len(hub.leaks),
-            "tokens": [str(path) for path in state if TOKEN.encode() in path.read_bytes()],
-        }
-    print(json.dumps(seen))
+def _forget(hub, expected):
+    """Let the Hub know nothing of what earlier runs sent."""
+    hub.repositories.pop(OUT, None)
+    for digest in set(expected.values()) - set(hub.repositories[SOURCE].files("main")[1].values()):
+        hub.blobs.pop(digest, None)
+    hub.stored.clear()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+def _one_run(hub, home, staging, instant: Instant, seen):
+    arguments = (publish, hub.endpoint, home, staging)
+    assert run(*arguments, at=instant).killed, instant
+    hub.settle()
+    left = weight_bytes(staging)
+    there = dict(hub.repositories[OUT].files("main")[1]) if OUT in hub.repositories else {}
+    stored = dict(hub.stored)
+    done = run(*arguments)
+    seen.disk = max(seen.disk, left, done.value)
+    seen.peak = max(seen.peak, done.peak_bytes)
+    again = [name for name, digest in there.items() if hub.stored[digest] > stored.get(digest, 0)]
+    assert not again, instant

@@ -11,9 +11,11 @@ import hashlib
 import json
 import random
 import re
+import socket
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from urllib.parse import parse_qs, unquote
 
 import uvicorn
@@ -58,17 +60,23 @@ class Repository:
 
 
 class Fire:
-    """Which requests fail: each kind of trouble with its share of the requests that it may hit."""
+    """Which requests fail: each kind of trouble with its share of the requests that it may hit.
+
+    Which of them, by number, the seed says for each kind alone: however requests of several kinds
+    come in between each other.
+    """
 
     def __init__(self, seed=0, **shares):
         self.shares = shares
         self.met = Counter()
-        self._rng = random.Random(seed)
+        self._rngs = {kind: random.Random(f"{seed} {kind}") for kind in shares}
         self._lock = threading.Lock()
 
     def strikes(self, kind):
+        if kind not in self.shares:
+            return False
         with self._lock:
-            hit = self._rng.random() < self.shares.get(kind, 0.0)
+            hit = self._rngs[kind].random() < self.shares[kind]
             self.met[kind] += hit
             return hit
 
@@ -82,14 +90,14 @@ class Hub:
         self.stored = Counter()  # how often the content of each large file was received whole
         self.requests = Counter()
         self.leaks = []
-        self.receiving = threading.Event()
         self.granted = {TOKEN}
         self.part_bytes = 0
         self.link_uses = None
         self.links = {}
-        self.slow_s = 0.0
+        self.held = False  # what is fetched or sent waits as long as this is so
+        self.together = 0  # ... and until so many wait at once
+        self.waiting = 0
         self.bytes_out = Counter()  # by digest
-        self.open_requests = self.most_open_requests = 0
         self.lies = {}  # path -> how many bytes more than there are the listing says
         self.bad_names = []
         self.on_commit = None
@@ -127,7 +135,8 @@ class Hub:
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self._address = self._server.servers[0].sockets[0].getsockname()
+        port = self._address[1]
         self.endpoint, self.store = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         return self
 
@@ -135,6 +144,30 @@ class Hub:
         self._server.should_exit = True
         self._server.force_exit = True
         self._thread.join(10)
+
+    @contextmanager
+    def holding(self):
+        """Hold back meanwhile what is fetched or sent."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
+    def until_waiting(self):
+        """Return once somebody waits for what is held back."""
+        while not self.waiting:
+            time.sleep(0.001)
+
+    def settle(self):
+        """Return once all that clients who are gone had sent is done with."""
+        with socket.create_connection(self._address) as last:  # behind all that came before
+            last.sendall(b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            while last.recv(4096):
+                pass
+        state = self._server.server_state
+        while state.connections or state.tasks:
+            time.sleep(0.001)
 
     # -- what the client asks
 
@@ -267,6 +300,17 @@ class Hub:
             objects.append(item)
         return JSONResponse({"transfer": "basic", "objects": objects})
 
+    async def _let_go(self):
+        """Wait as long as requests are held back."""
+        self.waiting += 1
+        try:
+            if self.waiting >= self.together:
+                self.together = 0
+            while self.held or self.together:
+                await asyncio.sleep(0.001)
+        finally:
+            self.waiting -= 1
+
     def _upload_action(self, oid, size):
         if not self.part_bytes or size <= self.part_bytes:
             return {"href": f"{self.store}/store/{oid}?sig=once"}
@@ -280,10 +324,9 @@ class Hub:
         if self.fire.strikes("upload cut"):
             raise ConnectionError("the store hangs up")
         data = await request.body()
-        self.receiving.set()
         if self.fire.strikes("upload expired"):
             return b"expired"
-        await asyncio.sleep(self.slow_s)
+        await self._let_go()
         return None if self.fire.strikes("upload 503") else data
 
     async def upload(self, request, repository, oid):
@@ -385,11 +428,9 @@ class Hub:
         if self.fire.strikes("store 503"):
             return Response("busy", 503)
         if self.fire.strikes("stall"):
-            await asyncio.sleep(1.0)
-        self.open_requests += 1
-        self.most_open_requests = max(self.most_open_requests, self.open_requests)
-        await asyncio.sleep(self.slow_s)
-        self.open_requests -= 1
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.001)
+        await self._let_go()
         data = self.blobs[digest]
         if self.fire.strikes("corrupt"):
             data = data[:-1] + bytes([data[-1] ^ 1])

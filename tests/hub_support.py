@@ -1,7 +1,6 @@
 """A Hub on this machine for a test or a program: the real client is pointed at it, and hurries."""
 
 import os
-import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ def point_client_at(monkeypatch, endpoint, home, token=TOKEN):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setattr(lingconv.storage.hub.client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(lingconv.storage.hub.client, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time", HURRIED)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -47,23 +46,33 @@ def environment(endpoint, home, token=TOKEN):
     }
 
 
+# Files become smaller, or fewer, by these alone.
+_LESS = ("unlink", "remove", "rename", "replace", "truncate", "ftruncate")
+
+
 @contextmanager
-def sampled(measure, every_s=0.001):
-    """Measure something again and again meanwhile; yields the list of what was found."""
-    found, stop = [], threading.Event()
+def watched(measure):
+    """Measure what lies on disk before each call that makes it less, and at the end.
 
-    def run():
-        while not stop.is_set():
+    Yields the list of what was found: its largest is the most that there was at any time.
+    """
+    found, real = [], {name: getattr(os, name) for name in _LESS}
+
+    def measuring(call):
+        def measured(*args, **words):
             found.append(measure())
-            time.sleep(every_s)
+            return call(*args, **words)
 
-    thread = threading.Thread(target=run)
-    thread.start()
+        return measured
+
+    for name, call in real.items():
+        setattr(os, name, measuring(call))
     try:
         yield found
     finally:
-        stop.set()
-        thread.join()
+        for name, call in real.items():
+            setattr(os, name, call)
+        found.append(measure())
 
 
 def weight_bytes(folder):

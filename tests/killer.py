@@ -1,27 +1,16 @@
-"""Kills conversions and checks what is left. Run as a program by test_engine.py.
+"""Kills conversions at stated instants, runs them again, and looks at what is left.
 
-Every other run is killed at a random instant; the ones between them right after a random line of
-the journal, so that what they leave does not depend on the speed of the machine. One process loads
-everything once and forks a real process for each run, so that a hundred runs are killed in seconds.
-Prints a JSON object with what it saw.
+What comes of it is to be what an undisturbed run leaves, byte for byte, and no file that was
+finished when the process died may be touched again.
 """
 
-import json
 import os
 import random
-import signal
-import sys
-import time
-import traceback
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass, field
 
 import lingconv
-import lingconv.execution.pipeline.transcoder
-import lingconv.execution.pipeline.worker_pool
-from lingconv.api import merge_checkpoints
-from lingconv.execution.journal import Journal
-from lingconv.plans.checkpoint_weights import mean
-from tests.noted import Noted
+from tests.kit import FILES, counts, run, sample
 from tests.support import tree_digest
 
 OPTIONS = {
@@ -30,33 +19,26 @@ OPTIONS = {
     "megatron": lingconv.ConvertOptions(layout="megatron", max_shard_bytes=1_500_000),
     "average": lingconv.ConvertOptions(dtype="bf16", max_shard_bytes=300_000),
 }
-KIND = sys.argv[4]
-lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
 
 
-def convert(source, target):
-    target = target / "x.gguf" if KIND == "gguf" else target
-    resources = lingconv.Resources(jobs=2)
-    if KIND == "average":
+def convert(kind, source, target, jobs):
+    """Convert in small pieces; run in a child."""
+    import lingconv.execution.pipeline.worker_pool
+    from lingconv.api import merge_checkpoints
+    from lingconv.plans.checkpoint_weights import mean
+
+    lingconv.execution.pipeline.worker_pool.PIECE_BYTES = 100_000
+    if jobs == 1:
+        # Past the page cache, one write or two depend on where in memory its buffer lies.
+        os.O_DIRECT = 0
+    target = target / "x.gguf" if kind == "gguf" else target
+    resources = lingconv.Resources(jobs=jobs)
+    if kind == "average":
         # Of the same model in three encodings: FP8 by rows, by blocks, and BF16.
         sources = [f"{source}-fp8-channel", f"{source}-fp8-block-ct", source]
-        merge_checkpoints(sources, target, mean(3), OPTIONS[KIND], resources=resources)
+        merge_checkpoints(sources, target, mean(3), OPTIONS[kind], resources=resources)
     else:
-        lingconv.convert(source, target, OPTIONS[KIND], resources=resources)
-
-
-def in_child(source, target, last_note=0):
-    """Start a conversion in a process of its own; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        Journal._note = Noted(last_note)
-        convert(source, target)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        lingconv.convert(source, target, OPTIONS[kind], resources=resources)
 
 
 def finished_files(target):
@@ -74,41 +56,44 @@ def finished_pieces(target):
     return sum(path.read_text().count('"piece"') for path in journals)
 
 
-def main(source, work, rounds):
-    undisturbed = work / "undisturbed"
-    convert(source, undisturbed)  # compiles the kernels, too
-    started = time.monotonic()
-    Journal._note = noted = Noted(0)
-    convert(source, work / "timed")
-    duration = time.monotonic() - started
-    Journal._note = noted.note
-    expected = tree_digest(undisturbed)
-    rng = random.Random(20)
-    seen = {"killed": 0, "resumed": 0, "rewritten": 0, "different": 0, "failed": 0, "stages": 0}
-    stages = set()
-    for number in range(rounds):
+@dataclass
+class Seen:
+    """`stages` counts how far runs were when they were killed: (finished files, pieces)."""
+
+    resumed: int = 0
+    stages: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+
+def kill_many(kind, source, work, rounds):
+    """Kill `rounds` conversions, each at another instant; return what was seen.
+
+    Raises AssertionError for a run that was not killed where it had to be, that left other bytes
+    than an undisturbed one, or that wrote a finished file again.
+    """
+    rng, seen = random.Random(20), Seen()
+    expected, instants = None, []
+    for jobs in (1, 2):
+        quiet = run(convert, kind, source, work / f"quiet-{jobs}", jobs, watch=FILES)
+        times = counts(quiet.trace)
+        if jobs > 1:
+            del times["write"]  # with O_DIRECT, there may be fewer of them next time
+        instants += [(jobs, each) for each in sample(times, rounds // 2, rng)]
+        digest = tree_digest(work / f"quiet-{jobs}")
+        assert expected in (None, digest)
+        expected = digest
+    for number, (jobs, instant) in enumerate(instants):
         target = work / f"run-{number}"
-        if number % 2:
-            child = in_child(source, target, rng.randint(1, noted.count - 1))
-        else:
-            child = in_child(source, target)
-            time.sleep(rng.uniform(0, 1.3 * duration))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        seen["killed"] += os.WIFSIGNALED(status)
+        assert run(convert, kind, source, target, jobs, at=instant).killed, instant
         before = finished_files(target)
-        stages.add((len(before), finished_pieces(target)))
-        files = [name for name in expected if name.endswith((".safetensors", ".gguf", "0.distcp"))]
-        begun = len(before) or finished_pieces(target)
-        seen["resumed"] += begun > 0 and len(before) < len(files)
-        _, status = os.waitpid(in_child(source, target), 0)
-        seen["failed"] += status != 0
+        seen.stages[len(before), finished_pieces(target)] += 1
+        seen.resumed += bool(before or finished_pieces(target)) and not complete(target)
+        run(convert, kind, source, target, jobs)
         after = finished_files(target)
-        seen["rewritten"] += sum(after[name] != stat for name, stat in before.items())
-        seen["different"] += tree_digest(target) != expected
-    seen["stages"] = len(stages)
-    print(json.dumps(seen))
+        assert {name: after[name] for name in before} == before, instant
+        assert tree_digest(target) == expected, instant
+    return seen
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+def complete(target):
+    """Whether all is there but the last step: its config.json, or the one file itself."""
+    return (target / "config.json").exists() or (target / "x.gguf").exists()

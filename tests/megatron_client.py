@@ -15,6 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import megatron.core.dist_checkpointing
+import megatron.core.models.gpt.gpt_layer_specs
+import megatron.core.models.gpt.gpt_model  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -201,11 +206,11 @@ def main():
     checkpoint, expected, save_to = sys.argv[1:4]
     tp, pp, ep = map(int, sys.argv[4:])
     world = max(tp, ep) * pp
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         args = world, checkpoint, expected, save_to, tp, pp, ep, store
-        mp.spawn(work, args, nprocs=world)
+        # Forked, so that Megatron is imported once, here, where no thread runs yet.
+        mp.start_processes(work, args, nprocs=world, start_method="fork")
 
 
 if __name__ == "__main__":

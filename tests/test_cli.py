@@ -4,30 +4,28 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 import pytest
 
 from lingconv.cli.units import count, file_size, memory_size, parse_size
 from lingconv.errors import UsageError
+from tests.kit import Instant, command, send
 from tests.support import copy_checkpoint
 
 LINGCONV = [sys.executable, "-m", "lingconv"]
 ANSI = re.compile(r"\x1b\[")
 
 
-def run(*args, code=0, **options):
-    """Run the command in pipes; return (stdout, stderr)."""
-    done = subprocess.run(
-        [*LINGCONV, *map(str, args)], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    assert not ANSI.search(done.stdout + done.stderr)
-    return done.stdout, done.stderr
+def run(*args, code=0):
+    """Run the command where nobody sees it; return (stdout, stderr)."""
+    done = command(*args)
+    assert done.exit_code == code, (done.exit_code, done.out, done.err)
+    assert not ANSI.search(done.out + done.err)
+    return done.out, done.err
 
 
 def run_on_terminal(*args):
@@ -37,14 +35,9 @@ def run_on_terminal(*args):
         os.environ.update(TERM="xterm-256color", COLUMNS="100")
         os.execv(sys.executable, [*LINGCONV, *map(str, args)])
     seen = b""
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
+    with suppress(OSError):  # what the other end's going away is, on Linux
+        while data := os.read(terminal, 65536):
+            seen += data
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), seen.decode()
 
@@ -58,8 +51,8 @@ def test_help_is_quick_to_load():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for command in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
-        assert command in done.stdout
+    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
+        assert each in done.stdout
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])
@@ -164,9 +157,10 @@ def test_fp8_options_arrive(golden, tmp_path):
         (["synth", "ling-9t", "OUT"], 2, "presets: "),
     ],
 )
-def test_exit_codes_and_messages(golden, tmp_path, args, code, says):
+def test_exit_codes_and_messages(golden, tmp_path, monkeypatch, args, code, says):
+    monkeypatch.chdir(tmp_path)
     words = [{"GOLDEN": golden, "OUT": tmp_path / "out"}.get(arg, arg) for arg in args]
-    out, err = run(*words, code=code, cwd=tmp_path)
+    out, err = run(*words, code=code)
     assert out == ""
     assert says in err
     assert "Traceback" not in err
@@ -196,7 +190,7 @@ def test_a_bug_exits_70_and_asks_for_a_report(golden, tmp_path):
 
 def test_a_terminal_gets_bars_and_colour(golden, tmp_path):
     code, seen = run_on_terminal("quantize", golden, tmp_path / "out", "--max-shard-size", "1MB")
-    assert code == 0
+    assert code == 0, seen
     assert ANSI.search(seen)
     assert "total" in seen
     assert "model-00004-of-00004.safetensors" in seen
@@ -213,28 +207,15 @@ def test_no_color_is_honoured(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_cleanly_and_the_same_command_resumes(tmp_path, number, code):
-    run("synth", "tiny", tmp_path / "in", "--layers", "40", "--dense-layers", "39")
-    command = ["convert", tmp_path / "in", tmp_path / "out", "--dtype", "f32", "-j", "1"]
-    command += ["--max-shard-size", "200kB"]
-    child = subprocess.Popen(
-        [*LINGCONV, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C, and hands that down to whoever runs the tests.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("model-0001*.safetensors")):
-        assert time.monotonic() < deadline
-        assert child.poll() is None
-        time.sleep(0.002)
-    child.send_signal(number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == code, err
-    assert "run the same command again" in err
-    _, err = run(*command)
-    assert re.search(r"resuming: \d+ of \d+ files are finished", err)
+    run("synth", "tiny", tmp_path / "in", "--layers", "4", "--dense-layers", "3")
+    words = ["convert", tmp_path / "in", tmp_path / "out", "--dtype", "f32", "-j", "1"]
+    words += ["--max-shard-size", "2MB"]
+    third = Instant("rename", 3, send(number), only="*.safetensors")
+    stopped = command(*words, at=third)
+    assert stopped.exit_code == code, stopped.err
+    assert "run the same command again" in stopped.err
+    _, err = run(*words)
+    assert re.search(r"resuming: [23] of \d+ files are finished", err)
     assert "nothing odd" in run("inspect", tmp_path / "out")[0]
 
 
@@ -252,8 +233,8 @@ def test_small_commands():
 
 
 def test_every_command_has_help():
-    for command in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
-        out, _ = run(command, "--help")
+    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
+        out, _ = run(each, "--help")
         assert "--json" in out
 
 

@@ -140,7 +140,7 @@ def llama_cpp():
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), corner=st.sampled_from(CORNERS))
 def test_bytes_equal_llama_cpp(llama_cpp, name, seed, corner):
     values = rows(seed, corner, 130)

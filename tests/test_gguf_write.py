@@ -357,7 +357,7 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
     monkeypatch.setattr(lingconv.execution.pipeline.worker_pool, "PIECE_BYTES", 200_000)
     resources = lingconv.Resources(jobs=jobs)
     convert(golden, tmp_path / "a" / "x.gguf", to_gguf("q8_0"), resources=resources)
-    fill, filled = lingconv.execution.pipeline.strip_executor.Filler.fill, []
+    fill, filled = lingconv.execution.pipeline.strip_executor.StripExecutor.fill, []
 
     def stop_early(self, strip, output, turn):
         if len(filled) == 12:
@@ -365,7 +365,9 @@ def test_a_single_file_goes_on_where_it_stopped(golden, tmp_path, monkeypatch, j
         filled.append(strip)
         return fill(self, strip, output, turn)
 
-    monkeypatch.setattr(lingconv.execution.pipeline.strip_executor.Filler, "fill", stop_early)
+    monkeypatch.setattr(
+        lingconv.execution.pipeline.strip_executor.StripExecutor, "fill", stop_early
+    )
     target, stops, total = tmp_path / "b" / "x.gguf", 0, 0
     while not target.exists():
         filled.clear()

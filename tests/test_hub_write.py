@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,9 +24,11 @@ from lingconv import (
 )
 from lingconv.api import write_report
 from lingconv.storage.file_names import MARK
-from tests.hub_killer import MAX_DISK
-from tests.hub_server import TOKEN, Fire
-from tests.hub_support import environment, sampled, weight_bytes
+from tests.hub_killer import MAX_DISK, kill_under_fire
+from tests.hub_server import TOKEN, Fire, Hub
+from tests.hub_support import HURRIED, environment, watched, weight_bytes
+from tests.kit import command, start, start_command
+from tests.kit.children import lingconv_main
 from tests.support import assert_same_model, edit_json, tree_digest
 from tests.test_engine import StopAfter
 from tests.test_hub_read import contents, hub
@@ -37,7 +37,6 @@ __all__ = ["hub"]  # the fixture
 
 # huggingface_hub sends bodies in a way that its own HTTP library has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-ROOT = Path(__file__).parents[1]
 FP8 = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
 CREATE = PublishOptions(create=True)
 COMPLETE = {"model.safetensors.index.json", "config.json", "lingconv.json", "README.md"}
@@ -105,11 +104,10 @@ def test_what_others_read_of_it(hub, golden, tmp_path):
 def test_disk_stays_within_bounds(hub, tmp_path, room, golden):
     staging = tmp_path / "staging"
     resources = Resources(max_disk_bytes=room, staging=staging)
-    hub.slow_s = 0.02
-    with sampled(lambda: weight_bytes(staging)) as found:
+    with watched(lambda: weight_bytes(staging)) as found:
         convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
     assert 0 < max(found) <= (room or 2 * 303_976)
-    assert found[-1] == 0 or weight_bytes(staging) == 0
+    assert found[-1] == 0
     convert(golden, tmp_path / "local", FP8)
     assert_published(hub, "org/out", tmp_path / "local")
 
@@ -119,7 +117,7 @@ def test_both_ways_through_a_small_disk(hub, tmp_path, golden):
     staging = tmp_path / "staging"
     room = 3_700_000
     resources = Resources(max_disk_bytes=room, staging=staging, download=True)
-    with sampled(lambda: weight_bytes(staging)) as found:
+    with watched(lambda: weight_bytes(staging)) as found:
         convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
     assert 1_700_000 < max(found) <= room
     convert(golden, tmp_path / "local", FP8)
@@ -134,38 +132,37 @@ def test_a_disk_that_is_too_small_is_said_before_anything_happens(hub):
     assert "org/out" not in hub.repositories
 
 
-def test_sending_and_writing_overlap(hub, tmp_path):
+def test_sending_and_writing_overlap(hub, golden):
     """While a file is on its way the next ones are written."""
     events = []
 
     class Order(Sent):
         def file_begins(self, name, nbytes, held):
             events.append("begins")
+            if events.count("begins") == 2:
+                hub.held = False
 
         def file_sent(self, name, nbytes, seconds):
             events.append("sent")
 
-    hub.slow_s = 0.05
-    convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, progress=Order(0))
-    first_sent = events.index("sent")
-    assert "begins" in events[first_sent:]
-    assert events[:first_sent].count("begins") >= 2
+    hub.held = True  # nothing is sent before the second file is begun
+    resources = Resources(max_disk_bytes=650_000)  # and no third one has room before
+    convert(golden, "hf://org/out", FP8, publish=CREATE, progress=Order(0), resources=resources)
+    assert events[:2] == ["begins", "begins"]
+    assert "begins" in events[events.index("sent") :]
 
 
-def test_fifty_kills_under_fire(golden, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hub_killer", golden, tmp_path, "50"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert seen["killed"] >= 40, seen
-    assert (seen["different"], seen["sent again"], seen["failed"]) == (0, 0, 0), seen
-    assert seen["disk"] <= MAX_DISK, seen
-    assert seen["rss"] <= seen["quiet rss"] + (32 << 20), seen
-    assert (seen["leaks"], seen["tokens"]) == (0, []), seen
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
+def test_kills_under_fire(golden, tmp_path, rounds):
+    with Hub() as hub:
+        seen = kill_under_fire(hub, golden, tmp_path, rounds)
+    assert 0 < seen.disk <= MAX_DISK
+    assert seen.peak <= seen.quiet_peak + (32 << 20)
+    state = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in state if TOKEN.encode() in path.read_bytes()] == []
+    assert hub.leaks == []
     kinds = ("429", "503", "cut", "short", "expired", "etag", "upload cut", "commit lost")
-    assert all(seen["met"][kind] for kind in kinds), seen
+    assert [kind for kind in kinds if not hub.fire.met[kind]] == []
 
 
 def test_an_interrupted_run_goes_on_and_sends_nothing_twice(hub, golden, tmp_path):
@@ -462,11 +459,7 @@ def test_a_changed_model_replaces_another_only_when_asked(hub, golden, folder, t
 
 
 def run_cli(hub, home, *words, token=TOKEN):
-    return subprocess.run(
-        [sys.executable, "-m", "lingconv", *map(str, words)],
-        env=environment(hub.endpoint, home, token), cwd=ROOT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return command(*words, environment=environment(hub.endpoint, home, token))
 
 
 def test_the_command_line_and_its_events(hub, tmp_path):
@@ -474,48 +467,57 @@ def test_the_command_line_and_its_events(hub, tmp_path):
     source, target = "hf://org/tiny-ling-v2", "hf://org/out"
     words = [source, target, "--dtype", "fp8", "--max-shard-size", "300KB", "--create"]
     shown = run_cli(hub, home, "convert", *words, "-n")
-    assert shown.returncode == 0, shown.stderr
-    assert "disk       607.95 kB needed" in shown.stdout
+    assert shown.exit_code == 0, shown.err
+    assert "disk       607.95 kB needed" in shown.out
     done = run_cli(hub, home, "convert", *words, "--json")
-    assert done.returncode == 0, done.stderr
-    value = json.loads(done.stdout)
+    assert done.exit_code == 0, done.err
+    value = json.loads(done.out)
     head = hub.repositories["org/out"].refs["main"]
     assert value["destination"] == f"hf://org/out@{head}"
     assert value["commit_url"].endswith(head)
-    events = [json.loads(line) for line in done.stderr.splitlines()]
+    events = [json.loads(line) for line in done.err.splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds.count("file_sent") == kinds.count("file_ends") == 14
     assert kinds.index("sending") < kinds.index("file_sent")
     looked = run_cli(hub, home, "inspect", target)
-    assert looked.returncode == 0
-    assert f"hf://org/out@{head}" in looked.stdout
+    assert looked.exit_code == 0
+    assert f"hf://org/out@{head}" in looked.out
     folder = tmp_path / "folder"
-    assert run_cli(hub, home, "quantize", source, folder).returncode == 0
+    assert run_cli(hub, home, "quantize", source, folder).exit_code == 0
     pushed = run_cli(hub, home, "push", folder, "hf://org/pushed", "--create")
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.splitlines()[1].startswith(f"{hub.endpoint}/org/pushed/commit/")
-    assert "lingconv verify SRC hf://org/pushed@" in pushed.stderr
+    assert pushed.exit_code == 0, pushed.err
+    assert pushed.out.splitlines()[1].startswith(f"{hub.endpoint}/org/pushed/commit/")
+    assert "lingconv verify SRC hf://org/pushed@" in pushed.err
     proof = run_cli(hub, home, "verify", source, "hf://org/pushed", "--level", "tensors")
-    assert proof.returncode == 0, proof.stderr
+    assert proof.exit_code == 0, proof.err
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_does_not_wait_for_an_upload(hub, golden, tmp_path, asked):
-    words = [sys.executable, "-m", "lingconv", "convert", golden, "hf://org/out", "--create"]
-    words = [*map(str, words), "--dtype", "fp8", "--staging", str(tmp_path / "staging")]
-    hub.slow_s = 30.0
-    with subprocess.Popen(
-        words, env=environment(hub.endpoint, tmp_path / "home"), cwd=ROOT, stderr=subprocess.PIPE
-    ) as process:
-        assert hub.receiving.wait(60)
+    words = ["convert", golden, "hf://org/out", "--create", "--dtype", "fp8"]
+    words += ["--staging", tmp_path / "staging"]
+    home = tmp_path / "home"
+    with hub.holding():
+        process = start_command(*words, environment=environment(hub.endpoint, home))
+        hub.until_waiting()
         process.send_signal(asked)
-        _, said = process.communicate(timeout=20)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[asked]
-    assert b"same command" in said
-    hub.slow_s = 0.0
-    assert run_cli(hub, tmp_path / "home", *words[3:]).returncode == 0
+        ended = process.end()
+    assert ended.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[asked]
+    assert "same command" in ended.err
+    assert run_cli(hub, home, *words).exit_code == 0
     convert(golden, tmp_path / "local", ConvertOptions(dtype="fp8"))
     assert_published(hub, "org/out", tmp_path / "local")
+
+
+def hurried_command(words):
+    """Run in a child. The real pauses would take minutes."""
+    import huggingface_hub.utils._http
+
+    import lingconv.storage.hub.client
+
+    lingconv.storage.hub.client.FIRST_WAIT_S = 0.001
+    huggingface_hub.utils._http.time = HURRIED
+    lingconv_main(words)
 
 
 def test_the_token_is_said_nowhere(hub, golden, tmp_path):
@@ -527,22 +529,17 @@ def test_the_token_is_said_nowhere(hub, golden, tmp_path):
         hub.fire = Fire(seed=1, **{kind: min(1.0, part) for kind, part in share.items()})
         name = f"org/out{len(told)}"
         words = ["--dtype", "fp8", "--create", "--staging", staging, "-v"]
-        # The real pauses would take minutes: two tries have to do.
-        code = (
-            "import sys, lingconv.storage.hub.client as c, huggingface_hub.utils._http as h;"
-            "from tests.hub_support import HURRIED;"
-            "c.FIRST_WAIT_S = 0.001; h.time = HURRIED;"
-            "from lingconv.cli import main; sys.argv[0] = 'lingconv'; main()"
+        own = environment(hub.endpoint, home, token)
+        told.append(
+            start(
+                hurried_command,
+                ["convert", source, f"hf://{name}", *map(str, words)],
+                environment=own,
+            ).end()
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, "convert", source, f"hf://{name}", *map(str, words)],
-            env=environment(hub.endpoint, home, token), cwd=ROOT,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        told.append(done)
-    assert [done.returncode for done in told] == [0, 5, 5], [done.stderr for done in told]
+    assert [done.exit_code for done in told] == [0, 5, 5], [done.err for done in told]
     hub.fire = Fire()
-    said = "".join(done.stdout + done.stderr for done in told)
+    said = "".join(done.out + done.err for done in told)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "journal.jsonl" for path in files)
     assert TOKEN not in said
@@ -558,16 +555,16 @@ def test_proofs_come_into_the_card(hub, golden, tmp_path):
     done = run_cli(
         hub, home, "quantize", source, "hf://org/out", "--create", "--pr", "--verify"
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.err
     card = hub.tree("org/out", "refs/pr/1")["README.md"].decode()
     assert "`lingconv verify --level forward` against the source: passed." in card
     assert "| Mean KLD |" in card
-    assert run_cli(hub, home, "quantize", source, tmp_path / "x", "--verify").returncode == 0
-    assert run_cli(hub, home, "push", tmp_path / "x", "hf://org/x", "--create").returncode == 0
+    assert run_cli(hub, home, "quantize", source, tmp_path / "x", "--verify").exit_code == 0
+    assert run_cli(hub, home, "push", tmp_path / "x", "hf://org/x", "--create").exit_code == 0
     assert "| Mean KLD |" in hub.tree("org/x")["README.md"].decode()
     hub.add("org/own", {"README.md": b"# mine"})
     done = run_cli(hub, home, "quantize", source, "hf://org/own", "--verify")
-    assert "stays as it is" in done.stderr
+    assert "stays as it is" in done.err
     assert hub.tree("org/own")["README.md"] == b"# mine"
 
 
@@ -577,9 +574,9 @@ def test_a_plan_and_a_local_target_name_the_commit(hub, tmp_path):
         hub, tmp_path / "home", "plan", "hf://org/tiny-ling-v2", tmp_path / "x", "--dtype", "fp8",
         "-o", tmp_path / "plan.json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"hf://org/tiny-ling-v2@{head}" in done.stdout
+    assert done.exit_code == 0, done.err
+    assert f"hf://org/tiny-ling-v2@{head}" in done.out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["sources"][0]["uri"].endswith(head)
     assert not (tmp_path / "x").exists()
-    assert tree_digest(tmp_path / "home") == {} or TOKEN not in done.stderr
+    assert tree_digest(tmp_path / "home") == {} or TOKEN not in done.err

@@ -72,7 +72,7 @@ def matrices(draw):
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(128, 128), (1, 0), (64, 32), (2, 256)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=matrices())
 def test_quantize_equals_torch(rows, cols, values):
     codes, scales, bad = quantize(values, rows, cols)
@@ -82,7 +82,7 @@ def test_quantize_equals_torch(rows, cols, values):
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=matrices())
 def test_quantize_with_rounded_scales_equals_torch(values):
     for rounding, options in (
@@ -95,7 +95,7 @@ def test_quantize_with_rounded_scales_equals_torch(values):
         assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=matrices())
 def test_ling_policy_equals_the_formula_of_lings_converter(values):
     """scale = amax.clamp(1e-4) / 448; ue8m0: 2^ceil(log2(max(scale, 1e-10))); w / scale."""
@@ -226,7 +226,7 @@ def test_random_float32_bits_become_the_e4m3_that_torch_gives():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_dequantize_equals_torch(dtype, data):
     rows, cols = data.draw(st.integers(1, 300)), data.draw(WIDTHS)

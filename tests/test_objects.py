@@ -21,7 +21,7 @@ from lingconv import (
 )
 from lingconv.storage import byte_ranges as ranges
 from lingconv.storage.object_upload import ObjectUpload
-from tests.hub_support import sampled, weight_bytes
+from tests.hub_support import watched, weight_bytes
 from tests.s3_server import BUCKET, client, listing, s3
 
 MANY = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
@@ -76,7 +76,7 @@ def test_a_checkpoint_is_read_from_a_store(store, golden, tmp_path):
 def test_a_checkpoint_is_written_to_a_store(store, golden, tmp_path):
     convert(golden, tmp_path / "near", MANY)
     largest = max(path.stat().st_size for path in (tmp_path / "near").glob("*.safetensors"))
-    with sampled(lambda: weight_bytes(tmp_path / "home")) as disk:
+    with watched(lambda: weight_bytes(tmp_path / "home")) as disk:
         result = convert(golden, f"{store}/out/fp8", MANY)
     assert result.destination == f"{store}/out/fp8"
     found, wanted = listing("out/fp8"), local_files(tmp_path / "near")

@@ -3,10 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -23,10 +19,10 @@ from lingconv import (
 )
 from lingconv.api import merge_checkpoints
 from lingconv.plans.checkpoint_weights import mean
+from tests.kit import KILL_AFTER, Instant, command, hold, start, start_command
 from tests.support import copy_checkpoint, tree_digest
 from tests.test_engine import StopAfter
 
-ROOT = Path(__file__).parents[1]
 MANY = ConvertOptions(dtype="fp8", max_shard_bytes=300_000)
 
 
@@ -140,32 +136,22 @@ def test_parts_of_other_sources_are_refused(golden, tmp_path):
         convert(source, tmp_path / "out", MANY, resources=in_part(2, 2))
 
 
-HOLD = """
-import sys, time
-from lingconv import ConvertOptions, Part, Resources, convert
-from lingconv.execution.progress import Silent
-
-class Slow(Silent):
-    def file_ends(self, *words):
-        print("one", flush=True)
-        time.sleep(60)
-
-part = Part(int(sys.argv[3]), 2) if sys.argv[3] != "0" else None
-convert(sys.argv[1], sys.argv[2], ConvertOptions(dtype="fp8", max_shard_bytes=300_000),
-        resources=Resources(jobs=1, part=part), progress=Slow())
-"""
+def one_part(source, target, part):
+    """Run in a child."""
+    convert(source, target, MANY, resources=Resources(jobs=1, part=part))
 
 
 def test_the_same_part_is_not_written_twice_at_once(golden, tmp_path):
     target = tmp_path / "out"
-    words = [sys.executable, "-c", HOLD, golden, target]
-    with subprocess.Popen([*words, "1"], cwd=ROOT, stdout=subprocess.PIPE) as held:
-        assert held.stdout.readline() == b"one\n"
-        for resources in (in_part(1, 2), Resources()):
-            with pytest.raises(DestinationError, match="another run is writing"):
-                convert(golden, target, MANY, resources=resources)
-        convert(golden, target, MANY, resources=in_part(2, 2))  # others may
-        held.send_signal(signal.SIGKILL)
+    second = Instant("rename", 2, hold, only="*.safetensors")
+    held = start(one_part, golden, target, Part(1, 2), at=second)
+    held.reached()
+    for resources in (in_part(1, 2), Resources()):
+        with pytest.raises(DestinationError, match="another run is writing"):
+            convert(golden, target, MANY, resources=resources)
+    convert(golden, target, MANY, resources=in_part(2, 2))  # others may
+    held.kill()
+    assert held.end().killed
     convert(golden, target, MANY, resources=in_part(1, 2))
     finish(target)
     convert(golden, tmp_path / "whole", MANY)
@@ -176,28 +162,19 @@ def test_a_slurm_array_with_kills(golden, tmp_path):
     """Five processes begin at once on an empty folder, some are killed; all are run again."""
     convert(golden, tmp_path / "whole", MANY)
     target = tmp_path / "out"
-    words = [sys.executable, "-m", "lingconv", "convert", golden, target, "--dtype", "fp8"]
-    words = [*map(str, words), "--max-shard-size", "300KB", "--json", "-j2"]
-    for attempt in range(3):
-        running = [
-            subprocess.Popen(
-                [*words, "--part", f"{index}/5"], cwd=ROOT,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for index in range(1, 6)
-        ]  # fmt: skip
-        if attempt < 2:
-            time.sleep(1.2 + attempt)
-            for process in running[::2]:
-                process.kill()
-        told = [process.communicate() for process in running]
-        codes = {process.returncode for process in running}
-        assert codes <= {0, -signal.SIGKILL}, told
-    assert codes == {0}
-    assert sum(json.loads(out)["files_found_finished"] for out, _ in told) >= 5
-    done = subprocess.run(
-        [sys.executable, "-m", "lingconv", "finish", target], cwd=ROOT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["convert", golden, target, "--dtype", "fp8", "--max-shard-size", "300KB"]
+    # Each part has two files or three, so that there is one left for the second kill.
+    first = Instant("rename", 1, KILL_AFTER, only="*.safetensors")
+    for killed in [{1: first, 3: first, 5: first}, {1: first, 5: first}, {}]:
+        running = {
+            index: start_command(*words, "--json", "-j2", "--part", f"{index}/5", at=at)
+            for index, at in ((index, killed.get(index, ())) for index in range(1, 6))
+        }
+        ended = {index: child.end() for index, child in running.items()}
+        for index, ending in ended.items():
+            assert ending.exit_code == (-signal.SIGKILL if index in killed else 0), ending.err
+    found = [json.loads(ending.out)["files_found_finished"] for ending in ended.values()]
+    assert sum(found) >= 14 - 2  # only parts that were killed may have had something left
+    done = command("finish", target)
+    assert done.exit_code == 0, done.err
     assert tree_digest(target) == tree_digest(tmp_path / "whole")

@@ -37,7 +37,7 @@ def model(golden):
     return open_model(golden)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(options=options)
 def test_every_byte_is_planned_once_and_plans_survive_json(model, options):
     if options.mtp == "only" and options.fp8.ignore:

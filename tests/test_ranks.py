@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from lingconv.plans.options import ConvertOptions, MegatronOptions
 from tests.support import assert_same_model, read_tensors
 
 ROOT = Path(__file__).parents[1]
+SIMPLE = ("1 1 1", "2 1 1", "1 2 1")
 ITERATION = "iter_0000001"
 
 
@@ -44,8 +45,32 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("experts", ["grouped", "sequential", "fused"])
-@pytest.mark.parametrize("parallel", GRID, ids=lambda p: "-".join(map(str, p[:4])))
+WAYS = [(parallel, experts) for parallel in GRID for experts in ("grouped", "sequential", "fused")]
+
+
+def pairs(way):
+    """Return each two settings of a way, with their numbers."""
+    parallel, experts = way
+    return set(combinations(enumerate((*parallel[:4], experts)), 2))
+
+
+def covering(ways):
+    """Return few of the ways, in which each two settings meet that meet in any of them."""
+    missing, chosen = set().union(*map(pairs, ways)), []
+    while missing:
+        chosen.append(max(ways, key=lambda way: len(pairs(way) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+FEW = covering(WAYS)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "experts"),
+    [pytest.param(*way, marks=[] if way in FEW else pytest.mark.long) for way in WAYS],
+    ids=["-".join(map(str, (*parallel[:4], experts))) for parallel, experts in WAYS],
+)
 def test_there_and_back(golden, parallel, experts, tmp_path):
     target = to_ranks(golden, tmp_path / "m", parallel, experts)
     assert len(list(target.rglob("*.pt"))) == len(all_ranks(parallel))
@@ -149,7 +174,10 @@ def test_fused_experts_are_what_grouped_mlp_multiplies_by(golden, dtype, tmp_pat
         assert not [name for name in model if name.endswith("experts._extra_state")]
 
 
-@pytest.mark.parametrize("parallel", ["1 1 1", "2 1 1", "1 2 1", "2 2 2", "4 1 2"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["2 2 2", "4 1 2", *(pytest.param(one, marks=pytest.mark.long) for one in SIMPLE)],
+)
 def test_megatron_core_loads_every_name_and_no_other(golden, parallel, tmp_path):
     """`load_state_dict(strict=True)` of each rank's own module, then the golden logits."""
     tp, pp, ep = map(int, parallel.split())

@@ -114,7 +114,7 @@ near_entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     header=st.dictionaries(st.text(max_size=6), near_entries | json_values, max_size=5),
     data_bytes=st.integers(0, 99),
@@ -139,7 +139,7 @@ def test_no_header_gets_past_the_parser_that_the_real_library_refuses(
             assert "__metadata__" in header, exc  # noqa: PT017
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_refused_or_understood(data):
     try:
@@ -158,7 +158,7 @@ specs = st.lists(
 ).map(lambda items: [tensor_spec(f"t{i}", *item) for i, item in enumerate(items)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(specs=specs)
 def test_written_headers_open_in_the_real_library_with_every_tensor_aligned(
     specs, tmp_path_factory

@@ -84,7 +84,7 @@ def fill(path, transfer, blobs):
     return [data[e.offset : e.offset + e.nbytes] for e in extents]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     skips=st.lists(st.integers(0, 150), min_size=4, max_size=4),

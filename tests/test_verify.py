@@ -309,7 +309,7 @@ def bf16(values):
     return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     cols=st.integers(1, 70),
