@@ -7,6 +7,7 @@ becomes a Fault, and `inspect` prints what was found.
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from lingconv.checkpoint.recognised_checkpoint import Model
@@ -22,10 +23,13 @@ from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import GGUF, HF, MEGATRON, Layout, build_layout
 from lingconv.model.layout_detection import experts_layout, refined, with_mtp_apart
+from lingconv.model.symbols import whole_number
 from lingconv.plans.key_values import Metadata
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.overlay import Overlay
 
+# So many experts, missing or not, are looked for one by one.
+_ALWAYS_CHECKED = 100_000
 ARGS_NAME = "Megatron's arguments"
 
 
@@ -140,6 +144,7 @@ def _recognise_megatron(
     )
     family, architecture = _find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
+    _check_counts(symbols, checkpoint)
     if checkpoint.is_spread:
         tensors, lost = assemble_ranks(family, symbols, args, checkpoint.tensors)
         shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
@@ -148,6 +153,19 @@ def _recognise_megatron(
         layout_name = refined(family, MEGATRON, checkpoint.tensors)
     layout = build_layout(family, symbols, layout_name)
     return _matched(shown, family, architecture, symbols, layout)
+
+
+def _check_counts(symbols: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when the model has more matrices than the files have bytes for."""
+    counts = {key: max(1, whole_number(key, symbols)) for key in ("layers", "experts")}
+    nbytes = sum(stat.size for stat in checkpoint.shards.values())
+    if prod(counts.values()) > max(nbytes, _ALWAYS_CHECKED):
+        raise CheckpointError(
+            f"{checkpoint.storage.uri} holds {nbytes:,} bytes of weights: too few for"
+            f" {counts['layers']:,} layers of {counts['experts']:,} experts",
+            faults=checkpoint.faults,
+            hint="pass the model's `--config FILE` (a config.json)",
+        )
 
 
 def _config_from_shapes(
