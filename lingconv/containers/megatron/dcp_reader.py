@@ -15,12 +15,13 @@ from lingconv.containers.megatron.dcp_metadata import Chunk, FilePlace, ShardedT
 from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef
 from lingconv.containers.megatron.pickles import loads
-from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
+from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
 from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.storage import Storage
 from lingconv.storage.open_files import OpenFiles
+from lingconv.storage.stated_sums import StatedSum
 
 # What belongs to a training run and not to the model, by the beginning of its key.
 _STATE = {
@@ -46,6 +47,7 @@ class TorchDistReader:
         self.main_params = main_params
         self.faults: list[Fault] = []
         self.left_out: dict[str, LeftOut] = {}
+        self.checksums: dict[str, list[StatedSum]] = {}
         self._sizes: dict[str, int | None] = {}
 
     def read(self) -> dict[str, StoredTensor]:
@@ -161,7 +163,11 @@ class TorchDistReader:
                 continue  # reported with its file
             try:
                 _check_inside(tensor, chunk)
-                boxes.append(_box(tensor.dtype, chunk, place, _archive(blobs, place)))
+                box, held = _box(tensor.dtype, chunk, place, _archive(blobs, place))
+                boxes.append(box)
+                if held.crc:
+                    stated = StatedSum(place.offset + held.offset, held.nbytes, held.crc)
+                    self.checksums.setdefault(place.file, []).append(stated)
             except HeaderError as exc:
                 message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
                 self.faults.append(Fault("chunk", message, place.file, tensor.name))
@@ -191,8 +197,13 @@ def _check_inside(tensor: ShardedTensor, chunk: Chunk) -> None:
         raise HeaderError(f"{list(chunk.sizes)} is no part of {list(tensor.shape)}")
 
 
-def _box(dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader) -> Box:
-    """Return where the elements of a chunk are; raise HeaderError when it holds others."""
+def _box(
+    dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader
+) -> tuple[Box, Elements]:
+    """Return where the elements of a chunk are, and those of its storage.
+
+    Raises HeaderError when it holds others.
+    """
     ref = _load(archive.record(PICKLE_NAME, _MAX_PICKLE))
     if ref.storage.dtype != dtype or ref.shape != chunk.sizes:
         raise HeaderError(
@@ -201,11 +212,13 @@ def _box(dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader) -
         )
     if not ref.is_contiguous:
         raise HeaderError(f"is not stored row by row (strides {list(ref.stride)})")
-    offset, held, _ = archive.elements(ref.storage.key)
+    elements = archive.elements(ref.storage.key)
     first, nbytes = ref.first * dtype.itemsize, dtype.nbytes_of(chunk.sizes)
-    if first + nbytes > held:
+    if first + nbytes > elements.nbytes:
+        held = elements.nbytes
         raise HeaderError(f"has {held:,} bytes of elements, {first + nbytes:,} are needed")
-    return Box(chunk.offsets, chunk.sizes, place.file, place.offset + offset + first, nbytes)
+    offset = place.offset + elements.offset + first
+    return Box(chunk.offsets, chunk.sizes, place.file, offset, nbytes), elements
 
 
 @lru_cache(maxsize=1024)

@@ -10,13 +10,14 @@ from lingconv.containers.megatron.args import args_of
 from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef, shown
 from lingconv.containers.megatron.pickles import loads
-from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
+from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
 from lingconv.containers.stored_tensor import HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import Fault
 from lingconv.model.parallelism import FILE_NAME
 from lingconv.storage import Storage
 from lingconv.storage.open_files import OpenFiles
+from lingconv.storage.stated_sums import StatedSum
 
 # The key of a model, or of one of its chunks on a virtual stage.
 _CHUNK = re.compile(r"model[0-9]{0,4}")
@@ -32,6 +33,7 @@ class RanksReader:
         self.faults: list[Fault] = []
         self.left_out: dict[str, LeftOut] = {}
         self.args: Mapping[str, Any] = {}
+        self.checksums: dict[str, set[StatedSum]] = {}
 
     def read(self) -> dict[str, StoredTensor]:
         """Return the tensors of all ranks whose files can be read."""
@@ -62,7 +64,10 @@ class RanksReader:
                 raise HeaderError(f"holds {shown(names)} as `{key}`, not tensors by name")
             for name, ref in names.items():
                 if isinstance(ref, TensorRef) and not _checked(name).endswith("_extra_state"):
-                    yield _stored(f"{rank}/{key}/{name}", file, archive, ref)
+                    tensor, held = _stored(f"{rank}/{key}/{name}", file, archive, ref)
+                    if held.crc:
+                        self.checksums.setdefault(file, set()).add(StatedSum(*held))
+                    yield tensor
         for key in state.keys() - chunks.keys():
             word = key if type(key) is str and len(key) <= _MAX_NAME else shown(key)
             for ref in _tensors_in(state[key]):
@@ -82,16 +87,20 @@ def _checked(name: Any) -> str:
     return name
 
 
-def _stored(name: str, file: str, archive: ArchiveReader, ref: TensorRef) -> StoredTensor:
+def _stored(
+    name: str, file: str, archive: ArchiveReader, ref: TensorRef
+) -> tuple[StoredTensor, Elements]:
     dtype = ref.storage.dtype
     if dtype is None or not ref.is_contiguous:
         raise HeaderError(f"holds {name}, of a dtype or in an order that is not read")
-    offset, held, crc = archive.elements(ref.storage.key)
+    elements = archive.elements(ref.storage.key)
+    offset, held, crc = elements
     first, nbytes = ref.first * dtype.itemsize, dtype.nbytes_of(ref.shape)
     if first + nbytes > held:
         raise HeaderError(f"holds {held:,} bytes of {name}, {first + nbytes:,} are needed")
     whole = crc if nbytes == held else 0
-    return StoredTensor(name, dtype, ref.shape, file, offset + first, nbytes, (), whole)
+    stored = StoredTensor(name, dtype, ref.shape, file, offset + first, nbytes, (), whole)
+    return stored, elements
 
 
 def _tensors_in(value: Any) -> Iterator[TensorRef]:

@@ -90,6 +90,7 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
         faults=(*reader.faults, *faults),
         args=args,
         left_out=reader.left_out,
+        checksums={name: tuple(sums) for name, sums in reader.checksums.items()},
         is_spread=bool(ranks),
         is_recorded=bool(folder) and _exists(storage, RECORD_NAME),
     )
