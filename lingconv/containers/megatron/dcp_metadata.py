@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lingconv.containers.megatron.pickle_values import (
     MAX_AXES,
     TORCH_NAMES,
+    GlobalRef,
     OpaqueObject,
     is_count,
     is_shape,
@@ -216,7 +217,11 @@ def _dtype(name: str, properties: Any) -> DType | None:
         found = state[0]
     else:
         raise HeaderError(f"has {name} without a dtype")
-    return found if isinstance(found, DType) else None
+    if isinstance(found, DType):
+        return found
+    if type(found) not in (GlobalRef, OpaqueObject):
+        raise HeaderError(f"has {name} of dtype {shown(found)}")
+    return None
 
 
 def write_metadata(

@@ -71,9 +71,9 @@ class RanksReader:
         for key in state.keys() - chunks.keys():
             word = key if type(key) is str and len(key) <= _MAX_NAME else shown(key)
             for ref in _tensors_in(state[key]):
-                held = self.left_out.get(word, LeftOut(0, 0))
-                nbytes = held.nbytes + ref.storage.numel * _itemsize(ref)
-                self.left_out[word] = LeftOut(held.entries + 1, nbytes)
+                left = self.left_out.get(word, LeftOut(0, 0))
+                nbytes = left.nbytes + ref.storage.numel * _itemsize(ref)
+                self.left_out[word] = LeftOut(left.entries + 1, nbytes)
 
 
 def _is_chunk(key: Any) -> bool:
