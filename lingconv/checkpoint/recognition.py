@@ -28,8 +28,8 @@ from lingconv.plans.key_values import Metadata
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.overlay import Overlay
 
-# So many experts, missing or not, are looked for one by one.
-_ALWAYS_CHECKED = 100_000
+# So many experts, missing or not, are looked for one by one; more than so many are in no model.
+_ALWAYS_CHECKED, _MOST = 100_000, 1_000_000
 ARGS_NAME = "Megatron's arguments"
 
 
@@ -159,7 +159,7 @@ def _check_counts(symbols: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when the model has more matrices than the files have bytes for."""
     counts = {key: max(1, whole_number(key, symbols)) for key in ("layers", "experts")}
     nbytes = sum(stat.size for stat in checkpoint.shards.values())
-    if prod(counts.values()) > max(nbytes, _ALWAYS_CHECKED):
+    if prod(counts.values()) > min(max(nbytes, _ALWAYS_CHECKED), _MOST):
         raise CheckpointError(
             f"{checkpoint.storage.uri} holds {nbytes:,} bytes of weights: too few for"
             f" {counts['layers']:,} layers of {counts['experts']:,} experts",
