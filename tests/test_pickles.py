@@ -16,8 +16,15 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from lingconv.containers.megatron import (
     dcp_metadata,
@@ -95,6 +102,81 @@ def test_sets_tuples_and_large_numbers_as_keys_are_kept_but_never_looked_up():
     keys = [key.value for key in found if isinstance(key, OpaqueKey)]
     assert keys == [(1, 2), 2**70]
     assert (found[3].name, found[3].items) == ("builtins.set", [4])
+
+
+NOTHING = pickle.PROTO + b"\x02"
+
+
+def apart_step(part):
+    """Return a step of the test below with nothing between its opcodes."""
+    codes = part if part[:1] not in (b"c", b"h", b"K") else [part]
+    return NOTHING.join(bytes([code]) if isinstance(code, int) else code for code in codes)
+
+
+def apart(data):
+    """Return a pickle whose opcodes have others between them that do nothing, and no frames."""
+    places = [(code.name, place) for code, _, place in pickletools.genops(data)]
+    ends = [place for _, place in places[1:]] + [len(data)]
+    return NOTHING.join(
+        data[place:end]
+        for (name, place), end in zip(places, ends, strict=True)
+        if name not in ("PROTO", "FRAME")
+    )
+
+
+def flat(value, seen):
+    """Return a value as text, each object by the number that it was met as."""
+    if isinstance(value, OpaqueObject | dict | list):
+        if id(value) in seen:
+            return f"#{seen[id(value)]}"
+        seen[id(value)] = len(seen)
+    if isinstance(value, OpaqueObject):
+        return flat([value.name, value.args, value.state, [*value.items]], seen)
+    inner = [*value.items()] if isinstance(value, dict) else value
+    if isinstance(inner, list | tuple):
+        return f"{type(value).__name__}({', '.join(flat(item, seen) for item in inner)})"
+    return f"{type(value).__name__} {getattr(value, 'name', value)}"
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("axes", [0, 1, 2, 3, 4, 5])
+def test_runs_of_opcodes_that_are_taken_at_once_do_what_each_of_them_does(axes, protocol):
+    """The classes are torch's own; whatever follows takes from the same memo."""
+    box = ChunkStorageMetadata(torch.Size((3,) * axes), torch.Size((1,) * axes))
+    index = MetadataIndex("name", torch.Size((3,) * axes), 0)
+    value = Metadata(
+        {"a": TensorStorageMetadata(TensorProperties(), box.sizes, [box, box])}, None, {index: box}
+    )
+    data = pickle.dumps([value, value, index, (box.offsets, box.sizes)], protocol)
+    assert flat(pickles.loads(data), {}) == flat(pickles.loads(apart(data)), {})
+    assert pickle.loads(data)[0].state_dict_metadata == value.state_dict_metadata
+
+
+STEPS = [
+    b"\x94", b"\x85", b"R", b")", b"\x81", b"}", b"(", b"u", b"b", b"h\x00", b"\x87", b"t",
+    b"K\x01", b"ctorch\nSize\n", b"cx\ny\n", b")\x81\x94}\x94(", b"\x94\x85\x94R\x94",
+    b"h\x01", b"h\x02", b"h\x03", b"h\x04",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(STEPS), max_size=40))
+@example([b"(", b"K\x01", b"t", b"\x94\x85\x94R\x94", b"h\x01"])
+@example([b"(", b"K\x01", b"t", b"\x94\x85\x94R\x94", b"h\x02"])
+@example([b"(", b"K\x01", b"t", b"\x94\x85\x94R\x94", b"h\x03"])
+@example([b")\x81\x94}\x94(", b"K\x01", b"K\x01", b"u", b"b", b"h\x01"])
+@example([b")\x81\x94}\x94(", b"K\x01", b"K\x01", b"u", b"b", b"h\x02"])
+@settings(deadline=None, max_examples=1_000)
+def test_any_runs_of_opcodes_do_what_each_of_them_does(parts):
+    outcomes = []
+    together = b"".join([b"cx\ny\n", b"\x94", *parts, b"."])
+    for data in (together, NOTHING.join([b"cx\ny\n", b"\x94", *map(apart_step, parts), b"."])):
+        try:
+            outcomes.append(flat(pickles.loads(data), {}))
+        except HeaderError:
+            outcomes.append("refused")
+        except RecursionError:
+            outcomes.append("deep")
+    assert outcomes[0] == outcomes[1]
 
 
 # What was made to do harm ----------------------------------------------------------------------
@@ -204,8 +286,9 @@ BOMBS = {
     "a number of 1 MB": b"\x80\x02\x8b" + struct.pack("<I", 1 << 20) + b"\x01" * (1 << 20) + b".",
     "a number of 100,000 digits": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
     "a frame that is not there": b"\x80\x04\x95" + b"\xff" * 8 + b"N.",
-    "one list, copied again and again": b"\x80\x02]q\x00(" + b"NN\x86" * 2_000 + b"e0"
-    + b"ccollections\nOrderedDict\nh\x00\x85R" * 20_000 + b".",
+    "one list, copied again and again": b"\x80\x02]q\x00("
+    + b"".join(b"M" + struct.pack("<H", k) + b"N\x86" for k in range(2_000)) + b"e0"
+    + b"ccollections\nOrderedDict\nh\x00\x85R" * 60_000 + b".",
     "keys of one hash": b"\x80\x02}("
     + b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") + b"N" for k in range(40_000))
     + b"u.",
@@ -259,7 +342,7 @@ def test_memory_follows_the_bytes(data):
 
 def test_every_opcode_is_run_or_refused():
     """None is left to chance: those that Python knows are all in the table."""
-    inline = {"MEMOIZE", "STOP", "BINGET", "LONG_BINGET", "EMPTY_TUPLE", "BININT1", "BININT2"}
+    inline = {"MEMOIZE", "STOP", "BINGET", "LONG_BINGET", "LONG_BINPUT", "BININT1", "BININT2"}
     known = {code.name for code in pickletools.opcodes}
     assert known == {*pickle_opcodes._NAMED, *inline}
     for code in range(256):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lingconv
+from lingconv.execution.resources import Resources
 from lingconv.plans.options import ConvertOptions
 from lingconv.plans.plan import Plan
 from lingconv.storage.stated_sums import CheckedBlob, StatedSum
@@ -113,6 +114,37 @@ def test_a_flipped_bit_is_never_converted(golden, layout, dtype, tmp_path):
             lingconv.convert(source, tmp_path / "hf", options)
         assert str(path) in str(caught.value)
         assert not list((tmp_path / "hf").glob("*.safetensors"))
+
+
+def test_what_one_run_finished_is_no_way_around_a_damaged_range_for_the_next(golden, tmp_path):
+    """The experts of a layer are one range, and lie in several files of the target."""
+    source = tmp_path / "m"
+    lingconv.convert(golden, source, ConvertOptions(layout="megatron"))
+    options = ConvertOptions(max_shard_bytes=300_000)
+    plan = lingconv.plan(source, options)
+    (sums,) = plan.sources[0].checksums.values()
+    homes = {
+        stated: {
+            file.name
+            for file in plan.files
+            for transfer in file.transfers
+            for segment in transfer.segments
+            if stated.offset <= segment.source.extents[0].offset < stated.offset + stated.nbytes
+        }
+        for stated in sums
+    }
+    stated = max(homes, key=lambda item: len(homes[item]))
+    assert len(homes[stated]) > 2
+    path = source / FILES["megatron"]
+    data = bytearray(path.read_bytes())
+    data[stated.offset] ^= 1
+    path.write_bytes(data)
+    finished = []
+    for _ in range(3):
+        with pytest.raises(lingconv.CheckpointError, match="is damaged"):
+            lingconv.convert(source, tmp_path / "hf", options, resources=Resources(jobs=1))
+        finished.append(len(list((tmp_path / "hf").glob("*.safetensors"))))
+    assert finished[0] > 0  # what they do not share is there
 
 
 def test_zip_says_the_same_of_the_damaged_record(golden, tmp_path):

@@ -110,42 +110,53 @@ def _collection_paused() -> Iterator[None]:
 # The places of a tensor's chunks by where these begin, None for what is whole. Bytes and texts are
 # keys whose hash nobody can choose; that of a tuple of numbers can be.
 _Places = Mapping[str, Mapping[bytes | None, FilePlace]]
-_PACKERS = [struct.Struct(f"<{count}Q") for count in range(MAX_AXES + 1)]
+_PACKERS = [struct.Struct(f"<{count}Q").pack for count in range(MAX_AXES + 1)]
 
 
-def _packed(sizes: Any, what: str) -> bytes:
-    """Return numbers as a key; raise HeaderError when they are no offsets in a tensor."""
-    if type(sizes) is not tuple or len(sizes) > MAX_AXES:
-        raise HeaderError(f"{what} is at {shown(sizes)}, which are no offsets")
+def _packed(offsets: Any, name: str) -> bytes:
+    """Return where a chunk of a tensor begins as a key; raise HeaderError for what is no place."""
+    if type(offsets) is not tuple or len(offsets) > MAX_AXES:
+        raise HeaderError(f"has a chunk of {shown(name)} at {shown(offsets)}")
     try:
-        return _PACKERS[len(sizes)].pack(*sizes)
+        return _PACKERS[len(offsets)](*offsets)
     except struct.error:
-        raise HeaderError(f"{what} is at {shown(sizes)}, which are no offsets") from None
+        raise HeaderError(f"has a chunk of {shown(name)} at {shown(offsets)}") from None
 
 
 def _places(stored: Mapping[Any, Any]) -> _Places:
     places: dict[str, dict[bytes | None, FilePlace]] = {}
     names: dict[str, str] = {}
     for key, value in stored.items():
-        if type(key) is not OpaqueObject or type(value) is not OpaqueObject:
-            raise HeaderError(f"has {shown(key)} at {shown(value)}, which is no entry")
-        name, offsets = key.get("fqn"), key.get("offset")
+        state = _state(key)
+        name, offsets = state.get("fqn"), state.get("offset")
         if type(name) is not str:
             raise HeaderError(f"has an entry whose name is {shown(name)}")
-        box = None if offsets is None else _packed(offsets, f"an entry of `{shown(name)}`")
-        places.setdefault(name, {})[box] = _place(value, names)
+        box = None if offsets is None else _packed(offsets, name)
+        own = places.get(name)
+        if own is None:
+            own = places[name] = {}
+        own[box] = _place(value, names)
     return places
 
 
-def _place(info: OpaqueObject, names: dict[str, str]) -> FilePlace:
-    name, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+def _state(entry: Any) -> Any:
+    """Return the dictionary of an object's attributes; raise HeaderError for what has none."""
+    state = entry.state if type(entry) is OpaqueObject else None
+    if type(state) is not dict:
+        raise HeaderError(f"has an entry that is {shown(entry)}, without attributes")
+    return state
+
+
+def _place(info: Any, names: dict[str, str]) -> FilePlace:
+    state = _state(info)
+    name, offset, length = state.get("relative_path"), state.get("offset"), state.get("length")
     if type(name) is not str or name not in names:
         names[name] = _checked_name(name)
     if not (is_count(offset) and is_count(length)):
         raise HeaderError(
             f"has an entry at byte {shown(offset)} of {name}, {shown(length)} bytes long"
         )
-    if info.get("transform_descriptors"):
+    if state.get("transform_descriptors"):
         raise HeaderError(f"has transformed (compressed) entries in {name}, which are not read")
     return FilePlace(names[name], offset, length)
 
@@ -194,10 +205,9 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """Yield the chunks that have a place, and add the others to `lost`."""
     for box in boxes:
-        if type(box) is not OpaqueObject:
-            raise HeaderError(f"has {name} with {shown(box)} as a chunk")
-        offsets, sizes = box.get("offsets"), box.get("sizes")
-        place = places.get(_packed(offsets, f"a chunk of {name}"))
+        state = _state(box)
+        offsets, sizes = state.get("offsets"), state.get("sizes")
+        place = places.get(_packed(offsets, name))
         if not is_sizes(sizes):
             raise HeaderError(f"has {name} with a chunk of {shown(sizes)}, which are no sizes")
         if place is None and len(boxes) == 1:

@@ -62,14 +62,14 @@ class Machine:
     def put(self, number: int) -> None:
         """Remember what is on top of the stack under a number, which has to be the next one."""
         memo = self.memo
-        if number < len(memo):
+        if number == len(memo):
+            memo.append(self.stack[-1])
+        elif number < len(memo):
             memo[number] = self.stack[-1]
-            return
-        if number > len(memo) + 1:  # Python 2 began to count at one
+        elif number == len(memo) + 1:  # Python 2 began to count at one
+            memo += (None, self.stack[-1])
+        else:
             raise ValueError(f"memo entry {number:,} is put where there are {len(memo):,}")
-        if number == len(memo) + 1:
-            memo.append(None)
-        memo.append(self.stack[-1])
 
     def named(self, module: str, name: str) -> Any:
         """Return what stands for a class or a function: a dtype, or its name."""

@@ -2,8 +2,12 @@
 
 Nothing is called but the few functions in `_CALLS`, which are lingconv's own; and nothing is built
 upon but what the same pickle has made.
+
+Three runs of opcodes are half of every `.metadata`, and are taken at once: see `_SIZE_OF`,
+`_BEGIN_STATE`, and `_setitems`.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +27,14 @@ from lingconv.encodings.dtypes import DType
 
 MAX_DEPTH = 1_000  # marks that are open at once; Python's own pickler gives up near there, too
 _PLAIN_KEYS = frozenset({str, bytes, bool, float, type(None), DType, GlobalRef, OpaqueObject})
+
+# Behind a tuple: it becomes the argument of a call. Each of the three values is memorized.
+_SIZE_OF = b"".join((pickle.MEMOIZE, pickle.TUPLE1, pickle.MEMOIZE, pickle.REDUCE, pickle.MEMOIZE))
+# Behind an empty tuple: an object is made, and the dictionary of its state is begun.
+_BEGIN_STATE = b"".join(
+    (pickle.NEWOBJ, pickle.MEMOIZE, pickle.EMPTY_DICT, pickle.MEMOIZE, pickle.MARK)
+)
+_BUILD = pickle.BUILD[0]
 
 
 # Containers --------------------------------------------------------------------------------------
@@ -44,29 +56,49 @@ def _empty(make: Callable[[], Any]) -> Opcode:
     return push
 
 
-def _tuple(machine: Machine, position: int) -> int:
+def _empty_tuple(machine: Machine, position: int) -> int:
+    stack = machine.stack
+    if not machine.data.startswith(_BEGIN_STATE, position):
+        stack.append(())
+        return position
+    made = _new(machine, stack[-1], ())
+    state: dict[Any, Any] = {}
     machine.left -= 1
-    machine.stack.append(tuple(machine.popped_mark()))
-    return position
+    machine.memo += (made, state)
+    stack[-1] = made
+    stack.append(state)
+    return _mark(machine, position + 5)
+
+
+def _tuple(machine: Machine, position: int) -> int:
+    items = tuple(machine.popped_mark())
+    return _push_tuple(machine, position, items)
+
+
+def _push_tuple(machine: Machine, position: int, items: tuple[Any, ...]) -> int:
+    machine.left -= 1
+    stack = machine.stack
+    if not machine.data.startswith(_SIZE_OF, position):
+        stack.append(items)
+        return position
+    machine.left -= 1
+    args = (items,)
+    made = _called(machine, stack[-1], args)
+    machine.memo += (items, args, made)
+    stack[-1] = made
+    return position + 5
 
 
 def _tuple_of(count: int) -> Opcode:
     def push(machine: Machine, position: int) -> int:
-        machine.left -= 1
         stack = machine.stack
         items = tuple(stack[-count:])
         if len(items) != count:
             raise IndexError("the stack is empty")
-        stack[-count:] = (items,)
-        return position
+        del stack[-count:]
+        return _push_tuple(machine, position, items)
 
     return push
-
-
-def _tuple1(machine: Machine, position: int) -> int:
-    machine.left -= 1
-    machine.stack[-1] = (machine.stack[-1],)
-    return position
 
 
 def _new_list(machine: Machine, position: int) -> int:
@@ -125,6 +157,8 @@ def _setitem(machine: Machine, position: int) -> int:
 
 def _setitems(machine: Machine, position: int) -> int:
     _set_all(machine, machine.popped_mark())
+    if machine.data[position] == _BUILD:
+        return _build(machine, position + 1)
     return position
 
 
@@ -215,18 +249,20 @@ def _build(machine: Machine, position: int) -> int:
 
 def _reduce(machine: Machine, position: int) -> int:
     args = machine.stack.pop()
-    function = machine.stack[-1]
     if type(args) is not tuple:
         raise TypeError("arguments are no tuple")
+    machine.stack[-1] = _called(machine, machine.stack[-1], args)
+    return position
+
+
+def _called(machine: Machine, function: Any, args: tuple[Any, ...]) -> Any:
     if type(function) is GlobalRef:
         call = _CALLS.get(function.name)
-        machine.stack[-1] = call(machine, args) if call else _new(machine, function, args)
-    elif type(function) is OpaqueObject:  # what calling the unknown gives is unknown as well
-        machine.stack[-1] = OpaqueObject("", args)
-        machine.left -= 1
-    else:
+        return call(machine, args) if call else _new(machine, function, args)
+    if type(function) is not OpaqueObject:
         raise TypeError(f"{shown(function)} is called")
-    return position
+    machine.left -= 1
+    return OpaqueObject("", args)  # what calling the unknown gives is unknown as well
 
 
 def _persistent(machine: Machine, position: int) -> int:
@@ -291,7 +327,8 @@ OBJECT_OPCODES: dict[str, Opcode] = {
     "MARK": _mark, "EMPTY_LIST": _empty(list), "EMPTY_DICT": _empty(dict),
     "EMPTY_SET": _empty(lambda: OpaqueObject("builtins.set")), "FROZENSET": _new_frozenset,
     "LIST": _new_list, "DICT": _new_dict, "TUPLE": _tuple,
-    "TUPLE1": _tuple1, "TUPLE2": _tuple_of(2), "TUPLE3": _tuple_of(3),
+    "EMPTY_TUPLE": _empty_tuple,
+    "TUPLE1": _tuple_of(1), "TUPLE2": _tuple_of(2), "TUPLE3": _tuple_of(3),
     "APPEND": _append, "APPENDS": _appends, "ADDITEMS": _appends,
     "SETITEM": _setitem, "SETITEMS": _setitems,
     "GLOBAL": _global, "STACK_GLOBAL": _stack_global, "REDUCE": _reduce, "BUILD": _build,

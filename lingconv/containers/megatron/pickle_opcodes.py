@@ -34,9 +34,6 @@ def run(data: bytes) -> Any:
     while True:  # what most of every `.metadata` consists of is spelled out here
         code = data[position]
         position += 1
-        if code == _MEMOIZE:
-            memo.append(stack[-1])
-            continue
         opcode = opcodes[code]
         if opcode is not None:
             position = opcode(machine, position)
@@ -54,8 +51,11 @@ def run(data: bytes) -> Any:
         elif code == _BININT2:
             stack.append(data[position] | data[position + 1] << 8)
             position += 2
-        elif code == _EMPTY_TUPLE:
-            stack.append(())
+        elif code == _MEMOIZE:
+            memo.append(stack[-1])
+        elif code == _LONG_BINPUT:
+            machine.put(unpack(data, position)[0])
+            position += 4
         else:
             return stack[-1]
 
@@ -90,6 +90,16 @@ def _sized(layout: struct.Struct, read: Callable[[bytes], Any]) -> Opcode:
         return position + int(count)
 
     return push
+
+
+def _long1(machine: Machine, position: int) -> int:
+    first = position + 1
+    end = first + machine.data[position]
+    if end > len(machine.data):
+        raise ValueError(f"a number has bytes up to {end:,}, which are not there")
+    machine.left -= 1
+    machine.stack.append(int.from_bytes(machine.data[first:end], "little", signed=True))
+    return end
 
 
 def _lined(read: Callable[[bytes], Any], most: int = _MAX_LINE) -> Opcode:
@@ -218,7 +228,7 @@ _NAMED: dict[str, Opcode] = {
     "PROTO": _protocol, "FRAME": _frame, "NONE": _constant(None),
     "NEWTRUE": _constant(True), "NEWFALSE": _constant(False),
     "BININT": _fixed(_I32), "BINFLOAT": _fixed(_F64),
-    "LONG1": _sized(_U8, _number), "LONG4": _sized(_U32, _number),
+    "LONG1": _long1, "LONG4": _sized(_U32, _number),
     "SHORT_BINUNICODE": _sized(_U8, _utf8), "BINUNICODE": _sized(_U32, _utf8),
     "BINUNICODE8": _sized(_U64, _utf8),
     "SHORT_BINSTRING": _sized(_U8, _latin1), "BINSTRING": _sized(_U32, _latin1),
@@ -227,7 +237,7 @@ _NAMED: dict[str, Opcode] = {
     "INT": _lined(_decimal), "LONG": _lined(_decimal), "FLOAT": _lined(float),
     "STRING": _lined(_quoted, MAX_BYTES), "UNICODE": _lined(_raw_escaped, MAX_BYTES),
     "POP": _pop, "POP_MARK": _pop_mark, "DUP": _dup,
-    "PUT": _put_line, "BINPUT": _put(_U8), "LONG_BINPUT": _put(_U32), "GET": _get_line,
+    "PUT": _put_line, "BINPUT": _put(_U8), "GET": _get_line,
     **OBJECT_OPCODES,
     **{
         name: _refused(name)
@@ -239,7 +249,7 @@ for _name, _opcode in _NAMED.items():
     _OPCODES[getattr(pickle, _name)[0]] = _opcode
 _MEMOIZE, _STOP = pickle.MEMOIZE[0], pickle.STOP[0]
 _BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
-_EMPTY_TUPLE = pickle.EMPTY_TUPLE[0]
+_LONG_BINPUT = pickle.LONG_BINPUT[0]
 _BININT1, _BININT2 = pickle.BININT1[0], pickle.BININT2[0]
-for _code in (_STOP, _BINGET, _LONG_BINGET, _EMPTY_TUPLE, _BININT1, _BININT2):
+for _code in (_STOP, _MEMOIZE, _BINGET, _LONG_BINGET, _LONG_BINPUT, _BININT1, _BININT2):
     _OPCODES[_code] = None

@@ -13,6 +13,7 @@ in a `.distcp` file. Sizes and offsets beyond 4 GiB take the zip64 fields.
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from lingconv.containers.base import FileBytes
@@ -95,7 +96,7 @@ def read_directory(read: Read, size: int) -> dict[str, Entry]:
 def _check_apart(entries: Mapping[str, Entry]) -> None:
     """Raise HeaderError when two records share bytes: torch writes one behind the other."""
     end = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry.header):
+    for entry in sorted(entries.values(), key=attrgetter("header")):
         if entry.header < end:
             raise HeaderError(f"holds `{_spelled(entry.name)}` inside of another record")
         end = entry.header + _LOCAL.size + len(entry.name) + entry.nbytes
@@ -141,7 +142,6 @@ def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, in
     name_length, extra_length, comment_length, header = *fields[10:13], fields[16]
     first = position + _CENTRAL.size
     own = raw[first : first + name_length]
-    name = _spelled(own)
     extra = raw[first + name_length : first + name_length + extra_length]
     wide = _zip64_fields(extra)
     if nbytes == _MAX32:
@@ -151,9 +151,9 @@ def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, in
     if header == _MAX32:
         header = next(wide, _MAX32)
     if signature != b"PK\x01\x02" or header + _LOCAL.size + nbytes > size:
-        raise HeaderError(f"has a damaged directory at `{name}`")
+        raise HeaderError(f"has a damaged directory at `{_spelled(own)}`")
     if method != _STORED or packed != nbytes or flags & _ENCRYPTED:
-        raise HeaderError(f"holds `{name}` compressed or encrypted, as torch never does")
+        raise HeaderError(f"holds `{_spelled(own)}` compressed or encrypted, as torch never does")
     _, _, inner = own.decode("utf-8", "replace").partition("/")
     return (
         inner,
