@@ -23,6 +23,7 @@ import lingconv
 from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron import pickles
+from lingconv.containers.megatron.pickle_values import OpaqueObject
 from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
@@ -540,5 +541,5 @@ def test_unknown_classes_are_inert_records():
 
     found = pickles.loads(pickle.dumps({"x": decimal.Decimal("1.5"), "y": 3}))
     assert found["y"] == 3
-    assert isinstance(found["x"], pickles.OpaqueObject)
+    assert isinstance(found["x"], OpaqueObject)
     assert (found["x"].name, found["x"].args) == ("decimal.Decimal", ("1.5",))

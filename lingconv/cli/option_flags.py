@@ -1,6 +1,6 @@
 """Flags for fields: messages of the core name an option as `field` or `field=value`.
 
-A caller of the functions reads keywords so; on the command line they become the flags of Typer's own
+A caller of the functions reads keywords; on the command line they become the flags of Typer's own
 table: "add `dtype=bf16`" is shown as "add `--dtype bf16`".
 """
 
@@ -44,7 +44,7 @@ def speller(app: typer.Typer) -> Callable[[str], str]:
 
 
 def flags_of(app: typer.Typer) -> dict[str, str]:
-    """Return the flag of every parameter of every command, the first one where there are several."""
+    """Return the flag of every parameter of every command: the first of its spellings."""
     return {
         name: next(flag for flag in spellings if flag.startswith("--"))
         for name, spellings in _options(typer.main.get_command(app))

@@ -11,6 +11,7 @@ from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.errors import Fault
 from lingconv.plans.key_values import Metadata
 from lingconv.storage import FileStat, Storage
+from lingconv.storage.stated_sums import StatedSum
 
 
 class LeftOut(NamedTuple):
@@ -28,7 +29,8 @@ class Checkpoint:
     `args` the arguments in Megatron's; other checkpoints have None. `left_out` is what Megatron's
     files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
-    `revision` is what is known of the version, in words.
+    `revision` is what is known of the version, in words; `checksums` are what files state of ranges
+    of their own bytes.
     """
 
     storage: Storage
@@ -45,6 +47,7 @@ class Checkpoint:
     is_recorded: bool = False
     is_spread: bool = False
     revision: str = ""
+    checksums: Mapping[str, tuple[StatedSum, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.storage.uri!r}: {self.format}, {len(self.tensors)} tensors>"

@@ -133,7 +133,7 @@ def _chunks(parallel: Parallel, layers: int) -> list[range]:
     count = parallel.pp * parallel.vpp
     if not parallel.layers:
         each = _even(layers, count, "layers", "--pp")
-        return [range(first, first + each) for first in range(0, layers, each)]
+        return [range(number * each, (number + 1) * each) for number in range(count)]
     if len(parallel.layers) != count or sum(parallel.layers) != layers:
         raise UsageError(
             f"`--pp-layers` {','.join(map(str, parallel.layers))} are not {count} numbers whose sum"

@@ -39,6 +39,7 @@ class Average(NamedTuple):
                 {**checkpoint.shards, **checkpoint.side_files},
                 weight,
                 checkpoint.revision,
+                checkpoint.checksums,
             )
             for checkpoint, weight in zip(checkpoints, self.weights, strict=True)
         )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
@@ -21,6 +22,7 @@ from lingconv.plans.key_values import Metadata, value_from_json, value_to_json
 from lingconv.plans.options import ConvertOptions
 from lingconv.plans.tensor_map import ByteRange, MatrixSlice, StoredMatrix, in_runs
 from lingconv.storage import FileStat
+from lingconv.storage.stated_sums import StatedSum
 
 SCHEMA = "lingconv.plan/4"
 
@@ -28,13 +30,15 @@ SCHEMA = "lingconv.plan/4"
 class Source(NamedTuple):
     """A checkpoint that is read: its files, and its weight where several are averaged.
 
-    `revision` is what is known of its version, in words.
+    `revision` is what is known of its version, in words; `checksums` are what its files state of
+    ranges of their own bytes.
     """
 
     uri: str
     files: Mapping[str, FileStat]
     weight: float = 1.0
     revision: str = ""
+    checksums: Mapping[str, tuple[StatedSum, ...]] = MappingProxyType({})
 
 
 class Term(NamedTuple):
@@ -237,6 +241,7 @@ class Plan:
                     "files": {name: list(stat) for name, stat in source.files.items()},
                     "weight": source.weight,
                     "revision": source.revision,
+                    "checksums": {name: list(map(list, s)) for name, s in source.checksums.items()},
                 }
                 for source in self.sources
             ],
@@ -267,6 +272,10 @@ class Plan:
                     {name: FileStat(*stat) for name, stat in item["files"].items()},
                     item["weight"],
                     item["revision"],
+                    {
+                        name: tuple(StatedSum(*stated) for stated in sums)
+                        for name, sums in item.get("checksums", {}).items()
+                    },
                 )
                 for item in value["sources"]
             ),

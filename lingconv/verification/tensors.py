@@ -65,7 +65,7 @@ class Comparison:
         ]
         self._totals = [{name: Total() for name in pair.num_rows} for pair in pairs]
         self._scales: dict[int, list[ScaleCounts]] = {}
-        self._source_files = OpenFiles(source.checkpoint.storage)
+        self._source_files = OpenFiles(source.checkpoint.storage, source.checkpoint.checksums)
         self._target_files = OpenFiles(target.checkpoint.storage)
         self._lock = threading.Lock()
         self._stop = False

@@ -7,7 +7,8 @@ github.com/NVIDIA/Megatron-LM at core_v0.13.0, and the launch scripts of Ling-V2
 from collections.abc import Mapping
 from typing import Any
 
-from lingconv.containers.megatron.pickles import TORCH_NAMES, Global, Instance, OpaqueObject
+from lingconv.containers.megatron.pickle_values import MAX_SIZE, TORCH_NAMES, OpaqueObject, shown
+from lingconv.containers.megatron.pickles import Global, Instance
 from lingconv.encodings.dtypes import DType
 from lingconv.model.family import Family, Role
 from lingconv.model.layout import MEGATRON, Layout
@@ -20,6 +21,7 @@ _IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
 _STATEFUL = (Role.LINEAR, Role.EXPERT, Role.NORM, Role.MTP_PROJECTION)
 _LINEAR = (Role.LINEAR, Role.EXPERT, Role.MTP_PROJECTION, Role.HEAD)
 VOCABULARY = "padded_vocab_size"
+_MAX_TEXT, _MAX_ITEMS = 4_096, 10_000  # of an argument that is taken as it is
 _DTYPE_KEY = "params_dtype"
 
 
@@ -112,6 +114,18 @@ def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def args_of(state: Any) -> Mapping[str, Any]:
     """Return the arguments in a state that Megatron saved, whatever class they are of."""
-    args = state.get("args") if isinstance(state, dict) else None
-    values = args.state if isinstance(args, OpaqueObject) else args
-    return values if isinstance(values, dict) else {}
+    args = state.get("args") if type(state) is dict else None
+    values = args.state if type(args) is OpaqueObject else args
+    if type(values) is not dict:
+        return {}
+    return {key: _plain(value) for key, value in values.items() if type(key) is str}
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as it is, or in words where it is too large or no plain value."""
+    kind = type(value)
+    if (kind is int and abs(value) <= MAX_SIZE) or (kind is str and len(value) <= _MAX_TEXT):
+        return value
+    if kind in (list, tuple) and len(value) <= _MAX_ITEMS:
+        return [shown(item) if type(item) in (list, tuple) else _plain(item) for item in value]
+    return value if value is None or kind in (bool, float, DType) else shown(value)

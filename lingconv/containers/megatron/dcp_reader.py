@@ -8,19 +8,20 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
 
 from lingconv.containers.checkpoint import LeftOut
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron.dcp_metadata import Chunk, FilePlace, ShardedTensor
-from lingconv.containers.megatron.pickles import TensorRef, loads
-from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
+from lingconv.containers.megatron.pickle_machine import MAX_BYTES
+from lingconv.containers.megatron.pickle_values import TensorRef
+from lingconv.containers.megatron.pickles import loads
+from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
 from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
-from lingconv.model.family import MAX_REPEATS
 from lingconv.storage import Storage
 from lingconv.storage.open_files import OpenFiles
+from lingconv.storage.stated_sums import StatedSum
 
 # What belongs to a training run and not to the model, by the beginning of its key.
 _STATE = {
@@ -30,6 +31,9 @@ _STATE = {
 }
 # FP32 weights that the optimizer works on, by the key of the weight that is their rounding.
 _MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
+# A tensor alone takes some hundred bytes.
+_MAX_PICKLE = 64 << 10
+_MAX_PARTS = 500_000  # parts of tensors that hold all layers
 # Older Megatron stores layers that are all alike in one tensor, with the layer as its first axis.
 _ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
 
@@ -43,13 +47,17 @@ class TorchDistReader:
         self.main_params = main_params
         self.faults: list[Fault] = []
         self.left_out: dict[str, LeftOut] = {}
+        self.checksums: dict[str, list[StatedSum]] = {}
         self._sizes: dict[str, int | None] = {}
 
     def read(self) -> dict[str, StoredTensor]:
         """Return all weights by name; raise CheckpointError when `.metadata` is of no use."""
         name = self.folder + torch_dist.METADATA_NAME
         try:
-            directory = torch_dist.read_metadata(self.storage.read(name))
+            size = self.storage.stat(name).size
+            if size > MAX_BYTES:
+                raise HeaderError(f"has {size:,} bytes, more than torch ever writes")
+            directory = torch_dist.read_metadata(self.storage.read(name, 0, size))
         except HeaderError as exc:
             raise CheckpointError(
                 f"{self.storage.uri}: {name} {exc}",
@@ -66,7 +74,23 @@ class TorchDistReader:
                 self.faults.append(Fault("missing chunk", message, name, tensor))
         with OpenFiles(self.storage) as blobs:
             stored = [self._stored(tensor, blobs) for tensor in weights]
-        return {tensor.name: tensor for item in stored for tensor in _apart(item)}
+        return {tensor.name: tensor for item in self._apart(stored) for tensor in item}
+
+    def _apart(self, stored: Iterable[StoredTensor]) -> Iterator[Iterable[StoredTensor]]:
+        """Yield each tensor; of those that hold all layers, one for each layer."""
+        left = _MAX_PARTS
+        for tensor in stored:
+            together = _ALL_LAYERS.fullmatch(tensor.name)
+            if together is None or not tensor.shape or not tensor.boxes:
+                yield [tensor]
+                continue
+            left -= tensor.shape[0] + sum(box.sizes[0] for box in tensor.boxes)
+            if left < 0:
+                message = f"holds {tensor.shape[0]:,} layers: more than {_MAX_PARTS:,} parts in all"
+                self.faults.append(Fault("layers", message, tensor.file, tensor.name))
+                yield [tensor]
+                return
+            yield _layers(tensor, together)
 
     def _main_params(
         self, weights: Iterable[ShardedTensor], directory: torch_dist.Directory
@@ -139,7 +163,11 @@ class TorchDistReader:
                 continue  # reported with its file
             try:
                 _check_inside(tensor, chunk)
-                boxes.append(_box(tensor.dtype, chunk, place, _archive(blobs, place)))
+                box, held = _box(tensor.dtype, chunk, place, _archive(blobs, place))
+                boxes.append(box)
+                if held.crc:
+                    stated = StatedSum(place.offset + held.offset, held.nbytes, held.crc)
+                    self.checksums.setdefault(place.file, []).append(stated)
             except HeaderError as exc:
                 message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
                 self.faults.append(Fault("chunk", message, place.file, tensor.name))
@@ -169,11 +197,14 @@ def _check_inside(tensor: ShardedTensor, chunk: Chunk) -> None:
         raise HeaderError(f"{list(chunk.sizes)} is no part of {list(tensor.shape)}")
 
 
-def _box(dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader) -> Box:
-    """Return where the elements of a chunk are; raise HeaderError when it holds others."""
-    ref = _load(archive.record(PICKLE_NAME))
-    if not isinstance(ref, TensorRef):
-        raise HeaderError("holds no tensor")
+def _box(
+    dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader
+) -> tuple[Box, Elements]:
+    """Return where the elements of a chunk are, and those of its storage.
+
+    Raises HeaderError when it holds others.
+    """
+    ref = _load(archive.record(PICKLE_NAME, _MAX_PICKLE))
     if ref.storage.dtype != dtype or ref.shape != chunk.sizes:
         raise HeaderError(
             f"holds {ref.storage.dtype} {list(ref.shape)},"
@@ -181,37 +212,34 @@ def _box(dtype: DType, chunk: Chunk, place: FilePlace, archive: ArchiveReader) -
         )
     if not ref.is_contiguous:
         raise HeaderError(f"is not stored row by row (strides {list(ref.stride)})")
-    offset, held, _ = archive.elements(ref.storage.key)
+    elements = archive.elements(ref.storage.key)
     first, nbytes = ref.first * dtype.itemsize, dtype.nbytes_of(chunk.sizes)
-    if first + nbytes > held:
+    if first + nbytes > elements.nbytes:
+        held = elements.nbytes
         raise HeaderError(f"has {held:,} bytes of elements, {first + nbytes:,} are needed")
-    return Box(chunk.offsets, chunk.sizes, place.file, place.offset + offset + first, nbytes)
+    offset = place.offset + elements.offset + first
+    return Box(chunk.offsets, chunk.sizes, place.file, offset, nbytes), elements
 
 
 @lru_cache(maxsize=1024)
-def _load(pickled: bytes) -> Any:
-    """Return what a chunk's pickle holds: chunks of the same shape have the same one."""
-    return loads(pickled)
+def _load(pickled: bytes) -> TensorRef:
+    """Return the tensor that a chunk's pickle holds: chunks of the same shape have the same one."""
+    ref = loads(pickled)
+    if not isinstance(ref, TensorRef):
+        raise HeaderError("holds no tensor")
+    return ref
 
 
-def _apart(tensor: StoredTensor) -> Iterator[StoredTensor]:
-    """Yield a tensor, or, where it holds all layers, that of each layer by its usual name."""
-    together = _ALL_LAYERS.fullmatch(tensor.name)
-    if together is None or not tensor.shape or tensor.shape[0] > MAX_REPEATS:
-        yield tensor
-        return
-    for layer in range(tensor.shape[0]):
-        boxes = tuple(
-            Box(
-                box.offsets[1:],
-                box.sizes[1:],
-                box.file,
-                box.offset + (layer - box.offsets[0]) * (box.nbytes // box.sizes[0]),
-                box.nbytes // box.sizes[0],
-            )
-            for box in tensor.boxes
-            if box.offsets[0] <= layer < box.offsets[0] + box.sizes[0]
-        )
+def _layers(tensor: StoredTensor, together: re.Match[str]) -> Iterator[StoredTensor]:
+    """Yield the tensor of each layer, by its usual name, of one that holds all of them."""
+    boxes: list[list[Box]] = [[] for _ in range(tensor.shape[0])]
+    for box in tensor.boxes:
+        nbytes = box.nbytes // box.sizes[0]
+        for row in range(box.sizes[0]):
+            place = box.offset + row * nbytes
+            part = Box(box.offsets[1:], box.sizes[1:], box.file, place, nbytes)
+            boxes[box.offsets[0] + row].append(part)
+    nbytes = tensor.nbytes // tensor.shape[0]
+    for layer, parts in enumerate(boxes):
         name = f"{together['prefix']}.{layer}.{together['rest']}"
-        nbytes = tensor.nbytes // tensor.shape[0]
-        yield tensor._replace(name=name, shape=tensor.shape[1:], nbytes=nbytes, boxes=boxes)
+        yield tensor._replace(name=name, shape=tensor.shape[1:], nbytes=nbytes, boxes=tuple(parts))

@@ -12,6 +12,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from lingconv.containers.base import Identity
@@ -26,9 +27,12 @@ from lingconv.errors import CheckpointError, Fault
 from lingconv.model.family import Family
 from lingconv.model.layout import HF, MEGATRON, build_layout
 from lingconv.model.layout_detection import refined
+from lingconv.model.symbols import whole_number
 from lingconv.storage.file_names import CONFIG_NAME
 
 ARGS_NAME = "Megatron's arguments"
+# So many experts, missing or not, are looked for one by one; more than so many are in no model.
+_ALWAYS_CHECKED, _MOST = 100_000, 1_000_000
 
 
 def identify(
@@ -49,6 +53,7 @@ def identify(
     )
     family, architecture = find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
+    _check_counts(symbols, checkpoint)
     if checkpoint.is_spread:
         tensors, lost = assemble_ranks(family, symbols, checkpoint.args or {}, checkpoint.tensors)
         shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
@@ -57,6 +62,19 @@ def identify(
         layout_name = refined(family, MEGATRON, checkpoint.tensors)
     layout = build_layout(family, symbols, layout_name)
     return Identity(shown, family, architecture, symbols, layout)
+
+
+def _check_counts(symbols: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when the model has more matrices than the files have bytes for."""
+    counts = {key: max(1, whole_number(key, symbols)) for key in ("layers", "experts")}
+    nbytes = sum(stat.size for stat in checkpoint.shards.values())
+    if prod(counts.values()) > min(max(nbytes, _ALWAYS_CHECKED), _MOST):
+        raise CheckpointError(
+            f"{checkpoint.storage.uri} holds {nbytes:,} bytes of weights: too few for"
+            f" {counts['layers']:,} layers of {counts['experts']:,} experts",
+            faults=checkpoint.faults,
+            hint="pass the model's `--config FILE` (a config.json)",
+        )
 
 
 def _config(

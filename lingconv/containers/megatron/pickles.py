@@ -1,7 +1,5 @@
 """Pickles without their danger: read with stand-ins for every class, written without importing one.
 
-Loading never imports anything. A few names that tensors and their metadata are made of have a
-meaning (`_KNOWN`); every other one becomes an inert Record that remembers what it was called with.
 Dumping emits protocol 2, with classes and functions by name, so that neither torch nor Megatron is
 needed to write what they read.
 
@@ -9,174 +7,24 @@ Source of the opcodes: CPython's Lib/pickletools.py; of the tensors: torch/seria
 torch/_utils.py of PyTorch 2.13.
 """
 
-import io
-import pickle
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from lingconv.containers.megatron import pickle_opcodes
+from lingconv.containers.megatron.pickle_values import STORAGE_NAMES
 from lingconv.containers.stored_tensor import HeaderError
 from lingconv.encodings.dtypes import DType
 
-# What torch calls its storages and dtypes; the others hold no weights.
-STORAGES = {
-    "BFloat16Storage": DType.BF16,
-    "HalfStorage": DType.F16,
-    "FloatStorage": DType.F32,
-    "DoubleStorage": DType.F64,
-    "ByteStorage": DType.U8,
-    "CharStorage": DType.I8,
-    "ShortStorage": DType.I16,
-    "IntStorage": DType.I32,
-    "LongStorage": DType.I64,
-    "BoolStorage": DType.BOOL,
-    "Float8_e4m3fnStorage": DType.F8_E4M3,
-    "Float8_e5m2Storage": DType.F8_E5M2,
-}
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
-TORCH_DTYPES = {
-    "bfloat16": DType.BF16,
-    "float16": DType.F16,
-    "float32": DType.F32,
-    "float64": DType.F64,
-    "uint8": DType.U8,
-    "int8": DType.I8,
-    "int16": DType.I16,
-    "int32": DType.I32,
-    "int64": DType.I64,
-    "bool": DType.BOOL,
-    "float8_e4m3fn": DType.F8_E4M3,
-    "float8_e5m2": DType.F8_E5M2,
-}
-TORCH_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-class OpaqueObject:
-    """An object of a class that stays unknown: its name, its arguments and what it was given.
-
-    `state` is what `__setstate__` would have got: most often the attributes by name.
-    """
-
-    name = ""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = {}
-        self.items: list[Any] = []
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def __call__(self, *args: Any) -> "OpaqueObject":
-        """Return another Record: what calling the unknown thing would give is unknown as well."""
-        return OpaqueObject(*args)
-
-    def append(self, value: Any) -> None:
-        """Take an item, as a list does."""
-        self.items.append(value)
-
-    def extend(self, values: Iterable[Any]) -> None:
-        """Take several items."""
-        self.items.extend(values)
-
-    def get(self, field: str) -> Any:
-        """Return an attribute, or None when there is none of that name."""
-        return self.state.get(field) if isinstance(self.state, dict) else None
-
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
-
-
-class StorageRef(NamedTuple):
-    """A tensor's storage: the record `data/KEY` of its archive, with `numel` elements."""
-
-    key: str
-    dtype: DType | None
-    numel: int
-
-
-class TensorRef(NamedTuple):
-    """A tensor: which elements of which storage."""
-
-    storage: StorageRef
-    first: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie one behind the other, row by row."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-
-def _tensor(storage: Any, first: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
-    ref = TensorRef(StorageRef(*storage), int(first), _sizes(shape), _sizes(stride))
-    if ref.first < 0 or len(ref.shape) != len(ref.stride):
-        raise ValueError(f"a tensor of shape {ref.shape} and strides {ref.stride}")
-    return ref
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"{sizes} are no sizes")
-    return sizes
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _mapping(items: Iterable[Any] = ()) -> dict[Any, Any]:
-    return dict(items)
-
-
-_KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": _mapping,
-    "torch.Size": _sizes,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    **{f"torch.{name}": dtype for name, dtype in {**STORAGES, **TORCH_DTYPES}.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")
-        self._records: dict[str, type[OpaqueObject]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in; nothing is ever imported."""
-        full = f"{module}.{name}"
-        if full in _KNOWN:
-            return _KNOWN[full]
-        if full not in self._records:
-            self._records[full] = type("OpaqueObject", (OpaqueObject,), {"name": full})
-        return self._records[full]
-
-    def persistent_load(self, pid: Any) -> StorageRef:
-        """Return a reference to a storage; torch writes no other persistent ids."""
-        word, dtype, key, _, numel = pid
-        if word != "storage" or not isinstance(key, str):
-            raise ValueError(f"{word!r} is no storage")
-        return StorageRef(key, dtype if isinstance(dtype, DType) else None, int(numel))
-
 
 def loads(data: bytes) -> Any:
-    """Return what a pickle holds, unknown objects as Records.
+    """Return what a pickle holds: plain values, and stand-ins for objects (`pickle_values`).
 
-    Raises HeaderError when it is damaged, or wants what only running somebody's code could give.
+    Sets and frozen sets are OpaqueObjects, too. Raises HeaderError when it is damaged, is larger
+    than any that torch writes, or wants what only running somebody's code could give.
     """
     try:
-        return _Unpickler(data).load()
+        return pickle_opcodes.run(data)
     except Exception as exc:  # a pickle may fail in any way at all
         raise HeaderError(f"is no pickle of plain data: {type(exc).__name__}: {exc}") from exc
 

@@ -5,10 +5,11 @@ ranks hold has to be the same everywhere, by the checksums that their files stat
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from math import prod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from math import lcm, prod
 from typing import Any
 
+from lingconv.containers.megatron.pickle_values import MAX_SIZE, shown
 from lingconv.containers.stored_tensor import Box, StoredTensor
 from lingconv.encodings.dtypes import StoredType
 from lingconv.errors import Fault, UsageError
@@ -18,8 +19,10 @@ from lingconv.model.layout_detection import refined
 from lingconv.model.parallelism import FILE_NAME, Parallel, RankShard, all_ranks, parts
 from lingconv.plans.tensor_map import within
 
-_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_FOLDER = re.compile(r"mp_rank_([0-9]{2,18})(?:_([0-9]{3,18}))?(?:_([0-9]{3,18}))?")
+_LAYER = re.compile(r"decoder\.layers\.([0-9]{1,6})\.")
+# How many ranks may be missing before they are no longer listed one by one.
+_MAX_MISSING, _MAX_TIMES = 4_096, 64
 
 
 def assemble_ranks(
@@ -32,7 +35,10 @@ def assemble_ranks(
 
     `found` are the ranks' tensors by name, `FOLDER/CHUNK/NAME`.
     """
-    parallel = find_parallel(found, args)
+    try:
+        parallel = find_parallel(found, args)
+    except UsageError as exc:
+        return {}, [Fault("ranks", str(exc))]
     if sum(parallel.layers) != symbols["layers"]:
         parallel = parallel._replace(layers=())
     try:
@@ -42,7 +48,11 @@ def assemble_ranks(
 
 
 def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
-    """Return how a model is spread, by its folders, what lies in them, and the arguments."""
+    """Return how a model is spread, by its folders, what lies in them, and the arguments.
+
+    Raises UsageError for more ranks than the folders that are there could be some of.
+    """
+    names = list(names)
     tp = pp = ep = vpp = 1
     layers: dict[tuple[int, int], int] = {}
     for name in names:
@@ -55,12 +65,34 @@ def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
         if layer:
             chunk = virtual, pipeline
             layers[chunk] = max(layers.get(chunk, 0), int(layer[1]) + 1)
-    tp = max(tp, args.get("tensor_model_parallel_size") or 1)
-    pp = max(pp, args.get("pipeline_model_parallel_size") or 1)
-    ep = max(ep, args.get("expert_model_parallel_size") or 1)
-    etp = args.get("expert_tensor_parallel_size") or tp
+    tp = max(tp, _stated(args, "tensor_model_parallel_size") or 1)
+    pp = max(pp, _stated(args, "pipeline_model_parallel_size") or 1)
+    ep = max(ep, _stated(args, "expert_model_parallel_size") or 1)
+    etp = _stated(args, "expert_tensor_parallel_size") or tp
+    _check_there(Parallel(tp, pp, ep, etp, vpp), {name.split("/", 1)[0] for name in names})
     chunks = [(virtual, stage) for virtual in range(vpp) for stage in range(pp)]
     return Parallel(tp, pp, ep, etp, vpp, tuple(layers.get(chunk, 0) for chunk in chunks))
+
+
+def _stated(args: Mapping[str, Any], key: str) -> int:
+    """Return a number of ranks; 0 where the arguments say none, UsageError where it is odd."""
+    value = args.get(key)
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise UsageError(f"Megatron's arguments: `{key}` is {shown(value)}, which counts no ranks")
+    return value
+
+
+def _check_there(parallel: Parallel, folders: Collection[str]) -> None:
+    """Raise UsageError when so many ranks are asked for that most of them cannot be missing."""
+    ranks = parallel.pp * lcm(parallel.tp, parallel.etp * parallel.ep)
+    if max(ranks, parallel.vpp * parallel.pp) > _MAX_MISSING + _MAX_TIMES * len(folders):
+        raise UsageError(
+            f"{parallel.describe()}, with {shown(parallel.vpp)} model chunks on each;"
+            f" {len(folders):,} folders are there",
+            hint="fetch the files of all ranks",
+        )
 
 
 def _numbers(folder: str, args: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -72,7 +104,7 @@ def _numbers(folder: str, args: Mapping[str, Any]) -> tuple[int, int, int]:
     if (
         third is None
         and second is not None
-        and (args.get("pipeline_model_parallel_size") or 1) == 1
+        and (_stated(args, "pipeline_model_parallel_size") or 1) == 1
     ):
         return int(first), 0, int(second)
     return int(first), int(second or 0), int(third or 0)

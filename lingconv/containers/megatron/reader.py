@@ -19,6 +19,7 @@ from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME, RECORD_NAME
 
+_MAX_COMMON = 64 << 20  # bytes of common.pt's pickle, which may hold the state of a scheduler
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 
@@ -33,7 +34,7 @@ def find_iteration(storage: Storage) -> str | None:
     if not _exists(storage, TRACKER_NAME):
         return None
     word = storage.read(TRACKER_NAME, 0, 64).decode("utf-8", "replace").strip()
-    if word != "release" and not re.fullmatch(r"\d{1,12}", word):
+    if word != "release" and not re.fullmatch(r"[0-9]{1,12}", word):
         raise CheckpointError(f"{TRACKER_NAME} says {word!r}, which is no iteration")
     folder = "release/" if word == "release" else f"iter_{int(word):07d}/"
     if not any(name.startswith(folder) for name in storage.files()):
@@ -90,6 +91,7 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
         format="torch" if ranks else "torch_dist",
         args=args,
         left_out=reader.left_out,
+        checksums={name: tuple(sums) for name, sums in reader.checksums.items()},
         is_spread=bool(ranks),
         is_recorded=bool(folder) and _exists(storage, RECORD_NAME),
     )
@@ -103,7 +105,7 @@ def _read_args(storage: Storage, name: str, faults: list[Fault]) -> Mapping[str,
     size = storage.stat(name).size
     try:
         archive = ArchiveReader(lambda at, count: storage.read(name, at, count), size)
-        return args_of(loads(archive.record(PICKLE_NAME)))
+        return args_of(loads(archive.record(PICKLE_NAME, _MAX_COMMON)))
     except HeaderError as exc:
         faults.append(Fault("arguments", str(exc), name))
         return {}

@@ -32,7 +32,7 @@ def symbols_from_shapes(family: Family, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _pattern(address: str) -> re.Pattern[str]:
-    return re.compile(r"(\d+)".join(map(re.escape, _INDEX.split(address))))
+    return re.compile(r"([0-9]{1,6})".join(map(re.escape, _INDEX.split(address))))
 
 
 def _blocks(family: Family, layout: str) -> Iterator[tuple[Block, TensorRule, re.Pattern[str]]]:
@@ -81,6 +81,8 @@ def _solve(rules: list[TensorRule], shape: tuple[int, ...], found: dict[str, Any
     """Find the one symbol of an axis that is not known yet, if there is only one."""
     stacked = len(shape) - len(rules[0].axes)
     if stacked:
+        if stacked != 1 or len(rules[0].repeat) != 1:
+            return  # no tensor of the model: its shape says nothing
         ((_, count),) = rules[0].repeat
         found.setdefault(count, shape[0])
     for axis, size in enumerate(shape[stacked:]):

@@ -13,6 +13,7 @@ in a `.distcp` file. Sizes and offsets beyond 4 GiB take the zip64 fields.
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from lingconv.containers.base import FileBytes
@@ -32,7 +33,9 @@ _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
-_MAX_RECORDS = 10_000_000
+_MAX_RECORDS = 1_000_000
+_MAX_DIRECTORY = 128 << 20  # bytes; a rank of Ling-1T with its optimizer has 30 MB
+_MAX_ORDER = 16  # bytes of the record `byteorder`
 # A central directory with up to seven records fits, and so does what torch writes before the data.
 PEEK_BYTES = 2048
 
@@ -41,15 +44,19 @@ Read = Callable[[int, int], bytes]
 
 
 class Entry(NamedTuple):
-    """A record of an archive that is read: where its local header is, its size, its CRC-32."""
+    """A record of an archive that is read: where its local header is, its size, its CRC-32.
 
+    `name` is the whole one, in the bytes that both headers have.
+    """
+
+    name: bytes
     header: int
     nbytes: int
     crc: int
 
 
 class Elements(NamedTuple):
-    """The elements of a storage in an archive, and the CRC-32 that it states."""
+    """The elements of a storage in an archive, and the CRC-32 that it states, or 0."""
 
     offset: int
     nbytes: int
@@ -66,9 +73,11 @@ def read_directory(read: Read, size: int) -> dict[str, Entry]:
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end < _END.size:
         raise HeaderError(_not_an_archive(read(0, 8)))
-    count, length, offset = _directory_place(tail, end)
-    if count > _MAX_RECORDS or offset + length > size:
-        raise HeaderError(f"directory of {count:,} records lies outside of its {size:,} bytes")
+    count, length, offset, behind = _directory_place(tail, end)
+    if count > _MAX_RECORDS or length > _MAX_DIRECTORY:
+        raise HeaderError(f"has a directory of {count:,} records in {length:,} bytes")
+    if offset + length != start + behind:
+        raise HeaderError(f"has a directory that does not end at byte {start + behind:,}")
     inside = offset >= start
     raw = tail[offset - start : offset - start + length] if inside else read(offset, length)
     entries: dict[str, Entry] = {}
@@ -78,7 +87,23 @@ def read_directory(read: Read, size: int) -> dict[str, Entry]:
         if name in entries:
             raise HeaderError(f"holds `{name}` twice")
         entries[name] = entry
+    if position != len(raw):
+        raise HeaderError("has a directory that is longer than its records")
+    _check_apart(entries)
     return entries
+
+
+def _check_apart(entries: Mapping[str, Entry]) -> None:
+    """Raise HeaderError when two records share bytes: torch writes one behind the other."""
+    end = 0
+    for entry in sorted(entries.values(), key=attrgetter("header")):
+        if entry.header < end:
+            raise HeaderError(f"holds `{_spelled(entry.name)}` inside of another record")
+        end = entry.header + _LOCAL.size + len(entry.name) + entry.nbytes
+
+
+def _spelled(name: bytes) -> str:
+    return name[:200].decode("utf-8", "replace")
 
 
 def _not_an_archive(head: bytes) -> str:
@@ -89,18 +114,24 @@ def _not_an_archive(head: bytes) -> str:
     return "is no archive of torch"
 
 
-def _directory_place(tail: bytes, end: int) -> tuple[int, int, int]:
-    """Return count, bytes and offset of the directory."""
-    _, disk, _, _, count, length, offset, _ = _END.unpack_from(tail, end)
+def _directory_place(tail: bytes, end: int) -> tuple[int, int, int, int]:
+    """Return count, bytes and offset of the directory, and where in `tail` it has to end."""
+    _, disk, _, here, count, length, offset, comment = _END.unpack_from(tail, end)
     locator = end - _LOCATOR.size
+    if end + _END.size + comment != len(tail):
+        raise HeaderError("does not end where its directory says")
+    behind = end
     if max(length, offset) == _MAX32 or count == 0xFFFF:
         end64 = locator - _END64.size  # torch writes one right behind the other
         if end64 < 0 or tail[end64 : end64 + 4] != b"PK\x06\x06":
             raise HeaderError("has a damaged zip64 end record")
-        *_, count, length, offset = _END64.unpack_from(tail, end64)
-    if disk:
+        *_, here, count, length, offset = _END64.unpack_from(tail, end64)
+        behind = end64
+    elif tail[max(0, locator) : max(0, locator) + 4] == b"PK\x06\x07":
+        behind = locator - _END64.size  # there, and not needed
+    if disk or here != count:
         raise HeaderError("is one part of a zip of several")
-    return count, length, offset
+    return count, length, offset, behind
 
 
 def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, int]:
@@ -110,7 +141,7 @@ def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, in
     signature, flags, method, packed, nbytes = fields[0], fields[3], fields[4], fields[8], fields[9]
     name_length, extra_length, comment_length, header = *fields[10:13], fields[16]
     first = position + _CENTRAL.size
-    name = raw[first : first + name_length].decode("utf-8", "replace")
+    own = raw[first : first + name_length]
     extra = raw[first + name_length : first + name_length + extra_length]
     wide = _zip64_fields(extra)
     if nbytes == _MAX32:
@@ -120,13 +151,13 @@ def _parse_central(raw: bytes, position: int, size: int) -> tuple[str, Entry, in
     if header == _MAX32:
         header = next(wide, _MAX32)
     if signature != b"PK\x01\x02" or header + _LOCAL.size + nbytes > size:
-        raise HeaderError(f"has a damaged directory at `{name}`")
+        raise HeaderError(f"has a damaged directory at `{_spelled(own)}`")
     if method != _STORED or packed != nbytes or flags & _ENCRYPTED:
-        raise HeaderError(f"holds `{name}` compressed or encrypted, as torch never does")
-    _, _, inner = name.partition("/")
+        raise HeaderError(f"holds `{_spelled(own)}` compressed or encrypted, as torch never does")
+    _, _, inner = own.decode("utf-8", "replace").partition("/")
     return (
         inner,
-        Entry(header, nbytes, fields[7]),
+        Entry(own, header, nbytes, fields[7]),
         first + name_length + extra_length + comment_length,
     )
 
@@ -145,11 +176,13 @@ def _zip64_fields(extra: bytes) -> Iterator[int]:
 def data_offset(local: bytes, entry: Entry, size: int) -> int:
     """Return where the data of a record begins; `local` are the bytes from its header on."""
     if len(local) < _LOCAL.size or local[:4] != b"PK\x03\x04":
-        raise HeaderError("has a record without its header")
+        raise HeaderError(f"has the record `{_spelled(entry.name)}` without its header")
     name_length, extra_length = _LOCAL.unpack_from(local)[9:11]
+    if local[_LOCAL.size : _LOCAL.size + name_length] != entry.name:
+        raise HeaderError(f"has the record `{_spelled(entry.name)}` under another name")
     offset = entry.header + _LOCAL.size + name_length + extra_length
     if offset + entry.nbytes > size:
-        raise HeaderError("has a record that ends outside of it")
+        raise HeaderError(f"has the record `{_spelled(entry.name)}`, which ends outside of it")
     return int(offset)
 
 
@@ -276,14 +309,23 @@ class ArchiveReader:
         if PICKLE_NAME not in self._entries:
             raise HeaderError(f"holds no `{PICKLE_NAME}`")
         # Archives of older versions do not say, and are little.
-        order = self.record("byteorder") if "byteorder" in self._entries else b"little"
+        known = "byteorder" in self._entries
+        order = self.record("byteorder", _MAX_ORDER) if known else b"little"
         if order != b"little":
             raise HeaderError(f"was written with byte order {order!r}")
 
-    def record(self, name: str) -> bytes:
-        """Return a small record."""
-        offset, nbytes, _ = self._place(self._entries[name])
-        return self._read(offset, nbytes)
+    def record(self, name: str, most: int) -> bytes:
+        """Return a small record of at most `most` bytes.
+
+        Raises HeaderError when it is larger, or is not what its CRC-32 says.
+        """
+        offset, nbytes, crc = self._place(self._entries[name])
+        if nbytes > most:
+            raise HeaderError(f"has `{name}` of {nbytes:,} bytes; at most {most:,} are read")
+        data = self._read(offset, nbytes)
+        if crc and zlib.crc32(data) != crc:  # torch writes 0 when it is told to write none
+            raise HeaderError(f"has `{name}` damaged: its CRC-32 is {crc:#010x} no more")
+        return data
 
     def elements(self, key: str) -> Elements:
         """Return where the elements of storage `key` are."""
@@ -293,7 +335,7 @@ class ArchiveReader:
         return self._place(entry)
 
     def _place(self, entry: Entry) -> Elements:
-        local = self._read(entry.header, _LOCAL.size)
+        local = self._read(entry.header, _LOCAL.size + len(entry.name))
         return Elements(data_offset(local, entry, self._size), entry.nbytes, entry.crc)
 
 

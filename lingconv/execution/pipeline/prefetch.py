@@ -107,14 +107,16 @@ class Prefetcher:
 
 def sources_of(file: OutputFile) -> set[_Key]:
     """Return the files that an output file is made of, each with its source's number."""
-    return {
-        (number, extent.file)
-        for transfer in file.transfers
-        for term in transfer.terms
-        for number in term.sources
-        for segment in term.segments
-        for extent in segment.source.extents
-    }
+    return {(number, extent.file) for number, extent in extents_of(file)}
+
+
+def extents_of(file: OutputFile) -> Iterator[tuple[int, ByteRange]]:
+    """Yield the extents that an output file is made of, each with its source's number."""
+    for transfer in file.transfers:
+        for term in transfer.terms:
+            for number in term.sources:
+                for segment in term.segments:
+                    yield from ((number, extent) for extent in segment.source.extents)
 
 
 def announced(tasks: Iterable[T], announce: Callable[[T], int], window_bytes: int) -> Iterator[T]:

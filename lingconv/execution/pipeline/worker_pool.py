@@ -18,7 +18,7 @@ from lingconv.containers.base import FileBytes
 from lingconv.containers.registry import format_of
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.execution.delivery import Delivery
-from lingconv.execution.pipeline.prefetch import Prefetcher, sources_of
+from lingconv.execution.pipeline.prefetch import Prefetcher, extents_of, sources_of
 from lingconv.execution.pipeline.write_behind import BufferSlots, PendingWrites, WriterThread
 from lingconv.execution.progress import Progress
 from lingconv.execution.run_folder import RunFolder
@@ -27,6 +27,7 @@ from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage import Storage
 from lingconv.storage.local_output import Checksums, ComparedOutput, LocalOutput
 from lingconv.storage.open_files import OpenFiles
+from lingconv.storage.stated_sums import StatedSum
 
 
 def check_unchanged(
@@ -192,7 +193,11 @@ class WorkerPool:
         self._delivery = delivery
         self._waiting: deque[OutputFile] = deque()
         self._open: list[_OpenFile] = []
-        self._opened = [OpenFiles(storage) for storage in storages]
+        self._opened = [
+            OpenFiles(storage, source.checksums)
+            for storage, source in zip(storages, plan.sources, strict=True)
+        ]
+        self._ranges_left: Counter[tuple[int, str, StatedSum]] = Counter()
         self._feed = Prefetcher(storages, self._opened, ahead_bytes)
         self._error: BaseException | None = None
 
@@ -201,6 +206,9 @@ class WorkerPool:
 
         Raises the first error that any of them met.
         """
+        if not self._sparse:
+            for each in files:
+                self._ranges_left.update(self._ranges_of(each))
         self._waiting.extend(files)
         self._feed.begin(files)
         with ExitStack() as stack:
@@ -353,8 +361,33 @@ class WorkerPool:
                 sums = file.output.checksums.take_new() if file.output.checksums else []
                 self._folder.finish_piece(file.file.name, file.id, piece, sums)
 
+    def _ranges_of(self, file: OutputFile) -> set[tuple[int, str, StatedSum]]:
+        """Return the ranges with checksums that a file is made of, each with its source."""
+        found = set()
+        for number, extent in extents_of(file):
+            stated = self._opened[number].stated_at(extent.file, extent.offset)
+            if stated is not None:
+                found.add((number, extent.file, stated))
+        return found
+
+    def _complete_ranges(self, file: OutputFile) -> None:
+        """Compare the checksums of what this file is the last one to be made of.
+
+        What was left out, or written before a kill, is read now: a damaged source must never leave
+        a finished file behind that the next run takes as it is.
+        """
+        for key in self._ranges_of(file):
+            with self._lock:
+                self._ranges_left[key] -= 1
+                is_last = not self._ranges_left[key]
+            if is_last:
+                number, name, stated = key
+                self._opened[number].complete(name, stated)
+
     def _finish(self, file: _OpenFile) -> None:
         """Make the data durable, then give the file its name."""
+        if not self._sparse:
+            self._complete_ranges(file.file)
         file.seal()
         if isinstance(file.output, ComparedOutput):
             self._finish_comparison(file, file.output)
