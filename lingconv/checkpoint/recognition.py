@@ -14,6 +14,7 @@ from lingconv.checkpoint.tensor_matching import Matcher
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.gguf.to_hf import plain_values, rebuild_files, special_ids
 from lingconv.containers.hf.config import DTYPE_NAMES, rebuild_config
+from lingconv.containers.hf.small_files import CONFIG_FIELDS
 from lingconv.containers.megatron.rank_assembly import assemble_ranks
 from lingconv.containers.megatron.symbols_from_shapes import symbols_from_shapes
 from lingconv.containers.source_overrides import SourceOverrides
@@ -25,6 +26,7 @@ from lingconv.model.layout_detection import experts_layout, refined, with_mtp_ap
 from lingconv.plans.key_values import Metadata
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.overlay import Overlay
+from lingconv.value_kinds import checked
 
 ARGS_NAME = "Megatron's arguments"
 
@@ -42,9 +44,9 @@ def recognise(
         return _recognise_gguf(checkpoint, checkpoint.metadata, families)
     if checkpoint.args is not None:
         return _recognise_megatron(checkpoint, checkpoint.args, families, given)
-    checkpoint = replace(
-        checkpoint, config={**(given.config or checkpoint.config), **given.settings}
-    )
+    stated = {**(given.config or checkpoint.config), **given.settings}
+    config, odd = checked(stated, CONFIG_FIELDS, CONFIG_NAME)
+    checkpoint = replace(checkpoint, config=config, faults=(*checkpoint.faults, *odd))
     family, architecture = _find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
     names = checkpoint.tensors.keys()
@@ -92,7 +94,8 @@ def _recognise_gguf(
             details=[f"known: {name}" for name in known] + [str(f) for f in checkpoint.faults],
             hint="describe the model in a family file and pass it with `--formats PATH`",
         )
-    symbols = family.resolve(values, GGUF, names=checkpoint.tensors)
+    described_in = next(iter(checkpoint.shards))
+    symbols = family.resolve(values, GGUF, names=checkpoint.tensors, file=described_in)
     files, faults = rebuild_files(metadata, family.gguf.tokenizer)
     matrices = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 2]
     dtype = matrices[0] if matrices and isinstance(matrices[0], DType) else DType.BF16
@@ -133,11 +136,8 @@ def _recognise_megatron(
             config = rebuild_config(family, family.megatron.of, symbols, dtype)
     if not config:
         config = _config_from_shapes(checkpoint, family, given)
-    shown = replace(
-        checkpoint,
-        config={**config, **given.settings},
-        faults=(*checkpoint.faults, *faults),
-    )
+    config, odd = checked({**config, **given.settings}, CONFIG_FIELDS, CONFIG_NAME)
+    shown = replace(checkpoint, config=config, faults=(*checkpoint.faults, *faults, *odd))
     family, architecture = _find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
     if checkpoint.is_spread:

@@ -110,6 +110,10 @@ class SynthStorage:
         """Return the virtual weights and the small files."""
         return self._stats
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return nothing."""
+        return {}
+
     def stat(self, name: str) -> FileStat:
         """Return what `files` says: nothing ever changes."""
         return self._stats[name]

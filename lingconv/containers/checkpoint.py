@@ -13,6 +13,16 @@ from lingconv.plans.key_values import Metadata
 from lingconv.storage import FileStat, Storage
 
 
+class Absence(NamedTuple):
+    """Why a tensor that the files speak of is not among those that were read, and what to do.
+
+    Where that depends on what the tensor is in the model, there is no hint.
+    """
+
+    reason: str
+    hint: str = ""
+
+
 class LeftOut(NamedTuple):
     """What belongs to a training run and not to the model: how many entries, how many bytes."""
 
@@ -27,7 +37,8 @@ class Checkpoint:
     `metadata` are the key-values of GGUF files, `args` the arguments in Megatron's; other
     checkpoints have None. `left_out` is what Megatron's files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
-    `revision` is what is known of the version, in words.
+    `revision` is what is known of the version, in words; `absent` is what is known of tensors that
+    are not read.
     """
 
     storage: Storage
@@ -43,3 +54,4 @@ class Checkpoint:
     is_recorded: bool = False
     is_spread: bool = False
     revision: str = ""
+    absent: Mapping[str, Absence] = field(default_factory=dict)

@@ -20,8 +20,8 @@ from lingconv.errors import (
     UsageError,
 )
 from lingconv.storage import MAX_FILES, Blob, FileStat, whole_size
-from lingconv.storage.folder_listing import too_many_files
 from lingconv.storage.byte_ranges import PARALLEL, Ranges
+from lingconv.storage.folder_listing import too_many_files
 
 T = TypeVar("T")
 

@@ -5,14 +5,13 @@ deep are all JSON to one reader or another; what lingconv goes by has to be the 
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from enum import StrEnum
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import CheckpointError
 from lingconv.storage import Storage
+from lingconv.value_kinds import Schema, checked, shown
 
 MAX_DEPTH = 100
 # Real ones: an index of a trillion parameters 12 MB, a tokenizer 35 MB, a config.json that lists
@@ -22,93 +21,14 @@ MAX_INDEX_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.j
 MAX_TOKENIZER_BYTES = 250_000_000
 MAX_TEXT_BYTES = 16 << 20
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# github.com/git-lfs/git-lfs, docs/spec.md: a version, an oid, a size, and few keys more.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER_BYTES = range(100, 1024)
+_PAGES = (b"<!doctype html", b"<html")
 
 
 class RecordError(ValueError):
     """Bytes are no JSON object that everybody reads alike; the text goes on where a name ends."""
-
-
-class Kind(StrEnum):
-    """What stands under a key. A whole number is a number too; a switch is neither."""
-
-    INT = "a whole number"
-    FLOAT = "a number"
-    BOOL = "true or false"
-    TEXT = "a text"
-    LIST = "a list"
-    OBJECT = "an object"
-
-
-class Field(NamedTuple):
-    """What may stand under a key: one of `kinds`, and within the bounds where it is a number.
-
-    `items` are the kinds of a list's or an object's values. null is the same as no key.
-    """
-
-    kinds: tuple[Kind, ...]
-    required: bool = False
-    least: float = -math.inf
-    most: float = math.inf
-    items: tuple[Kind, ...] = ()
-
-
-Schema = Mapping[str, Field]
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message: short, whatever it is."""
-    if isinstance(value, (dict, list)):
-        what = "an object" if isinstance(value, dict) else "a list"
-        return f"{what} of {len(value):,}" if value else f"an empty {what.split()[1]}"
-    if type(value) is int and value.bit_length() > 200:
-        return "a number of more than 60 digits"
-    text = json.dumps(value) if value is None or isinstance(value, (bool, str)) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def is_kind(value: Any, kind: Kind) -> bool:
-    """Return whether a value is of a kind; numbers have to be finite."""
-    if kind == Kind.FLOAT:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    types = {Kind.INT: int, Kind.BOOL: bool, Kind.TEXT: str, Kind.LIST: list, Kind.OBJECT: dict}
-    return type(value) is types[kind]
-
-
-def what_is_wrong(value: Any, field: Field) -> str:
-    """Return why a value may not stand under a key, as `is "8", not a whole number`; empty if so."""
-    if not any(is_kind(value, kind) for kind in field.kinds):
-        return f"is {shown(value)}, not {' or '.join(field.kinds)}"
-    if type(value) in (int, float) and not field.least <= value <= field.most:
-        low, high = (f"{bound:,.15g}" for bound in (field.least, field.most))
-        allowed = f"at most {high}" if math.isinf(field.least) else f"{low} to {high}"
-        return f"is {shown(value)}, not {f'at least {low}' if math.isinf(field.most) else allowed}"
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for item in values if field.items else ():
-        if not any(is_kind(item, kind) for kind in field.items):
-            return f"holds {shown(item)}, not {' or '.join(field.items)}"
-    return ""
-
-
-def checked(
-    record: Mapping[str, Any], schema: Schema, file: str
-) -> tuple[dict[str, Any], list[Fault]]:
-    """Return a record without what is not of its type, and a fault for each such key.
-
-    Keys that the schema does not know stay as they are.
-    """
-    good = dict(record)
-    faults = []
-    for key, field in schema.items():
-        value = record.get(key)
-        if value is None:
-            wrong = "is missing" if field.required else ""
-        else:
-            wrong = what_is_wrong(value, field)
-        if wrong:
-            good.pop(key, None)
-            faults.append(Fault("json", f"`{key}` {wrong}", file))
-    return good, faults
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -165,7 +85,7 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
 
 
 def _check_text(value: Any, data: bytes) -> None:
-    """Raise RecordError for half a character (`\\ud800`), which no file can be written with."""
+    """Raise RecordError for half a character, which no file can be written with."""
     if _SURROGATE.search(data) is None:
         return
     try:
@@ -180,6 +100,13 @@ def lfs_pointer(data: bytes) -> str:
     if not data.startswith(_LFS_POINTER):
         return ""
     return "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+
+
+def stand_in(beginning: bytes) -> str:
+    """Return what stands in place of a weight file that was never fetched; empty for any other."""
+    if beginning[:20].lstrip().lower().startswith(_PAGES):
+        return "is an HTML page, not the file itself: fetch it again"
+    return lfs_pointer(beginning)
 
 
 def read_bytes(storage: Storage, name: str, most: int = MAX_RECORD_BYTES) -> bytes:

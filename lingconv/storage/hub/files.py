@@ -49,7 +49,6 @@ def is_offline() -> bool:
 
 def find_commit(address: HubAddress) -> str:
     """Return the commit that a revision stands for now."""
-
     return patiently(str(address), lambda: commit_of(address.repository, address.revision))
 
 
