@@ -47,6 +47,8 @@ def shown(value: Any) -> str:
         return f"{what} of {len(value):,}" if value else f"an empty {what.split()[1]}"
     if type(value) is int and value.bit_length() > 200:
         return "a number of more than 60 digits"
+    if type(value) is int:
+        return f"{value:,}"
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -9,10 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lingconv import value_kinds
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.checkpoint.tensor_matching import Matcher
 from lingconv.containers.checkpoint import Checkpoint
-from lingconv.containers.gguf.to_hf import plain_values, rebuild_files, special_ids
+from lingconv.containers.gguf.to_hf import (
+    plain_values,
+    rebuild_files,
+    special_ids,
+    well_typed,
+)
 from lingconv.containers.hf.config import DTYPE_NAMES, rebuild_config
 from lingconv.containers.hf.small_files import CONFIG_FIELDS
 from lingconv.containers.megatron.rank_assembly import assemble_ranks
@@ -26,7 +32,6 @@ from lingconv.model.layout_detection import experts_layout, refined, with_mtp_ap
 from lingconv.plans.key_values import Metadata
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.overlay import Overlay
-from lingconv.value_kinds import checked
 
 ARGS_NAME = "Megatron's arguments"
 
@@ -45,7 +50,7 @@ def recognise(
     if checkpoint.args is not None:
         return _recognise_megatron(checkpoint, checkpoint.args, families, given)
     stated = {**(given.config or checkpoint.config), **given.settings}
-    config, odd = checked(stated, CONFIG_FIELDS, CONFIG_NAME)
+    config, odd = value_kinds.checked(stated, CONFIG_FIELDS, CONFIG_NAME)
     checkpoint = replace(checkpoint, config=config, faults=(*checkpoint.faults, *odd))
     family, architecture = _find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
@@ -88,24 +93,26 @@ def _recognise_gguf(
     known = {family.gguf.architecture: family for family in families if family.gguf}
     family = known.get(found) if isinstance(found, str) else None
     if family is None or family.gguf is None:
+        unknown = f"the unknown GGUF architecture {value_kinds.shown(found)}"
         raise CheckpointError(
-            f"{checkpoint.storage.uri} has the unknown GGUF architecture {found!r}",
+            f"{checkpoint.storage.uri} has {unknown}",
             faults=checkpoint.faults,
             details=[f"known: {name}" for name in known] + [str(f) for f in checkpoint.faults],
             hint="describe the model in a family file and pass it with `--formats PATH`",
         )
     described_in = next(iter(checkpoint.shards))
     symbols = family.resolve(values, GGUF, names=checkpoint.tensors, file=described_in)
-    files, faults = rebuild_files(metadata, family.gguf.tokenizer)
+    typed, odd = well_typed(metadata, described_in)
+    files, faults = rebuild_files(typed, family.gguf.tokenizer)
     matrices = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 2]
     dtype = matrices[0] if matrices and isinstance(matrices[0], DType) else DType.BF16
     storage = Overlay(checkpoint.storage, list(checkpoint.shards), files)
     shown = replace(
         checkpoint,
         storage=storage,
-        config=rebuild_config(family, family.gguf.of, symbols, dtype, special_ids(metadata)),
+        config=rebuild_config(family, family.gguf.of, symbols, dtype, special_ids(typed)),
         side_files={name: storage.stat(name) for name in files},
-        faults=(*checkpoint.faults, *faults),
+        faults=(*checkpoint.faults, *odd, *faults),
     )
     return _matched(shown, family, family.gguf.of, symbols, build_layout(family, symbols, GGUF))
 
@@ -136,7 +143,7 @@ def _recognise_megatron(
             config = rebuild_config(family, family.megatron.of, symbols, dtype)
     if not config:
         config = _config_from_shapes(checkpoint, family, given)
-    config, odd = checked({**config, **given.settings}, CONFIG_FIELDS, CONFIG_NAME)
+    config, odd = value_kinds.checked({**config, **given.settings}, CONFIG_FIELDS, CONFIG_NAME)
     shown = replace(checkpoint, config=config, faults=(*checkpoint.faults, *faults, *odd))
     family, architecture = _find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)

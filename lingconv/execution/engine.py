@@ -6,7 +6,6 @@
 Killed anywhere, the same call goes on where it was.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -32,6 +31,8 @@ from lingconv.storage.atomic_file import replace_file
 from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
 from lingconv.storage.local_output import explained_writing
 from lingconv.storage.machine import allow_open_files, free_bytes
+from lingconv.storage.provenance import read_source_record
+from lingconv.storage.records import read_text
 from lingconv.version import __version__
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _complete(
     plan: Plan, base: Storage, folder: RunFolder, publisher: "Publisher | None"
 ) -> "PublishedCommit | None":
     """Write what makes a checkpoint of the weights; return the commit where it was published."""
-    record, card = _source_record(base), _base_card(plan, base)
+    record, card = read_source_record(base), _base_card(plan, base)
     last = closing_files(plan, record, card if plan.weighting else "", __version__)
     if publisher:
         return publisher.finish(record, card, last)
@@ -280,15 +281,8 @@ def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder)
 
 
 def _base_card(plan: Plan, storage: Storage) -> str:
-    """Return the card of the source, if it has one."""
+    """Return the card of the source, if it has one that can be read."""
     if CARD_NAME in plan.sources[-1].files:
-        return storage.read(CARD_NAME).decode("utf-8", "replace")
+        with suppress(LingconvError):
+            return read_text(storage, CARD_NAME)
     return ""
-
-
-def _source_record(storage: Storage) -> dict[str, Any] | None:
-    """Return the source's own lingconv.json, when it has one."""
-    with suppress(LingconvError, ValueError):
-        value = json.loads(storage.read(RECORD_NAME))
-        return value if isinstance(value, dict) else None
-    return None

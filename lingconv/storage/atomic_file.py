@@ -1,4 +1,4 @@
-"""atomic_file."""
+"""Small files that are there whole or not at all, and folders whose renames are on disk."""
 
 import os
 from collections.abc import Iterable
@@ -8,10 +8,14 @@ from lingconv.storage.file_names import PARTIAL_SUFFIX
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all.
+
+    What was left under its temporary name, a link to another file for one, is removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
         file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())

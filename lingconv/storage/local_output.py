@@ -117,8 +117,8 @@ class LocalOutput:
         self._checksums = checksums
         # Who knows no bytes has no checksums of them.
         self._can_clone = sys.platform == "linux" and checksums is None
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = _open_own(path, flags)
         self._direct_fd = -1
         try:
             os.ftruncate(self._fd, nbytes)
@@ -200,6 +200,20 @@ class LocalOutput:
                 if fd >= 0:
                     os.close(fd)
             self._fd = self._direct_fd = -1
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Return a descriptor of a regular file, which may be new.
+
+    Raises DestinationError for a link or a pipe of that name: what is behind it is not ours to
+    write to.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise DestinationError(
+            f"{path} is a link or no regular file; nothing is written through it",
+            hint="remove it, and run the same command again",
+        )
+    return os.open(path, flags, 0o644)
 
 
 @cache

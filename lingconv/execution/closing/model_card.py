@@ -7,19 +7,23 @@ keys are kept.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined, Template
-from yaml import YAMLError
 
+from lingconv.errors import CheckpointError
 from lingconv.execution.closing.runtimes import encoding_word, loaders
 from lingconv.plans.options import Target, TargetDType
-from lingconv.storage.file_names import MARK
-from lingconv.storage.provenance import public_name, repository_of, without_paths
+from lingconv.storage.file_names import MARK, RECORD_NAME
+from lingconv.storage.front_matter import FrontMatterError, load_front_matter, split_card
+from lingconv.storage.provenance import RECORD_FIELDS, public_name, repository_of, without_paths
+from lingconv.value_kinds import checked
 
+_NEEDED = ("source", "options", "encodings", "dropped")
 END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
 _FLOAT_OUTTYPES = ("auto", "f32", "f16", "bf16")
@@ -51,13 +55,27 @@ class CardInputs:
 
 
 def model_card(described: CardInputs) -> str:
-    """Return README.md."""
+    """Return README.md; raise CheckpointError for a record that lingconv did not write."""
+    described = replace(described, record=_checked_record(described.record))
     data, text = _parse(described.base_card)
-    front = ModelCardData(ignore_metadata_errors=True, **_front_matter(described, data)).to_yaml()
+    front = _to_yaml(_front_matter(described, data))
     if MARK in text:  # a card of lingconv's own: the part that it made is made anew
         text = text.partition(END_MARK)[2]
     section = _section(described).strip()
     return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
+
+
+def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record that has what a card is made of."""
+    needed = {key: RECORD_FIELDS[key]._replace(required=True) for key in _NEEDED}
+    good, faults = checked(record, {**RECORD_FIELDS, **needed}, RECORD_NAME)
+    if faults:
+        raise CheckpointError(
+            f"{RECORD_NAME} is none that lingconv wrote",
+            faults=faults,
+            hint="remove it from the folder, or restore it",
+        )
+    return good
 
 
 def published_record(record: Mapping[str, Any]) -> bytes:
@@ -67,14 +85,23 @@ def published_record(record: Mapping[str, Any]) -> bytes:
 
 def _parse(card: str) -> tuple[dict[str, Any], str]:
     """Return the front matter of a card and its text; what cannot be parsed is all text."""
-    if not card.startswith("---"):
-        return {}, card
+    parts = split_card(card)
     try:
-        parsed = ModelCard(card, ignore_metadata_errors=True)
-    except (YAMLError, ValueError, TypeError):
+        data = load_front_matter(parts.yaml)
+    except FrontMatterError:
         return {}, card
-    data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
-    return data, parsed.text
+    return {key: value for key, value in data.items() if value is not None}, parts.text
+
+
+def _to_yaml(data: dict[str, Any]) -> str:
+    """Return front matter as the Hub's library writes it, as far as that takes what stands there.
+
+    It knows better what a list of results means, and refuses with all kinds of errors.
+    """
+    try:
+        return str(ModelCardData(ignore_metadata_errors=True, **data).to_yaml())
+    except Exception:
+        return yaml_dump(data, sort_keys=False).strip()
 
 
 def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +127,14 @@ def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]
         Target.GGUF.value if layout == Target.GGUF else "",
         "lingconv",
     ]
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *filter(None, own)]))
+    data["tags"] = list(dict.fromkeys([*_tags(data.get("tags")), *filter(None, own)]))
     return data
+
+
+def _tags(value: Any) -> list[str]:
+    """Return the tags of a card: one, or a list of them; a year is a tag too, a list is none."""
+    held = value if isinstance(value, list) else [value]
+    return [str(tag) for tag in held if isinstance(tag, (str, int, float)) and tag != ""]
 
 
 def _origins(record: Mapping[str, Any]) -> Iterator[str]:
@@ -110,10 +143,11 @@ def _origins(record: Mapping[str, Any]) -> Iterator[str]:
         yield from (source["uri"] for source in record["sources"])
         return
     while True:
-        if repository_of(record["source"]) or not record.get("source_record"):
+        before = record.get("source_record") or {}
+        if repository_of(record["source"]) or "source" not in before:
             yield record["source"]
             return
-        record = record["source_record"]
+        record = before
 
 
 def _relation(record: Mapping[str, Any]) -> str:
