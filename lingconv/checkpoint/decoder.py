@@ -44,6 +44,9 @@ class Decoder:
     def __init__(self, arena: Arena, blobs: Mapping[str, Blob]) -> None:
         self._arena = arena
         self._blobs = blobs
+        # Whether float64 becomes float32 by rounding to odd: what is going to be rounded to fewer
+        # bits is then rounded as if there had been no float32 in between.
+        self.rounds_to_odd = False
 
     def fill(self, segments: Sequence[MatrixSlice], first: int, values: Array) -> Nonfinite | None:
         """Fill `values` with the rows from `first` of all `segments`, one behind the other.
@@ -134,6 +137,16 @@ class Decoder:
         np.copyto(values, stored)
         return not np.isfinite(stored).all()
 
+    def _f64_to_f32(self, source: StoredMatrix, row: int, values: Array) -> int:
+        stored = self._arena.take("read", values.shape, np.float64)
+        self._read_elements(source, row, stored)
+        with np.errstate(over="ignore"):
+            np.copyto(values, stored, casting="same_kind")
+        nonfinite = not np.isfinite(values).all()
+        if self.rounds_to_odd:
+            _to_odd(stored, values)
+        return nonfinite
+
     def _fp8(self, source: StoredMatrix, row: int, values: Array) -> int:
         codes = self._arena.take("read", values.shape, np.uint8)
         self._read_elements(source, row, codes)
@@ -167,12 +180,24 @@ _DECODERS: dict[tuple[str, np.dtype[Any]], Callable[..., int]] = {
     (DType.BF16, F32): Decoder._bf16_to_f32,
     (DType.F16, F32): Decoder._f16_to_f32,
     (DType.F32, F32): Decoder._plain,
+    (DType.F64, F32): Decoder._f64_to_f32,
     ("fp8", BF16_BITS): Decoder._fp8,
     ("fp8", F32): Decoder._fp8,
     ("ggml", F32): Decoder._ggml,
 }
 _BARE = (PLAIN[DType.BF16], PLAIN[DType.F32])
 _SCALE_STORAGE = {DType.F32: np.float32, DType.BF16: np.uint16, DType.F8_E8M0: np.uint8}
+
+
+def _to_odd(exact: Array, rounded: Array) -> None:
+    """Make float32 `rounded` the neighbour of float64 `exact` whose last bit is 1, if not equal.
+
+    Boldo and Melquiond, "When double rounding is odd" (2005): rounding that to nearest in two bits
+    less or fewer gives what rounding `exact` gives.
+    """
+    bits = rounded.view(np.uint32)
+    bits -= np.abs(rounded) > np.abs(exact)  # towards zero
+    bits |= (rounded != exact) & ~np.isnan(exact)
 
 
 def decode_scales(raw: Array, dtype: DType) -> Array:

@@ -7,7 +7,7 @@ of a given shape and in which units of rows it can be worked on. The arithmetic 
 from lingconv.encodings.dtypes import DTYPES, GgmlType, StoredType
 from lingconv.encodings.fp8 import Fp8, ScaleShape
 from lingconv.encodings.ggml import Ggml
-from lingconv.encodings.plain import FLOATS, PLAIN, Plain
+from lingconv.encodings.plain import DECODABLE, PLAIN, Plain
 
 Encoding = Plain | Fp8 | Ggml
 
@@ -31,7 +31,7 @@ def is_decodable(encoding: Encoding) -> bool:
     """Return whether numbers can be read from it: all but plain integers and what is incomplete."""
     if isinstance(encoding, Ggml):
         return encoding.type not in _INCOMPLETE
-    return isinstance(encoding, Fp8) or encoding.dtype in FLOATS
+    return isinstance(encoding, Fp8) or encoding.dtype in DECODABLE
 
 
 def encoding_of(kind: StoredType) -> Plain | Ggml:

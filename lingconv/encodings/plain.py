@@ -6,8 +6,10 @@ from typing import Any, ClassVar, Self
 from lingconv.encodings.dtypes import DTYPES, DType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
-# What can be decoded to numbers; tensors of any other dtype are only ever copied.
+# What numbers are written in; tensors of any other dtype are only ever copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)
+# F64 is read as well, which merges leave behind, and rounded once; nothing is written in it.
+DECODABLE = (*FLOATS, DType.F64)
 
 
 @dataclass(frozen=True, slots=True)

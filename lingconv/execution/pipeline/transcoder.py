@@ -15,6 +15,7 @@ from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.kernels import fp8_encode as fp8
 from lingconv.encodings.kernels import ggml_encode as ggml
 from lingconv.encodings.kernels import numeric
+from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.execution.pipeline.averager import Averager
 from lingconv.plans.lowering import RowStrip, works_in_f32
@@ -23,6 +24,7 @@ from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 from lingconv.storage.local_output import WritableBlob
 
+_NARROW = (PLAIN[DType.BF16], PLAIN[DType.F16])
 # From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
 _SQUARES_OVERFLOW = 17
 
@@ -55,6 +57,7 @@ class Transcoder:
         shape = strip.last - strip.first, transfer.cols
         values = self._arena.take("values", shape, dtype, like=strip.offset)
         if not strip.transfer.is_average:
+            self._decoders[-1].rounds_to_odd = transfer.target.encoding in _NARROW
             self._refuse(self._decoders[-1].fill(strip.segments, 0, values))
         elif self._averager.fill(strip, values) and not self._allow_nonfinite:
             self._refuse(*self._averager.find_nonfinite(strip))

@@ -156,6 +156,12 @@ def _finished_files(folder: Path) -> list[str]:
             details=unfinished,
             hint="run the command that writes it again, then push",
         )
+    if outside := storage.left_out():
+        raise CheckpointError(
+            f"{folder} holds what cannot be published",
+            details=[f"{name}: {why}" for name, why in outside.items()],
+            hint="put the files themselves into the folder, or remove these names",
+        )
     models = models_in(files)
     if len(models) > 1 and not any(name.endswith(".safetensors") for name in files):
         faults = [fault for name in models for fault in GgufReader(storage, name).read().faults]
