@@ -108,10 +108,13 @@ def test_roles_decide_what_is_quantized(family):
     ("changes", "says"),
     [
         ({"hidden_size": None}, "`hidden_size` is missing"),
-        ({"hidden_size": -5}, "`hidden_size` cannot be used"),
-        ({"hidden_size": [1]}, "`hidden_size` cannot be used"),
-        ({"num_experts": 1e30}, "`num_experts` cannot be used"),
-        ({"num_attention_heads": 0, "head_dim": None}, "`head_dim` cannot be used"),
+        ({"hidden_size": -5}, "`hidden_size` is -5, not 0 to 2,147,483,647"),
+        ({"hidden_size": [1]}, "`hidden_size` is a list of 1, not a whole number"),
+        ({"num_experts": 1e30}, "`num_experts` is 1e+30, not a whole number"),
+        (
+            {"num_attention_heads": 0, "head_dim": None},
+            "`num_attention_heads` is 0, not 1 to 4,096",
+        ),
     ],
 )
 def test_a_config_that_makes_no_model(family, changes, says):

@@ -4,9 +4,18 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lingconv import CheckpointError, ConvertOptions, UsageError, inspect, plan
-from tests.support import INDEX, copy_checkpoint, edit_json, read_header, rewrite, write_raw
+from tests.support import (
+    INDEX,
+    copy_checkpoint,
+    edit_json,
+    read_header,
+    read_tensors,
+    rewrite,
+    write_raw,
+)
 
 SHARD_2 = "model-00002-of-00003.safetensors"
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -52,7 +61,7 @@ def test_missing_shard(source):
 
 
 @pytest.mark.parametrize(
-    "path", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None]
+    "path", ["../x.safetensors", "/etc/passwd", "a/../../b", "a//b", ".git/b", "..", "", 7, None]
 )
 def test_index_that_points_outside(source, path):
     edit_json(source / INDEX, lambda index: index["weight_map"].update({NORM: path}))
@@ -67,15 +76,105 @@ def test_index_that_names_the_wrong_shard(source):
     assert refusal(source) == [f"{INDEX}: {NORM}: index says {wrong}, but it is in {SHARD_2}"]
 
 
-def test_index_that_lacks_a_tensor_or_has_one_too_many(source):
+def test_an_index_that_lacks_a_tensor_or_has_one_too_many_is_stale(source):
+    """Loaders open the files that an index names, and take what is in them."""
     edit_json(source / INDEX, lambda index: index["weight_map"].pop(NORM))
-    assert any("loaders skip it" in line and NORM in line for line in refusal(source))
+    lacks = [str(fault) for fault in inspect(source).faults]
+    assert lacks == [
+        f"{INDEX}: leaves out 1 tensor ({NORM}) of the files that it names; they are read"
+    ]
     edit_json(
         source / INDEX, lambda index: index["weight_map"].update({NORM: SHARD_2, "ghost": SHARD_2})
     )
-    assert any(
-        f"{INDEX}: ghost: index says {SHARD_2}, but it is not there" in s for s in refusal(source)
-    )
+    (warning,) = plan(source, ConvertOptions()).warnings
+    assert warning == f"{INDEX}: is stale: it lists 1 tensor (ghost) that no file holds"
+
+
+def test_an_index_in_front_of_weights_in_a_folder(source):
+    """As `save_pretrained` of some trainers writes it; transformers joins the two."""
+    (source / "weights").mkdir()
+    for path in source.glob("*.safetensors"):
+        path.rename(source / "weights" / path.name)
+
+    def into_folder(index):
+        index["weight_map"] = {n: f"weights/{f}" for n, f in index["weight_map"].items()}
+
+    edit_json(source / INDEX, into_folder)
+    assert not inspect(source).faults
+
+
+def test_an_index_of_another_save_beside_a_whole_model(source):
+    rewrite(source, lambda tensors: None)
+    names = {NORM: SHARD_2, "model.word_embeddings.weight": "model-00001-of-00003.safetensors"}
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (fault,) = inspect(source).faults
+    assert not fault.fatal
+    assert "none of the 2 files that it names is there; model.safetensors is read" in str(fault)
+
+
+def test_an_index_that_lists_mtp_tensors_nobody_saved(source):
+    def without_mtp(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            ghosts.append(name)
+            del tensors[name]
+
+    ghosts = []
+    rewrite(source, without_mtp)
+    rest = read_header(source / "model.safetensors")[0].keys() - {"__metadata__"}
+    weight_map = dict.fromkeys([*rest, *ghosts], "model.safetensors")
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(CheckpointError) as caught:
+        plan(source, ConvertOptions())
+    assert len(caught.value.faults) == len(ghosts) == 39
+    assert all("the index is stale" in line for line in caught.value.details)
+    assert "--mtp drop" in caught.value.hint
+    plan(source, ConvertOptions(mtp="drop"))
+
+
+def test_mtp_tensors_in_a_file_that_the_index_does_not_name(source):
+    mtp = {n: t for n, t in read_tensors(source).items() if n.startswith("model.layers.2.")}
+
+    def without_mtp(tensors):
+        for name in mtp:
+            del tensors[name]
+
+    rewrite(source, without_mtp)
+    (source / "model.safetensors").rename(source / "a.safetensors")
+    rest = read_header(source / "a.safetensors")[0].keys() - {"__metadata__"}
+    (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(rest, "a.safetensors")}))
+    save_file(mtp, source / "mtp.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        plan(source, ConvertOptions())
+    assert len(caught.value.faults) == len(mtp)
+    assert all("mtp.safetensors holds it" in line for line in caught.value.details)
+    assert "--mtp" not in caught.value.hint
+    (source / INDEX).unlink()  # as the hint says
+    assert not [fault for fault in inspect(source).faults if fault.fatal]
+
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4998663840\n"
+)
+
+
+@pytest.mark.parametrize("name", [SHARD_2, "tokenizer.json", "config.json", INDEX])
+def test_a_pointer_of_git_lfs_is_named(source, name):
+    (source / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError) as caught:
+        plan(source, ConvertOptions())
+    assert any(f"{name}: is a Git LFS pointer" in line for line in caught.value.details)
+
+
+def test_a_pointer_in_place_of_a_picture_is_left_behind_by_name(source):
+    (source / "figure.png").write_bytes(POINTER)
+    (fault,) = inspect(source).faults
+    assert str(fault).startswith("figure.png: is a Git LFS pointer")
+    assert "figure.png" not in plan(source, ConvertOptions()).side_files
+
+
+def test_a_page_of_html_in_place_of_a_shard(source):
+    (source / SHARD_2).write_bytes(b"\n<!DOCTYPE html><html>" + b" " * 5000)
+    assert refusal(source)[0] == f"{SHARD_2}: is an HTML page, not the file itself: fetch it again"
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": 3}', '{"weight_map": []}'])

@@ -174,7 +174,7 @@ def test_trouble_on_the_way_changes_no_byte(hub, golden, tmp_path, kind, downloa
 
 
 def test_a_link_that_stalls_is_asked_again(hub, golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "_TIMEOUT", httpx.Timeout(1.0))
+    monkeypatch.setattr(remote, "TIMEOUT", httpx.Timeout(1.0))
     hub.fire = Fire(stall=0.05)
     convert("hf://org/tiny-ling-v2", tmp_path / "far", FP8)
     assert hub.fire.met["stall"]

@@ -40,6 +40,9 @@ class Decoder:
     def __init__(self, arena: Arena, blobs: Mapping[str, Blob]) -> None:
         self.arena = arena
         self._blobs = blobs
+        # Whether float64 becomes float32 by rounding to odd: what is going to be rounded to fewer
+        # bits is then rounded as if there had been no float32 in between.
+        self.rounds_to_odd = False
 
     def fill(self, segments: Sequence[MatrixSlice], first: int, values: Array) -> Nonfinite | None:
         """Fill `values` with the rows from `first` of all `segments`, one behind the other.
@@ -112,7 +115,7 @@ class Decoder:
 class _Rows:
     """One stored matrix, as its codec reads it."""
 
-    __slots__ = ("_decoder", "_source", "buffers", "cols", "height")
+    __slots__ = ("_decoder", "_source", "buffers", "cols", "height", "rounds_to_odd")
 
     def __init__(self, decoder: Decoder, source: StoredMatrix) -> None:
         self._decoder = decoder
@@ -120,6 +123,7 @@ class _Rows:
         self.height = source.height
         self.cols = source.cols
         self.buffers = decoder.arena
+        self.rounds_to_odd = decoder.rounds_to_odd
 
     def read_rows(self, first: int, into: Array) -> None:
         self._decoder.read_rows(self._source, first, into)

@@ -18,7 +18,7 @@ from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.kernels.random_normal import normal_rows, normal_table
 from lingconv.encodings.tensor_spec import tensor_spec
-from lingconv.errors import UsageError
+from lingconv.errors import CheckpointError, UsageError
 from lingconv.model.family import Family, Role
 from lingconv.model.family_file import presets
 from lingconv.model.layout import HF, build_layout
@@ -110,8 +110,14 @@ class SynthStorage:
         """Return the virtual weights and the small files."""
         return self._stats
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return nothing."""
+        return {}
+
     def stat(self, name: str) -> FileStat:
         """Return what `files` says: nothing ever changes."""
+        if name not in self._stats:
+            raise CheckpointError(f"{self.uri} has no file {name}")
         return self._stats[name]
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:

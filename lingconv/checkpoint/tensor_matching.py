@@ -26,6 +26,7 @@ class Matcher:
 
     def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
         self.tensors = checkpoint.tensors
+        self.absent = checkpoint.absent
         self.family = family
         self.layout = layout
         self.faults: list[Fault] = []
@@ -56,9 +57,7 @@ class Matcher:
     def _find(self, tensor: PhysicalTensor) -> StoredMatrix | None:
         held = self.tensors.get(tensor.name)
         if held is None:
-            message = f"is missing, expected {list(tensor.stored_shape)}"
-            hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
-            self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
+            self._fault_missing(tensor)
             return None
         self.used.add(held.name)
         if self._is_padded(tensor, held):
@@ -77,6 +76,14 @@ class Matcher:
         if tensor.transposition:
             return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
         return found
+
+    def _fault_missing(self, tensor: PhysicalTensor) -> None:
+        known = self.absent.get(tensor.name)
+        message = f"is missing, expected {list(tensor.stored_shape)}"
+        hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
+        if known is not None:
+            message, hint = f"{message}: {known.reason}", known.hint or hint
+        self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
         """Return whether Megatron made a vocabulary longer, so that ranks get equal parts of it."""

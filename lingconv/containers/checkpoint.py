@@ -14,6 +14,16 @@ from lingconv.storage import FileStat, Storage
 from lingconv.storage.stated_sums import StatedSum
 
 
+class Absence(NamedTuple):
+    """Why a tensor that the files speak of is not among those that were read, and what to do.
+
+    Where that depends on what the tensor is in the model, there is no hint.
+    """
+
+    reason: str
+    hint: str = ""
+
+
 class LeftOut(NamedTuple):
     """What belongs to a training run and not to the model: how many entries, how many bytes."""
 
@@ -30,7 +40,7 @@ class Checkpoint:
     files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
     `revision` is what is known of the version, in words; `checksums` are what files state of ranges
-    of their own bytes.
+    of their own bytes, `absent` is what is known of tensors that are not read.
     """
 
     storage: Storage
@@ -48,6 +58,7 @@ class Checkpoint:
     is_spread: bool = False
     revision: str = ""
     checksums: Mapping[str, tuple[StatedSum, ...]] = field(default_factory=dict)
+    absent: Mapping[str, Absence] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.storage.uri!r}: {self.format}, {len(self.tensors)} tensors>"

@@ -45,6 +45,10 @@ class StoredRows(Protocol):
     def buffers(self) -> Buffers:
         """Buffers of the thread that reads."""
 
+    @property
+    def rounds_to_odd(self) -> bool:
+        """Whether float64 becomes float32 by rounding to odd, because fewer bits are to follow."""
+
     def read_rows(self, first: int, into: Array) -> None:
         """Fill `into` [rows, cols] with stored elements from row `first` on."""
 

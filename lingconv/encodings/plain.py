@@ -8,8 +8,10 @@ from lingconv.encodings.base import EXACT, Encoding, Limit
 from lingconv.encodings.dtypes import DTYPES, DType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
-# What can be decoded to numbers; tensors of any other dtype are only ever copied.
+# What numbers are written in; tensors of any other dtype are only ever copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)
+# F64 is read as well, which merges leave behind, and rounded once; nothing is written in it.
+DECODABLE = (*FLOATS, DType.F64)
 
 # Dtypes whose every number a dtype holds.
 _HOLDS = {
@@ -53,7 +55,7 @@ class Plain(Encoding):
     @property
     def is_decodable(self) -> bool:
         """Whether the elements are floats."""
-        return self.dtype in FLOATS
+        return self.dtype in DECODABLE
 
     @property
     def element_bytes(self) -> int:

@@ -12,12 +12,27 @@ from typing import Any
 from lingconv.encodings.base import Encoding
 from lingconv.encodings.fp8 import Fp8
 from lingconv.encodings.name_pattern import select
+from lingconv.errors.value_kinds import Field, Kind, Schema, checked, shown
 
 FP8 = "fp8"
 COMPRESSED_TENSORS = "compressed-tensors"
 KEY = "quantization_config"
 DEFAULT_BLOCK = (128, 128)
 
+# Far beyond any axis, and kernels count in 64 bits.
+_MAX_BLOCK = 1 << 62
+_TEXT = Field((Kind.TEXT,))
+_NAMES = Field((Kind.LIST,), items=(Kind.TEXT,))
+_FIELDS: Schema = {
+    "quant_method": _TEXT,
+    "fmt": _TEXT,
+    "scale_fmt": _TEXT,
+    "modules_to_not_convert": _NAMES,
+    "ignored_layers": _NAMES,
+    "ignore": _NAMES,
+    "config_groups": Field((Kind.OBJECT,), items=(Kind.OBJECT,)),
+}
+_WEIGHT_FIELDS: Schema = {"type": _TEXT, "strategy": _TEXT, "num_bits": Field((Kind.INT,))}
 _KEPT_KEYS = ("modules_to_not_convert", "ignored_layers")
 _SUFFIX = {FP8: "_scale_inv", COMPRESSED_TENSORS: "_scale"}
 
@@ -57,19 +72,27 @@ def read(config: Mapping[str, Any]) -> StatedQuantization | None:
         return None
     if not isinstance(stated, dict):
         raise ValueError(f"`{KEY}` is not an object")  # noqa: TRY004 - bad data, not a bad call
+    _check(stated, _FIELDS)
     method = stated.get("quant_method")
     readers = {FP8: _read_fp8, COMPRESSED_TENSORS: _read_compressed_tensors}
     if method not in readers:
-        raise ValueError(f"`quant_method` is {method!r}; {' and '.join(readers)} are read")
+        raise ValueError(f"`quant_method` is {shown(method)}; {' and '.join(readers)} are read")
     try:
         return readers[method](stated)
     except (KeyError, TypeError, AttributeError) as exc:
-        raise ValueError(f"`{KEY}` is incomplete: {exc!r}") from exc
+        raise ValueError(f"`{KEY}` is incomplete: {exc!r:.100}") from exc
+
+
+def _check(stated: Mapping[str, Any], fields: Schema) -> None:
+    """Raise ValueError that names a key whose value is of another type."""
+    _, faults = checked(stated, fields, "")
+    if faults:
+        raise ValueError(f"`{KEY}`: {faults[0].message}")
 
 
 def _read_fp8(stated: Mapping[str, Any]) -> StatedQuantization:
     if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-        raise ValueError(f"`fmt` is {stated['fmt']!r}, not e4m3")
+        raise ValueError(f"`fmt` is {shown(stated['fmt'])}, not e4m3")
     block = stated.get("weight_block_size")
     kept = next((stated[key] for key in _KEPT_KEYS if stated.get(key)), None)
     ue8m0 = stated.get("scale_fmt") == "ue8m0"
@@ -83,14 +106,17 @@ def _read_compressed_tensors(stated: Mapping[str, Any]) -> StatedQuantization:
     return StatedQuantization(COMPRESSED_TENSORS, blocks.pop(), _names(stated.get("ignore")))
 
 
-def _read_group(weights: Mapping[str, Any]) -> tuple[int, int]:
+def _read_group(weights: Any) -> tuple[int, int]:
+    if not isinstance(weights, dict):
+        raise ValueError(f"`{KEY}`: `weights` is {shown(weights)}, not {Kind.OBJECT}")  # noqa: TRY004
+    _check(weights, _WEIGHT_FIELDS)
     if weights["type"] != "float" or weights["num_bits"] != 8:
         raise ValueError(f"weights are {weights['type']} of {weights['num_bits']} bits, not FP8")
     if weights["strategy"] == "block":
         return _block(weights["block_structure"])
     blocks = {"channel": (1, 0), "tensor": (0, 0)}
     if weights["strategy"] not in blocks:
-        raise ValueError(f"weight strategy {weights['strategy']!r} is not read")
+        raise ValueError(f"weight strategy {shown(weights['strategy'])} is not read")
     return blocks[weights["strategy"]]
 
 
@@ -100,11 +126,11 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _block(value: Any) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"block size {value!r} is not two numbers")
-    rows, cols = value
-    if type(rows) is not int or type(cols) is not int or rows < 1 or cols < 1:
-        raise ValueError(f"block size {value!r} is not two positive numbers")
-    return rows, cols
+        raise ValueError(f"block size {shown(value)} is not two numbers")
+    if not all(type(size) is int and 1 <= size <= _MAX_BLOCK for size in value):
+        sizes = " and ".join(map(shown, value))
+        raise ValueError(f"block size {sizes} is not two positive numbers")
+    return value[0], value[1]
 
 
 def build(encodings: Sequence[Encoding], kept_modules: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lingconv.containers.registry import format_for
 from lingconv.errors import CheckpointError, LingconvError, ResourceError, resumable
 from lingconv.execution.closing.closing_files import closing_files, record_json
-from lingconv.execution.closing.source_record import MAX_RECORD_BYTES, parse_record
 from lingconv.execution.delivery import KeepLocal
 from lingconv.execution.devices import gpus_of
 from lingconv.execution.pipeline.prefetch import sources_of
@@ -34,6 +33,8 @@ from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
 from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
 from lingconv.storage.machine import allow_open_files, free_bytes
+from lingconv.storage.provenance import read_source_record
+from lingconv.storage.records import read_text
 from lingconv.version import __version__
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class Run:
     def complete(self) -> "PublishedCommit | None":
         """Write what makes a checkpoint of the weights; return the commit if it was published."""
         plan, folder, base = self._plan, self._folder, self._storages[-1]
-        record, card = _source_record(base), _base_card(plan, base)
+        record, card = read_source_record(base), _base_card(plan, base)
         last = closing_files(plan, record, card if plan.weighting else "", __version__)
         if self._publisher:
             return self._publisher.finish(record, card, last)
@@ -358,15 +359,8 @@ def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder)
 
 
 def _base_card(plan: Plan, storage: Storage) -> str:
-    """Return the card of the source, if it has one."""
+    """Return the card of the source, if it has one that can be read."""
     if CARD_NAME in plan.sources[-1].files:
-        return storage.read(CARD_NAME).decode("utf-8", "replace")
+        with suppress(LingconvError):
+            return read_text(storage, CARD_NAME)
     return ""
-
-
-def _source_record(storage: Storage) -> dict[str, Any] | None:
-    """Return the source's own lingconv.json, when it has one."""
-    with suppress(LingconvError, KeyError):  # made-up sources hold none
-        if storage.stat(RECORD_NAME).size <= MAX_RECORD_BYTES:
-            return parse_record(storage.read(RECORD_NAME))
-    return None

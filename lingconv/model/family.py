@@ -4,6 +4,7 @@ This module knows symbols, logical tensors and roles. It does not know files, by
 and no tensor name of any model stands in it: those are data (`formats/README.md`).
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from typing import Any, NamedTuple, NewType
 
 from lingconv.errors import CheckpointError, Fault
 from lingconv.model.parallelism import RankShard
-from lingconv.model.symbols import Symbol, check_symbol, whole_number
+from lingconv.model.symbols import Symbol, SymbolError, whole_number
 
 LogicalName = NewType("LogicalName", str)
 PhysicalName = NewType("PhysicalName", str)
 Shape = tuple[int, ...]
 
-# Keeps a hostile config from exhausting memory.
+# Keep a hostile config from exhausting memory. Ling-1T has 62,000 tensors, each expert's counted.
 MAX_REPEATS = 100_000
+MAX_TENSORS = 500_000
 
 
 class Role(StrEnum):
@@ -160,6 +162,11 @@ class TensorRule:
         base = layout.split("+")[0]
         return whole_number(self.interleave[base], symbols) if base in self.interleave else 1
 
+    def pieces(self, symbols: Mapping[str, Any]) -> int:
+        """Return how many tensors of a layer it stands for, in the layout that cuts them most."""
+        groups = [whole_number(count, symbols) for count in self.interleave.values()]
+        return math.prod(whole_number(n, symbols) for _, n in self.repeat) * max(groups, default=1)
+
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
         """Return the shape that the symbols give; an axis is a product of symbols and integers."""
         dims = []
@@ -266,23 +273,47 @@ class Family:
         """
         overrides = overrides or {}
         symbols: dict[str, Any] = {}
-        faults = []
+        sound: dict[str, Any] = {}
+        faults: list[Fault] = []
         for symbol in self.symbols:
             key = symbol.key(layout)
             try:
                 value = overrides.get(symbol.name)
                 value = symbol.value(config, layout, symbols, names) if value is None else value
-                symbols[symbol.name] = value
-                check_symbol(value)
+                if wrong := symbol.check(value, sound):
+                    raise SymbolError(key, wrong, value)
+                symbols[symbol.name] = sound[symbol.name] = value
             except KeyError as exc:
                 if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
                     faults.append(Fault("config", f"`{key}` is missing", file))
+            except SymbolError as exc:
+                symbols[symbol.name] = _stand_in(symbol)
+                faults.append(Fault("config", str(exc), file, hint=_way_out(exc, file)))
             except (TypeError, ValueError, ArithmeticError) as exc:
-                symbols.setdefault(symbol.name, 1)
+                symbols[symbol.name] = _stand_in(symbol)
                 faults.append(Fault("config", f"`{key}` cannot be used: {exc}", file))
         if faults:
+            faults = list(dict.fromkeys(faults))  # an object that is none has several symbols
             raise CheckpointError(f"{file} does not describe a {self.title} model", faults=faults)
+        self._check_extent(symbols, file)
         return symbols
+
+    def _check_extent(self, symbols: Mapping[str, Any], file: str) -> None:
+        """Raise CheckpointError for a model of more tensors, and turns of rows, than there can be.
+
+        Each number of layers and experts may be possible, and their product not.
+        """
+        count = 0
+        for block in self.blocks:
+            rules = (rule for group in block.groups for rule in self.tensors[group])
+            held = (rule for rule in rules if not rule.when or symbols[rule.when])
+            count += len(block.layers(symbols)) * sum(rule.pieces(symbols) for rule in held)
+        if count > MAX_TENSORS:
+            raise CheckpointError(
+                f"{file} asks for {count:,} tensors, more than any model has",
+                details=[f"at most {MAX_TENSORS:,}, each expert's counted, are read"],
+                hint="look at the numbers of layers, experts and heads",
+            )
 
     def expand(
         self, symbols: Mapping[str, Any], layout: str, part: RankShard | None = None
@@ -361,6 +392,25 @@ class Family:
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
+
+
+def _stand_in(symbol: Symbol) -> Any:
+    """Return what later symbols may be derived from in place of a value that cannot be used."""
+    return 1 if symbol.default is None else symbol.default
+
+
+def _way_out(error: SymbolError, file: str) -> str:
+    """Return how a number that is written as another kind can be set right, if it is one."""
+    if not isinstance(error.value, (str, float)) or file != "config.json" or "." in error.key:
+        return ""
+    try:
+        number = float(error.value)
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    text = f"{number:.0f}" if number == int(number) and abs(number) < 1e15 else f"{number!r}"
+    return f"write it as a number, or pass `--set {error.key}={text}`"
 
 
 class _Entry(NamedTuple):

@@ -72,6 +72,8 @@ def _read(entry: Traversable) -> Family:
 
 
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
+_BOUNDS = ("least", "most", "at_most", "divides")
+_SYMBOL_WORDS = ("default", "rule", *_BOUNDS)
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
 _INTERLEAVE = "_interleave"
 _SPLIT = "_split"
@@ -112,7 +114,7 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
     keys = {
         word: (key,) if isinstance(key, str) else tuple(key)
         for word, key in entry.items()
-        if word not in ("default", "rule") and not word.endswith(_SYMBOL_SUFFIXES)
+        if word not in _SYMBOL_WORDS and not word.endswith(_SYMBOL_SUFFIXES)
     }
     spellings = {
         word.removesuffix("_as"): SPELLINGS[spelling]
@@ -125,7 +127,8 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
         for word, pattern in entry.items()
         if word.endswith(suffix)
     }
-    return Symbol(name, keys, entry.get("default"), rule, spellings, presence)
+    bounds = {word: entry[word] for word in _BOUNDS if word in entry}
+    return Symbol(name, keys, entry.get("default"), rule, spellings, presence, **bounds)
 
 
 def _parse_merged(entry: Mapping[str, str], rules: list[TensorRule]) -> Mapping[str, str]:

@@ -8,8 +8,10 @@ value, and reads it back. Family files refer to both by name, so that they stay 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from lingconv.errors import CheckpointError
+from lingconv.errors.value_kinds import Kind, shown
+
 Symbols = Mapping[str, Any]
-Rule = Callable[[Any, Symbols], Any]
 
 
 def head_dim(own: Any, symbols: Symbols) -> Any:
@@ -25,7 +27,9 @@ def rotary_dim(own: Any, symbols: Symbols) -> Any:
     """
     if not own:
         return 64
-    return own if own > 1 else int(own * symbols["head_dim"])
+    if own <= 1:
+        return int(own * symbols["head_dim"])
+    return int(own) if own == int(own) else own
 
 
 def rotary_factor(own: Any, symbols: Symbols) -> Any:
@@ -73,21 +77,26 @@ def has_shared(own: Any, symbols: Symbols) -> Any:
     return symbols["shared_experts"] > 0
 
 
+class Rule(NamedTuple):
+    """A rule: `takes` are the kinds of what stands under the symbol's own key, `gives` its own."""
+
+    value: Callable[[Any, Symbols], Any]
+    gives: Kind
+    takes: tuple[Kind, ...] = ()
+
+
 RULES: dict[str, Rule] = {
-    rule.__name__: rule
-    for rule in (
-        head_dim,
-        rotary_dim,
-        rotary_factor,
-        shared_width,
-        groups_or_one,
-        dense_layers,
-        all_layers,
-        original_positions,
-        has_decoder,
-        own_head,
-        has_shared,
-    )
+    "head_dim": Rule(head_dim, Kind.INT, (Kind.INT,)),
+    "rotary_dim": Rule(rotary_dim, Kind.INT, (Kind.FLOAT,)),
+    "rotary_factor": Rule(rotary_factor, Kind.FLOAT, (Kind.FLOAT,)),
+    "shared_width": Rule(shared_width, Kind.INT, (Kind.INT,)),
+    "groups_or_one": Rule(groups_or_one, Kind.INT, (Kind.INT,)),
+    "dense_layers": Rule(dense_layers, Kind.INT, (Kind.INT,)),
+    "all_layers": Rule(all_layers, Kind.INT),
+    "original_positions": Rule(original_positions, Kind.INT, (Kind.INT,)),
+    "has_decoder": Rule(has_decoder, Kind.BOOL),
+    "own_head": Rule(own_head, Kind.BOOL),
+    "has_shared": Rule(has_shared, Kind.BOOL),
 }
 
 
@@ -129,11 +138,13 @@ def megatron_notes(symbols: Symbols) -> list[str]:
 class Spelling(NamedTuple):
     """How a format writes a symbol: `write` may return None for "leave the key out".
 
-    Both get the symbols: `read` those above the symbol itself, `write` all of them.
+    Both get the symbols: `read` those above the symbol itself, `write` all of them. `stored` are
+    the kinds that the format has under its key, where they are not the symbol's.
     """
 
-    read: Rule
-    write: Rule
+    read: Callable[[Any, Symbols], Any]
+    write: Callable[[Any, Symbols], Any]
+    stored: tuple[Kind, ...] = ()
 
 
 # llama_expert_gating_func_type in src/llama-hparams.h of github.com/ggml-org/llama.cpp.
@@ -155,11 +166,15 @@ def _read_rope_scaling(own: Any, symbols: Symbols) -> Any:
 
 def _read_gating_function(own: Any, symbols: Symbols) -> Any:
     if own not in _GATING_FUNCTIONS:
-        raise ValueError(f"{own!r} is no known gating function")
+        raise ValueError(f"is {own}, no known gating function")
     return _GATING_FUNCTIONS[own]
 
 
 def _write_gating_function(own: Any, symbols: Symbols) -> Any:
+    if own not in _GATING_NUMBERS:
+        raise CheckpointError(
+            f"llama.cpp has no gating function {shown(own)}, only {' and '.join(_GATING_NUMBERS)}"
+        )
     return _GATING_NUMBERS[own]
 
 
@@ -188,7 +203,7 @@ def _read_layer_frequency(own: Any, symbols: Symbols) -> Any:
     pattern = [1] if own == 1 else list(own)
     dense = pattern.index(1) if 1 in pattern else len(pattern)
     if any(layer != 1 for layer in pattern[dense:]):
-        raise ValueError(f"{own!r} has dense layers behind one with experts")
+        raise ValueError("has dense layers behind one with experts")
     return dense
 
 
@@ -203,11 +218,13 @@ def _share_of_head_dim(own: Any, symbols: Symbols) -> Any:
 AS_IT_IS = Spelling(_as_it_is, _as_it_is)
 SPELLINGS: dict[str, Spelling] = {
     "with_mtp_layers": Spelling(_without_mtp_layers, _with_mtp_layers),
-    "gating_function": Spelling(_read_gating_function, _write_gating_function),
+    "gating_function": Spelling(_read_gating_function, _write_gating_function, (Kind.INT,)),
     "rope_scaling": Spelling(_read_rope_scaling, _if_yarn),
     "if_yarn": Spelling(_as_it_is, _if_yarn),
     "widths_of_an_expert": Spelling(_read_widths, _nothing),
     "opposite": Spelling(_opposite, _opposite),
-    "layer_frequency": Spelling(_read_layer_frequency, _write_layer_frequency),
-    "share_of_head_dim": Spelling(_as_it_is, _share_of_head_dim),
+    "layer_frequency": Spelling(
+        _read_layer_frequency, _write_layer_frequency, (Kind.INT, Kind.LIST)
+    ),
+    "share_of_head_dim": Spelling(_as_it_is, _share_of_head_dim, (Kind.FLOAT,)),
 }

@@ -60,7 +60,7 @@ def open_storage(source: str | Path) -> tuple[Storage, str]:
         return ObjectStorage(folder if is_file else str(source)), name if is_file else ""
     root = Path(source)
     if root.is_file() and root.suffix == SUFFIX:
-        return LocalStorage(root.parent, str(source)), root.name
+        return LocalStorage(root.parent, str(source), root.name), root.name
     if not root.is_dir():
         hint = ""
         if not root.is_absolute() and str(source).count("/") == 1:

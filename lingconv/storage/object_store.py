@@ -19,8 +19,9 @@ from lingconv.errors import (
     PermissionDenied,
     UsageError,
 )
-from lingconv.storage import Blob, FileStat
+from lingconv.storage import MAX_FILES, Blob, FileStat, whole_size
 from lingconv.storage.byte_ranges import PARALLEL, Ranges
+from lingconv.storage.folder_listing import too_many_files
 
 T = TypeVar("T")
 
@@ -76,8 +77,11 @@ def list_objects(system: Any, root: str, uri: str) -> dict[str, FileStat]:
             return {}
         return found
 
+    found = asked(uri, listing)
+    if len(found) > MAX_FILES:
+        raise too_many_files(uri)
     stats = {}
-    for path, info in asked(uri, listing).items():
+    for path, info in found.items():
         name = str(path).removeprefix(root).lstrip("/")
         if not name or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
             raise CheckpointError(f"{uri} lists a file that leads out of it: {path!r}")
@@ -135,6 +139,10 @@ class ObjectStorage:
             if not any(part.startswith(".") for part in name.split("/"))
         }
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return nothing: stores have no links."""
+        return {}
+
     def stat(self, name: str) -> FileStat:
         """Return size and stamp as they are now."""
         where = f"{self.uri}/{name}"
@@ -142,7 +150,9 @@ class ObjectStorage:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return bytes of a file."""
-        return self._ranges.read(self._object(name), offset, size)
+        file = self._object(name)
+        left = whole_size(name, file.size - offset) if size is None else size
+        return self._ranges.read(file, offset, left)
 
     def open(self, name: str) -> Blob:
         """Open a file for reading by ranges."""

@@ -22,6 +22,10 @@ class Overlay:
         real = {name: held[name] for name in self._names}
         return {**real, **{name: self.stat(name) for name in self._made}}
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return nothing: the names were chosen."""
+        return {}
+
     def stat(self, name: str) -> FileStat:
         """Return what the storage says of a file; what was made never changes."""
         if name in self._made:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lingconv.errors import LingconvError
+from lingconv.errors.value_kinds import Field, Kind, Schema, checked
 from lingconv.storage import Storage
+from lingconv.storage.file_names import RECORD_NAME
+from lingconv.storage.records import read_record
 
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 _ADDRESS = re.compile(r"hf://(?:models/)?([^/@]+)/([^/@]+)(?:@([0-9a-f]{40})(?:/|$))?")
@@ -33,17 +36,50 @@ def public_name(uri: str) -> str:
     return repository_of(uri) or uri.rstrip("/").rpartition("/")[2]
 
 
+RECORD_FIELDS: Schema = {
+    "source": Field((Kind.TEXT,)),
+    "revision": Field((Kind.TEXT,)),
+    "sources": Field((Kind.LIST,), items=(Kind.OBJECT,)),
+    "source_record": Field((Kind.OBJECT,)),
+    "options": Field((Kind.OBJECT,)),
+    "encodings": Field((Kind.OBJECT,), items=(Kind.INT,)),
+    "dropped": Field((Kind.OBJECT,), items=(Kind.OBJECT,)),
+}
+
+
+def read_source_record(storage: Storage) -> dict[str, Any] | None:
+    """Return the lingconv.json of a source, or None when it has none that says anything.
+
+    It is what others wrote: what is of no use in it is left out, and nothing else depends on it.
+    """
+    with suppress(LingconvError):
+        return _usable(read_record(storage, RECORD_NAME)) or None
+    return None
+
+
+def _usable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record, and those that it was made from, without what is of another type."""
+    good, _ = checked(record, RECORD_FIELDS, RECORD_NAME)
+    good["sources"] = [one for one in good.get("sources", ()) if isinstance(one.get("uri"), str)]
+    if not good["sources"]:
+        del good["sources"]
+    if "source_record" in good:
+        good["source_record"] = _usable(good["source_record"])
+    return good
+
+
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a lingconv.json that may be published: repositories are named, folders by name alone.
 
     Where a checkpoint lay on somebody's disk is nobody's business.
     """
-    found = dict(record)
-    found["source"] = _told(record["source"])
-    if "sources" in record:
-        found["sources"] = [{**source, "uri": _told(source["uri"])} for source in record["sources"]]
-    if isinstance(record.get("source_record"), dict) and "source" in record["source_record"]:
-        found["source_record"] = without_paths(record["source_record"])
+    found = _usable(record)
+    if "source" in found:
+        found["source"] = _told(found["source"])
+    if "sources" in found:
+        found["sources"] = [{**source, "uri": _told(source["uri"])} for source in found["sources"]]
+    if "source_record" in found:
+        found["source_record"] = without_paths(found["source_record"])
     return found
 
 

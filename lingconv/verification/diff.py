@@ -17,6 +17,7 @@ from lingconv.encodings import encoding_of
 from lingconv.encodings.plain import FLOATS
 from lingconv.errors import CheckpointError
 from lingconv.plans.tensor_map import ByteRange, StoredMatrix
+from lingconv.storage import same_content
 from lingconv.storage.aligned_buffers import Arena
 from lingconv.storage.open_files import OpenFiles
 from lingconv.verification.progress import Watcher
@@ -121,7 +122,7 @@ def _files(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
         elif a.side_files[name].size != b.side_files[name].size:
             sizes = f"{a.side_files[name].size:,} and {b.side_files[name].size:,} bytes"
             yield Difference("file", name, sizes)
-        elif a.storage.read(name) != b.storage.read(name):
+        elif not same_content(a.storage, b.storage, name):
             yield Difference("file", name, "other content of the same size")
 
 

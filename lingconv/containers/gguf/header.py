@@ -14,8 +14,10 @@ from lingconv.containers.stored_tensor import HeaderError, StoredTensor, check_c
 from lingconv.encodings.dtypes import DTYPES, GGML_TYPES, GgmlType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.errors import Fault
+from lingconv.errors.value_kinds import shown
 from lingconv.plans.key_values import Metadata, Value, ValueType
 from lingconv.storage.file_names import SUFFIX
+from lingconv.storage.records import stand_in
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -27,9 +29,14 @@ SPLIT_TENSORS = "split.tensors.count"
 # A vocabulary of 160,000 tokens and its merges take 7 MB; what is far beyond is no header.
 MAX_HEADER_BYTES = 128 << 20
 MAX_ARRAY_ITEMS = 4_000_000
+# Far beyond any real file: a model has thousands of tensors, and some fifty keys.
+MAX_TENSORS = 500_000
+MAX_KEYS = 100_000
+MAX_FAULTS = 100
 MAX_NAME_BYTES = 63
 MAX_AXES = 4
 _CHUNK_BYTES = 1 << 20
+_PEEK_BYTES = 256
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -71,7 +78,7 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -
     for _ in range(num_keys):
         key = _read_text(cursor)
         if key in metadata:
-            raise HeaderError(f"key `{key}` comes twice")
+            raise HeaderError(f"key {shown(key)} comes twice")
         metadata[key] = _read_value(cursor, key)
     infos = [_read_info(cursor) for _ in range(num_tensors)]
     alignment = alignment_of(metadata)
@@ -109,6 +116,10 @@ class _Cursor:
         self.position = end
         return piece
 
+    def peek(self, count: int) -> bytes:
+        """Return the next `count` bytes, or what there is of them, and stay where it is."""
+        return self._read(self.position, min(count, self._file_bytes - self.position))
+
     def expect(self, nbytes: int, what: str) -> None:
         """Raise HeaderError when `what` of at least `nbytes` cannot be in what is left."""
         if nbytes > self.left:
@@ -128,6 +139,8 @@ class _Cursor:
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     """Read what a file begins with; return how many tensors and key-values follow."""
+    if instead := stand_in(cursor.peek(_PEEK_BYTES)):
+        raise HeaderError(instead)
     cursor.expect(24, "a GGUF header")
     if cursor.take(4) != MAGIC:
         raise HeaderError("does not begin with `GGUF`")
@@ -141,6 +154,11 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     cursor.expect(
         num_keys * 13 + num_tensors * 24, f"{num_keys:,} keys and {num_tensors:,} tensors"
     )
+    if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
+        raise HeaderError(
+            f"header announces {num_keys:,} keys and {num_tensors:,} tensors, at most"
+            f" {MAX_KEYS:,} and {MAX_TENSORS:,} are read"
+        )
     return num_tensors, num_keys
 
 
@@ -157,7 +175,7 @@ def _read_type(cursor: _Cursor, key: str) -> ValueType:
     try:
         return ValueType(number)
     except ValueError as exc:
-        raise HeaderError(f"key `{key}` has the unknown value type {number}") from exc
+        raise HeaderError(f"key {shown(key)} has the unknown value type {number}") from exc
 
 
 def _read_value(cursor: _Cursor, key: str) -> Value:
@@ -175,14 +193,14 @@ def _read_array(cursor: _Cursor, key: str) -> Value:
     (count,) = _UINT64.unpack(cursor.take(8))
     cursor.items += count
     if cursor.items > MAX_ARRAY_ITEMS:
-        raise HeaderError(f"key `{key}` brings the arrays to {cursor.items:,} items, too many")
+        raise HeaderError(f"key {shown(key)} brings the arrays to {cursor.items:,} items, too many")
     if item == ValueType.STRING:
-        cursor.expect(8 * count, f"`{key}` with {count:,} strings")
+        cursor.expect(8 * count, f"{shown(key)} with {count:,} strings")
         return Value(ValueType.ARRAY, [_read_text(cursor) for _ in range(count)], item)
     if item == ValueType.ARRAY:
-        raise HeaderError(f"key `{key}` is an array of arrays, which is not read")
+        raise HeaderError(f"key {shown(key)} is an array of arrays, which is not read")
     size = _FORMATS[item].size
-    cursor.expect(size * count, f"`{key}` with {count:,} numbers")
+    cursor.expect(size * count, f"{shown(key)} with {count:,} numbers")
     found = struct.unpack(f"<{count}{_FORMATS[item].format[1:]}", cursor.take(size * count))
     return Value(ValueType.ARRAY, list(found), item)
 
@@ -200,7 +218,7 @@ def _read_info(cursor: _Cursor) -> _Info:
     name = _read_text(cursor)
     (num_axes,) = _UINT32.unpack(cursor.take(4))
     if num_axes > MAX_AXES:
-        raise HeaderError(f"tensor `{name[:80]}` has {num_axes:,} axes, at most 4 are possible")
+        raise HeaderError(f"tensor {shown(name)} has {num_axes:,} axes, at most 4 are possible")
     sizes = struct.unpack(f"<{num_axes}Q", cursor.take(8 * num_axes))
     kind, offset = struct.unpack("<IQ", cursor.take(12))
     return _Info(name, sizes[::-1], kind, offset)
@@ -211,7 +229,7 @@ def alignment_of(metadata: Metadata) -> int:
     alignment = metadata[ALIGNMENT_KEY].data if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
     # A power of two, and no larger than a huge page: padding is written too.
     if type(alignment) is not int or not 0 < alignment <= 1 << 21 or alignment & (alignment - 1):
-        raise HeaderError(f"`{ALIGNMENT_KEY}` is {alignment!r}, not a power of two")
+        raise HeaderError(f"`{ALIGNMENT_KEY}` is {shown(alignment)}, not a power of two")
     return alignment
 
 
@@ -227,6 +245,9 @@ def _place(
     faults: list[Fault] = []
     seen: set[str] = set()
     for info in infos:
+        if len(faults) == MAX_FAULTS:
+            faults.append(Fault("header", "has more faults than these", file))
+            break
         try:
             if info.name in seen:
                 raise HeaderError("tensor is listed twice in one header")
@@ -311,9 +332,26 @@ def _value(value: Value) -> Iterable[bytes]:
     return [prefix, struct.pack(layout, *value.data)]
 
 
+def check_value(key: str, value: Value) -> None:
+    """Raise HeaderError for a value that cannot be written as the type that it is said to be."""
+    try:
+        list(_value(value))
+    except (struct.error, OverflowError, TypeError, AttributeError, UnicodeError) as exc:
+        kind = value.type.name.lower() + (f" of {value.item.name.lower()}s" if value.item else "")
+        raise HeaderError(f"`{key}` is {shown(value.data)}, no {kind} of GGUF") from exc
+
+
 def shard_name(stem: str, index: int, count: int) -> str:
     """Return the name of file `index` (from 0) of `count`, as llama.cpp's gguf-split spells it."""
     return f"{stem}{SUFFIX}" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}{SUFFIX}"
+
+
+def first_sibling(name: str) -> str:
+    """Return the name of the first of the files that belong to the one called `name`."""
+    match = _SPLIT_NAME.fullmatch(name)
+    if match is None or int(match["count"]) < 2:
+        return name
+    return shard_name(match["stem"], 0, int(match["count"]))
 
 
 def siblings(name: str) -> list[str]:

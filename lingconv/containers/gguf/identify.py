@@ -5,10 +5,16 @@ from dataclasses import replace
 
 from lingconv.containers.base import Identity
 from lingconv.containers.checkpoint import Checkpoint
-from lingconv.containers.gguf.to_hf import plain_values, rebuild_files, special_ids
+from lingconv.containers.gguf.to_hf import (
+    plain_values,
+    rebuild_files,
+    special_ids,
+    well_typed,
+)
 from lingconv.containers.hf.config import rebuild_config
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError
+from lingconv.errors.value_kinds import shown
 from lingconv.model.family import Family, GgufModel
 from lingconv.model.layout import GGUF, build_layout
 from lingconv.storage.overlay import Overlay
@@ -22,19 +28,21 @@ def identify(checkpoint: Checkpoint, families: Sequence[Family]) -> Identity:
     metadata = checkpoint.metadata or {}
     values = plain_values(metadata)
     family, arch = _find_family(checkpoint, values.get("general.architecture"), families)
-    symbols = family.resolve(values, GGUF, names=checkpoint.tensors)
-    files, faults = rebuild_files(metadata, arch.tokenizer)
+    described_in = next(iter(checkpoint.shards))
+    symbols = family.resolve(values, GGUF, names=checkpoint.tensors, file=described_in)
+    typed, odd = well_typed(metadata, described_in)
+    files, faults = rebuild_files(typed, arch.tokenizer)
     matrices = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 2]
     dtype = matrices[0] if matrices and isinstance(matrices[0], DType) else DType.BF16
     storage = Overlay(checkpoint.storage, list(checkpoint.shards), files)
-    shown = replace(
+    converted = replace(
         checkpoint,
         storage=storage,
-        config=rebuild_config(family, arch.of, symbols, dtype, special_ids(metadata)),
+        config=rebuild_config(family, arch.of, symbols, dtype, special_ids(typed)),
         side_files={name: storage.stat(name) for name in files},
-        faults=(*checkpoint.faults, *faults),
+        faults=(*checkpoint.faults, *odd, *faults),
     )
-    return Identity(shown, family, arch.of, symbols, build_layout(family, symbols, GGUF))
+    return Identity(converted, family, arch.of, symbols, build_layout(family, symbols, GGUF))
 
 
 def _find_family(
@@ -45,7 +53,7 @@ def _find_family(
     if isinstance(named, str) and named in known:
         return known[named]
     raise CheckpointError(
-        f"{checkpoint.storage.uri} has the unknown GGUF architecture {named!r}",
+        f"{checkpoint.storage.uri} has the unknown GGUF architecture {shown(named)}",
         faults=checkpoint.faults,
         details=[f"known: {name}" for name in known] + [str(f) for f in checkpoint.faults],
         hint="describe the model in a family file and pass it with `--formats PATH`",

@@ -5,9 +5,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.gguf.header import check_value
 from lingconv.containers.gguf.hf_metadata import HfFiles
 from lingconv.containers.gguf.tokenizer import describe_tokenizer
-from lingconv.errors import UsageError
+from lingconv.containers.stored_tensor import HeaderError
+from lingconv.errors import CheckpointError, UsageError
 from lingconv.model.family import Family, GgufModel
 from lingconv.model.layout import Layout
 from lingconv.plans.key_values import Metadata, Value, ValueType
@@ -15,6 +17,7 @@ from lingconv.plans.options import GgufOptions, Target
 
 FILE_TYPE = "general.file_type"
 QUANTIZATION_VERSION = "general.quantization_version"
+_MAX_STEM_BYTES = 200
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
 
@@ -43,7 +46,7 @@ def describe(
     if held is not None:
         kept = {key: value for key, value in held.items() if not key.startswith("split.")}
         numbers = {key: value for key, value in _numbers(family, target.symbols) if key in kept}
-        return {**kept, **numbers, **_encoding(target.file_type), **named}, []
+        return _written({**kept, **numbers, **_encoding(target.file_type), **named}), []
     arch = _architecture(family, architecture)
     with HfFiles(checkpoint) as files:
         general = files.general(arch.architecture, _parameters(target.layout))
@@ -51,7 +54,21 @@ def describe(
             files, arch.tokenizer, target.symbols["vocab_size"], options.tokenizer_pre
         )
     numbers = dict(_numbers(family, target.symbols))
-    return {**general, **named, **numbers, **_encoding(target.file_type), **tokens}, warnings
+    found = {**general, **named, **numbers, **_encoding(target.file_type), **tokens}
+    return _written(found), warnings
+
+
+def _written(metadata: dict[str, Value]) -> dict[str, Value]:
+    """Return key-values that all can be written; raise CheckpointError that names one that cannot.
+
+    They are checked before the first byte of the target is.
+    """
+    try:
+        for key, value in metadata.items():
+            check_value(key, value)
+    except HeaderError as exc:
+        raise CheckpointError(f"the key-values of the GGUF file: {exc}") from exc
+    return metadata
 
 
 def file_stem(metadata: Metadata, mix: str) -> str:
@@ -59,13 +76,15 @@ def file_stem(metadata: Metadata, mix: str) -> str:
     import gguf
 
     name, base, finetune, version, size = (
-        metadata[key].data if key in metadata else None
+        metadata[key].data if key in metadata and metadata[key].type == ValueType.STRING else None
         for key in map(
             "general.{}".format, ("name", "basename", "finetune", "version", "size_label")
         )
     )
     stem: str = gguf.naming_convention(name, base, finetune, version, size, mix)
-    return stem.replace("/", "-")
+    # The name of a file, whatever a card says: a part of it is behind, the number of the shard too.
+    safe = "".join(letter if letter.isprintable() else "-" for letter in stem.replace("/", "-"))
+    return safe.encode()[:_MAX_STEM_BYTES].decode("utf-8", "ignore").lstrip(".") or "model"
 
 
 def _architecture(family: Family, architecture: str) -> GgufModel:

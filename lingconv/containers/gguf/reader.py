@@ -8,6 +8,7 @@ from lingconv.containers.gguf.header import (
     SPLIT_NO,
     SPLIT_TENSORS,
     Header,
+    first_sibling,
     read_header,
     siblings,
 )
@@ -18,10 +19,12 @@ from lingconv.plans.key_values import Value
 from lingconv.storage import Storage
 from lingconv.storage.file_names import SUFFIX
 
+_MAX_NAMED = 20
+
 
 def models_in(names: Iterable[str]) -> list[str]:
     """Return the first file of every GGUF model among the files of a folder."""
-    found = (siblings(name)[0] for name in names if name.endswith(SUFFIX) and "/" not in name)
+    found = (first_sibling(name) for name in names if name.endswith(SUFFIX) and "/" not in name)
     return sorted(set(found))
 
 
@@ -31,11 +34,16 @@ class GgufReader:
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage = storage
         self.names = siblings(name)
+        self.files = storage.files()
+        self.left_out = storage.left_out()
         self.faults: list[Fault] = []
 
     def read(self) -> Checkpoint:
         """Read all headers; raise CheckpointError when the first file's is of no use."""
-        headers = {name: header for name in self.names if (header := self._read(name)) is not None}
+        missing = [name for name in self.names if name not in self.files]
+        self._fault_missing(missing)
+        there = (name for name in self.names if name in self.files)
+        headers = {name: header for name in there if (header := self._read(name)) is not None}
         first = headers.get(self.names[0])
         if first is None:
             raise CheckpointError(f"{self.storage.uri} cannot be read", faults=self.faults)
@@ -49,7 +57,7 @@ class GgufReader:
             storage=self.storage,
             config=plain_values(metadata),
             tensors=tensors,
-            shards={name: self.storage.stat(name) for name in headers},
+            shards={name: self.files[name] for name in headers},
             side_files={},
             ignored={},
             faults=tuple(self.faults),
@@ -57,13 +65,19 @@ class GgufReader:
             metadata=metadata,
         )
 
-    def _read(self, name: str) -> Header | None:
-        if name not in self.storage.files():
+    def _fault_missing(self, missing: list[str]) -> None:
+        """Name the files of a split that are not there, the first of them each by itself."""
+        for name in missing[:_MAX_NAMED]:
             message = f"is missing: the model is split into {len(self.names)} files"
-            hint = "fetch the missing files again"
+            message = self.left_out.get(name, message)
+            hint = "" if name in self.left_out else "fetch the missing files again"
             self.faults.append(Fault("missing file", message, name, hint=hint))
-            return None
-        size = self.storage.stat(name).size
+        if len(missing) > _MAX_NAMED:
+            message = f"{len(missing) - _MAX_NAMED:,} files more are missing"
+            self.faults.append(Fault("missing file", message, missing[_MAX_NAMED]))
+
+    def _read(self, name: str) -> Header | None:
+        size = self.files[name].size
         try:
             header = read_header(lambda at, count: self.storage.read(name, at, count), size, name)
         except HeaderError as exc:
@@ -98,4 +112,4 @@ class GgufReader:
 
 def _number(metadata: dict[str, Value], key: str, default: int) -> int:
     value = metadata[key].data if key in metadata else default
-    return value if isinstance(value, int) else -1
+    return value if type(value) is int else -1

@@ -7,8 +7,9 @@ from typing import Any
 from lingconv.containers.gguf.tokenizer import MERGES, MODEL, PRE, TOKEN_TYPES, TOKENS, TokenType
 from lingconv.containers.gguf.tokenizer_json import gpt2_splitting, splitting_by, tokenizer_json
 from lingconv.errors import Fault
+from lingconv.errors.value_kinds import Field, Kind, Schema, checked
 from lingconv.model.family import KnownTokenizer
-from lingconv.plans.key_values import Metadata, ValueType
+from lingconv.plans.key_values import Metadata, Value, ValueType
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ID_KEYS = {"pad": "padding", "sep": "seperator", "unk": "unknown"}  # as gguf.Keys spells them
@@ -20,6 +21,20 @@ _SAMPLING = {
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
 _TEMPLATE = "tokenizer.chat_template"
+MAX_ID = 1 << 31
+# What may stand under the keys that are read here, and that llama.cpp reads as well.
+_TEXTS = Field((Kind.LIST,), items=(Kind.TEXT,))
+_FIELDS: Schema = {
+    MODEL: Field((Kind.TEXT,)),
+    PRE: Field((Kind.TEXT,)),
+    TOKENS: _TEXTS,
+    MERGES: _TEXTS,
+    TOKEN_TYPES: Field((Kind.LIST,), items=(Kind.INT,)),
+    _TEMPLATE: Field((Kind.TEXT,)),
+    **{f"tokenizer.ggml.{_ID_KEYS.get(n, n)}_token_id": Field((Kind.INT,)) for n in _SPECIAL},
+    **{f"tokenizer.ggml.add_{name}_token": Field((Kind.BOOL,)) for name in _SPECIAL},
+    **{key: Field((Kind.FLOAT,)) for key in _SAMPLING},
+}
 # GPT-2's own splitting, which tokenizers has built in.
 _GPT2 = ("gpt-2", "default")
 
@@ -44,6 +59,22 @@ def _shortest(value: float) -> float:
     return value
 
 
+def well_typed(metadata: Metadata, file: str) -> tuple[dict[str, Value], list[Fault]]:
+    """Return the key-values without those that are not of their type, and a fault for each."""
+    named = {key: Field((Kind.TEXT,)) for key in metadata if key.startswith(_TEMPLATE + ".")}
+    data = {key: value.data for key, value in metadata.items()}
+    good, faults = checked(data, {**_FIELDS, **named}, file)
+    tokens, types = good.get(TOKENS), good.get(TOKEN_TYPES)
+    if tokens is not None and types is not None and len(types) != len(tokens):
+        message = f"`{TOKEN_TYPES}` has {len(types):,} items for {len(tokens):,} tokens"
+        faults.append(Fault("json", message, file))
+        del good[TOKEN_TYPES]
+    if any(len(merge.split(" ", 1)) < 2 for merge in good.get(MERGES, ())):
+        faults.append(Fault("json", f"`{MERGES}` holds a text that is no pair of tokens", file))
+        del good[MERGES]
+    return {key: value for key, value in metadata.items() if key in good}, faults
+
+
 def special_ids(metadata: Metadata) -> dict[str, int]:
     """Return the ids of the tokens that generation begins and ends with, by config.json's keys."""
     ids = {f"{name}_token_id": _special_id(metadata, name) for name in ("bos", "eos", "pad")}
@@ -53,20 +84,25 @@ def special_ids(metadata: Metadata) -> dict[str, int]:
 def _special_id(metadata: Metadata, name: str) -> int | None:
     key = f"tokenizer.ggml.{_ID_KEYS.get(name, name)}_token_id"
     value = metadata[key].data if key in metadata else None
-    return value if isinstance(value, int) else None
+    # llama.cpp passes over what is no token, -1 for one, as well.
+    count = len(metadata[TOKENS].data) if TOKENS in metadata else MAX_ID
+    return value if type(value) is int and 0 <= value < count else None
 
 
 def rebuild_files(
     metadata: Metadata, known: KnownTokenizer
 ) -> tuple[dict[str, bytes], list[Fault]]:
-    """Return tokenizer and generation files, and why some of them cannot be made."""
+    """Return tokenizer and generation files, and why some of them cannot be made.
+
+    The metadata are well typed.
+    """
     files = {"generation_config.json": _json(_generation_config(metadata))}
     if TOKENS not in metadata:
         return files, [Fault("tokenizer", "holds no tokenizer", fatal=False)]
     model, pre = _text(metadata, MODEL), _text(metadata, PRE)
-    tokens = [text for text in metadata[TOKENS].data if isinstance(text, str)]
+    tokens = metadata[TOKENS].data
     types = _types(metadata, len(tokens))
-    if model != "gpt2" or len(tokens) != len(metadata[TOKENS].data):
+    if model != "gpt2":
         message = f"tokenizer of kind `{model}` is not rebuilt, only byte-level BPE (`gpt2`) is"
         return files, [Fault("tokenizer", message, fatal=False)]
     if pre not in (known.pre, *_GPT2):
@@ -83,10 +119,8 @@ def _text(metadata: Metadata, key: str) -> str:
 
 
 def _types(metadata: Metadata, count: int) -> list[int]:
-    held = metadata[TOKEN_TYPES].data if TOKEN_TYPES in metadata else None
-    return (
-        held if isinstance(held, list) and len(held) == count else [int(TokenType.NORMAL)] * count
-    )
+    held: list[int] = metadata[TOKEN_TYPES].data if TOKEN_TYPES in metadata else []
+    return held or [int(TokenType.NORMAL)] * count
 
 
 def _tokenizer(metadata: Metadata, tokens: list[str], types: list[int], split: str) -> Any:
@@ -95,7 +129,7 @@ def _tokenizer(metadata: Metadata, tokens: list[str], types: list[int], split: s
     numbered = list(zip(range(len(tokens)), tokens, types, strict=True))
     return tokenizer_json(
         {text: number for number, text, kind in numbered if kind != TokenType.UNUSED},
-        [str(merge).split(" ", 1) for merge in merges],
+        [merge.split(" ", 1) for merge in merges],
         [
             (number, text, kind == TokenType.CONTROL)
             for number, text, kind in numbered
@@ -109,11 +143,11 @@ def _tokenizer_config(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in _SPECIAL:
         number = _special_id(metadata, name)
-        if number is not None and number < len(tokens):
+        if number is not None:
             config[f"{name}_token"] = tokens[number]
         switch = f"tokenizer.ggml.add_{name}_token"
         if switch in metadata:
-            config[f"add_{name}_token"] = bool(metadata[switch].data)
+            config[f"add_{name}_token"] = metadata[switch].data
     template = _chat_template(metadata)
     if template:
         config["chat_template"] = template
@@ -124,7 +158,7 @@ def _chat_template(metadata: Metadata) -> str | list[dict[str, str]]:
     """Return the chat template, or all of them by name where there are several."""
     default = _text(metadata, _TEMPLATE)
     named = [
-        {"name": key.removeprefix(_TEMPLATE + "."), "template": str(value.data)}
+        {"name": key.removeprefix(_TEMPLATE + "."), "template": value.data}
         for key, value in metadata.items()
         if key.startswith(_TEMPLATE + ".")
     ]

@@ -1,12 +1,14 @@
 """A byte-level BPE tokenizer as GGUF keeps it, from tokenizer.json, without transformers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
 from lingconv.containers.gguf.hf_metadata import TOKENIZER, HfFiles
-from lingconv.errors import CheckpointError, UsageError
+from lingconv.errors import CheckpointError, LingconvError, UsageError
+from lingconv.errors.value_kinds import shown
 from lingconv.model.family import KnownTokenizer
 from lingconv.plans.key_values import Value, ValueType
 
@@ -48,11 +50,12 @@ def describe_tokenizer(
     """
     value = files.tokenizer()
     vocab, added = _read(value)
-    tokenizer = _load(files)
     warnings: list[str] = []
-    if not pre:
-        pre, warnings = _choose_pre(tokenizer, known, set(added))
-    tokens, types = _tokens(vocab, added, tokenizer, vocab_size)
+    with _explained():
+        tokenizer = _load(files)
+        if not pre:
+            pre, warnings = _choose_pre(tokenizer, known, set(added))
+        tokens, types = _tokens(vocab, added, tokenizer, vocab_size)
     special = files.special_tokens()
     merges = special.pop(MERGES, Value(ValueType.ARRAY, [], ValueType.STRING))
     return {
@@ -67,29 +70,49 @@ def describe_tokenizer(
 
 def _read(value: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
     """Return the vocabulary and the added tokens by text, both checked for what is used of them."""
-    model = value.get("model")
-    kind = model.get("type", "BPE") if isinstance(model, dict) else None
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = value.get("added_tokens", [])
-    if kind != "BPE" or not isinstance(vocab, dict) or not isinstance(added, list):
-        raise CheckpointError(f"{TOKENIZER} holds {kind or 'no'} tokens, not byte-level BPE")
+    model = value["model"]
+    kind, vocab = model.get("type") or "BPE", model.get("vocab")
+    added = value.get("added_tokens") or []
+    if kind != "BPE" or not isinstance(vocab, dict):
+        raise CheckpointError(f"{TOKENIZER} holds {shown(kind)} tokens, not byte-level BPE")
     if not all(type(number) is int and number >= 0 for number in vocab.values()):
         raise CheckpointError(f"{TOKENIZER} gives a token an id that is no number")
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+        raise CheckpointError(f"{TOKENIZER} has a merge that is no pair of tokens")
     by_text: dict[str, Mapping[str, Any]] = {}
     for entry in added:
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-            raise CheckpointError(f"{TOKENIZER} has an added token without an id: {entry!r:.80}")
-        by_text[str(entry.get("content"))] = entry
+        number, text = entry.get("id"), entry.get("content")
+        if type(number) is not int or number < 0 or not isinstance(text, str):
+            raise CheckpointError(
+                f"{TOKENIZER} has an added token {shown(text)} with the id {shown(number)}"
+            )
+        by_text[text] = entry
     return vocab, by_text
+
+
+def _is_merge(merge: Any) -> bool:
+    """Return whether a merge is `a b`, or ["a", "b"] as newer files have it."""
+    if isinstance(merge, list):
+        return len(merge) == 2 and all(isinstance(part, str) for part in merge)
+    return isinstance(merge, str)
 
 
 def _load(files: HfFiles) -> Any:
     from tokenizers import Tokenizer
 
+    return Tokenizer.from_file(str(files.folder / TOKENIZER))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Translate what the library makes of a broken file: it raises plain Exception, and panics."""
     try:
-        return Tokenizer.from_file(str(files.folder / TOKENIZER))
-    except Exception as exc:  # the library raises plain Exception
-        raise CheckpointError(f"{TOKENIZER} cannot be used: {exc}") from exc
+        yield
+    except (LingconvError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # pyo3_runtime.PanicException is no Exception
+        raise CheckpointError(f"{TOKENIZER} cannot be used: {exc}"[:500]) from exc
 
 
 def _choose_pre(tokenizer: Any, known: KnownTokenizer, added: set[str]) -> tuple[str, list[str]]:

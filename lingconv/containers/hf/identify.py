@@ -7,8 +7,10 @@ from typing import Any
 
 from lingconv.containers.base import Identity
 from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.hf.small_files import CONFIG_FIELDS
 from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.errors import CheckpointError
+from lingconv.errors.value_kinds import checked
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import HF, build_layout
 from lingconv.model.layout_detection import experts_layout, with_mtp_apart
@@ -22,8 +24,9 @@ def identify(
 
     Raises CheckpointError when it names no known architecture or lacks what describes the model.
     """
-    config = {**(overrides.config or checkpoint.config), **overrides.settings}
-    checkpoint = replace(checkpoint, config=config)
+    stated = {**(overrides.config or checkpoint.config), **overrides.settings}
+    config, odd = checked(stated, CONFIG_FIELDS, CONFIG_NAME)
+    checkpoint = replace(checkpoint, config=config, faults=(*checkpoint.faults, *odd))
     family, architecture = find_family(checkpoint, families)
     symbols = _resolve_symbols(checkpoint, family)
     names = checkpoint.tensors.keys()

@@ -1,23 +1,41 @@
 """Reads a Hugging Face folder: safetensors shards, their index, config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any
 
-from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.checkpoint import Absence, Checkpoint
 from lingconv.containers.hf import safetensors
-from lingconv.containers.hf.small_files import read_json, sort_other_files
+from lingconv.containers.hf.small_files import (
+    MAX_NAMED,
+    left_out_faults,
+    read_json,
+    sort_other_files,
+    take_pointers,
+)
 from lingconv.containers.stored_tensor import HeaderError, StoredTensor, add_tensors
 from lingconv.errors import CheckpointError, Fault
+from lingconv.errors.value_kinds import shown
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME
+from lingconv.storage.records import stand_in
 
 _Header = tuple[list[StoredTensor], list[Fault]] | HeaderError
+_PEEK_BYTES = 256
+_FETCH = "fetch the missing shards again"
+_FETCH_ALL = "fetch the file again"
+_ALL_FILES = (
+    f"name the file in `weight_map` of {safetensors.INDEX_NAME}, or remove that index: then all"
+    " *.safetensors files are read"
+)
 
 
-def _is_plain_name(name: str) -> bool:
-    """Return whether `name` is a file of the folder itself, not a way out of it."""
-    return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+def _is_inside(name: str) -> bool:
+    """Return whether `name` is a file of the folder, or of a folder in it, and no way out."""
+    parts = PurePosixPath(name).parts
+    odd = name != "/".join(parts) or name.startswith("/") or "\\" in name or not name.isprintable()
+    return bool(parts) and not odd and not any(part.startswith(".") for part in parts)
 
 
 class SafetensorsReader:
@@ -26,22 +44,30 @@ class SafetensorsReader:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.files = dict(storage.files())
+        self.left_out = storage.left_out()
         self.faults: list[Fault] = []
+        self.absent: dict[str, Absence] = {}
 
     def read(self) -> Checkpoint:
         """Read all headers; raise CheckpointError when there are no weights at all."""
         weight_map, index_metadata = self._read_index()
-        shards = self._choose_shards(weight_map)
-        if not shards and not self.faults:
+        if weight_map is not None and self._is_of_another_save(weight_map):
+            weight_map = None
+            shards = [safetensors.SINGLE_NAME]
+        else:
+            shards = self._choose_shards(weight_map)
+        self._fault_left_out(weight_map)
+        if not shards and not any(fault.fatal for fault in self.faults):
             raise CheckpointError(
                 f"{self.storage.uri} holds no *.safetensors file",
                 hint="lingconv reads Hugging Face checkpoints in safetensors format, and GGUF",
             )
         tensors: dict[str, StoredTensor] = {}
         readable = self._read_shards(shards, tensors)
+        side_files, ignored = self._sort_other_files(shards)
         if weight_map is not None:
             self._check_index(weight_map, index_metadata, tensors, readable)
-        side_files, ignored = self._sort_other_files(shards)
+            self._look_elsewhere(ignored, tensors)
         return Checkpoint(
             storage=self.storage,
             config=self._read_json(CONFIG_NAME),
@@ -50,60 +76,78 @@ class SafetensorsReader:
             side_files=side_files,
             ignored=ignored,
             faults=tuple(self.faults),
+            absent=self.absent,
         )
 
     def _read_json(self, name: str) -> dict[str, Any]:
         """Return a JSON object, or an empty one and a fault."""
         if name not in self.files:
-            self.faults.append(Fault("missing file", "is not there", name))
+            if not any(fault.file == name for fault in self.faults):
+                self.faults.append(Fault("missing file", "is not there", name))
             return {}
         return read_json(self.storage, name, self.faults)
 
-    def _read_index(self) -> tuple[dict[str, str] | None, dict[str, Any] | None]:
+    def _read_index(self) -> tuple[dict[str, str] | None, dict[str, Any]]:
         name = safetensors.INDEX_NAME
         if name not in self.files:
-            return None, None
+            return None, {}
         index = self._read_json(name)
-        weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-        if not isinstance(weight_map, dict):
-            self.faults.append(Fault("index", "has no `weight_map` object", name))
-            weight_map = {}
-        good = {}
-        for tensor, shard in weight_map.items():
-            if isinstance(shard, str) and _is_plain_name(shard):
+        good, odd = {}, []
+        for tensor, shard in index.get("weight_map", {}).items():
+            if isinstance(shard, str) and _is_inside(shard):
                 good[tensor] = shard
             else:
-                message = f"index points outside the folder: {shard!r}"
-                self.faults.append(Fault("index", message, name, tensor))
-        return good, metadata if isinstance(metadata, dict) else {}
+                message = f"index points outside the folder: {shown(shard)}"
+                odd.append(Fault("index", message, name, tensor))
+        self.faults += odd[:MAX_NAMED]
+        if len(odd) > MAX_NAMED:
+            message = f"index points outside the folder {len(odd) - MAX_NAMED:,} times more"
+            self.faults.append(Fault("index", message, name))
+        return good, index.get("metadata") or {}
 
     def _choose_shards(self, weight_map: Mapping[str, str] | None) -> list[str]:
-        present = [name for name in self.files if name.endswith(".safetensors")]
         if weight_map is None:
-            present = [name for name in present if "/" not in name]
+            names = [name for name in self.files if name.endswith(".safetensors")]
+            present = [name for name in names if "/" not in name]
             if len(present) > 1:
                 message = f"is missing; all {len(present)} *.safetensors files are read"
                 self.faults.append(Fault("index", message, safetensors.INDEX_NAME, fatal=False))
             return sorted(present)
         named = sorted(set(weight_map.values()))
-        self.faults += [
-            Fault(
-                "missing file",
-                "the index names this shard, and it is not there",
-                name,
-                hint="fetch the missing shards again",
-            )
-            for name in named
-            if name not in self.files
-        ]
+        known = self.files.keys() | self.left_out.keys()
+        missing = [name for name in named if name not in known]
+        message = "the index names this shard, and it is not there"
+        self.faults += [Fault("missing file", message, name, hint=_FETCH) for name in missing]
         return [name for name in named if name in self.files]
+
+    def _is_of_another_save(self, weight_map: Mapping[str, str]) -> bool:
+        """Return whether an index was left behind by a save in shards, and another one followed."""
+        named = {*weight_map.values()}
+        if (
+            safetensors.SINGLE_NAME not in self.files
+            or named & {**self.files, **self.left_out}.keys()
+        ):
+            return False
+        message = (
+            f"is of another save: none of the {len(named)} files that it names is there;"
+            f" {safetensors.SINGLE_NAME} is read"
+        )
+        self.faults.append(Fault("index", message, safetensors.INDEX_NAME, fatal=False))
+        return True
+
+    def _fault_left_out(self, weight_map: Mapping[str, str] | None) -> None:
+        """Name what the storage leaves out; a fault where weights or the config are among it."""
+        needed = {CONFIG_NAME, safetensors.INDEX_NAME, *(weight_map or {}).values()}
+        if weight_map is None:
+            needed |= {n for n in self.left_out if n.endswith(".safetensors") and "/" not in n}
+        self.faults += left_out_faults(self.left_out, needed)
 
     def _read_shards(self, shards: list[str], tensors: dict[str, StoredTensor]) -> set[str]:
         """Add the tensors of all shards; return those whose header could be read at all."""
         readable = set()
         for file, header in zip(shards, self._headers(shards), strict=True):
             if isinstance(header, HeaderError):
-                self.faults.append(Fault("header", str(header), file))
+                self.faults.append(Fault("header", str(header), file, hint=_FETCH_ALL))
                 continue
             entries, faults = header
             self.faults += faults
@@ -122,7 +166,10 @@ class SafetensorsReader:
     def _read_header(self, file: str) -> _Header:
         size = self.files[file].size
         try:
-            length = safetensors.header_length(self.storage.read(file, 0, 8), size)
+            beginning = self.storage.read(file, 0, _PEEK_BYTES)
+            if instead := stand_in(beginning):
+                raise HeaderError(instead)
+            length = safetensors.header_length(beginning[:8], size)
             return safetensors.parse_header(self.storage.read(file, 8, length), size, file)
         except HeaderError as exc:
             return exc
@@ -130,25 +177,45 @@ class SafetensorsReader:
     def _check_index(
         self,
         weight_map: Mapping[str, str],
-        metadata: Mapping[str, Any] | None,
+        metadata: Mapping[str, Any],
         tensors: Mapping[str, StoredTensor],
-        readable: set[str],
+        readable: Collection[str],
     ) -> None:
         name = safetensors.INDEX_NAME
+        stale: list[str] = []
         for tensor, shard in weight_map.items():
             stored = tensors.get(tensor)
-            if shard in readable and (stored is None or stored.file != shard):
-                where = f"it is in {stored.file}" if stored else "it is not there"
-                message = f"index says {shard}, but {where}"
+            if stored is None:
+                there = shard in readable
+                stale += [tensor] if there else []
+                reason = f"the index is stale: it says {shard}, which does not hold it"
+                unread = Absence(f"{shard} is not read", _FETCH)
+                self.absent[tensor] = Absence(reason) if there else unread
+            elif shard in readable and stored.file != shard:
+                message = f"index says {shard}, but it is in {stored.file}"
                 self.faults.append(Fault("index", message, name, tensor))
-        for tensor in sorted(tensors.keys() - weight_map.keys()):
-            message = "is not in the index, so that loaders skip it"
-            self.faults.append(Fault("index", message, tensors[tensor].file, tensor))
-        stated = (metadata or {}).get("total_size")
+        if stale:
+            message = f"is stale: it lists {_counted(stale)} that no file holds"
+            self.faults.append(Fault("index", message, name, fatal=False))
+        omitted = sorted(tensors.keys() - weight_map.keys()) if weight_map else []
+        if omitted:
+            message = f"leaves out {_counted(omitted)} of the files that it names; they are read"
+            self.faults.append(Fault("index", message, name, fatal=False))
+        stated = metadata.get("total_size")
         actual = sum(tensor.nbytes for tensor in tensors.values())
         if stated is not None and stated != actual and not self.faults:
-            message = f"`total_size` is {stated!r}, the tensors have {actual:,} bytes"
+            message = f"`total_size` is {shown(stated)}, the tensors have {actual:,} bytes"
             self.faults.append(Fault("index", message, name, fatal=False))
+
+    def _look_elsewhere(self, ignored: Iterable[str], tensors: Mapping[str, StoredTensor]) -> None:
+        """Note tensors of files that the index does not name, should the model miss them."""
+        stray = [name for name in ignored if name.endswith(".safetensors") and "/" not in name]
+        for file in stray[:MAX_NAMED]:
+            header = self._read_header(file)
+            for entry in [] if isinstance(header, HeaderError) else header[0]:
+                if entry.name not in tensors:
+                    reason = f"{file} holds it, which the index does not name"
+                    self.absent[entry.name] = Absence(reason, _ALL_FILES)
 
     def _sort_other_files(
         self, shards: list[str]
@@ -159,4 +226,11 @@ class SafetensorsReader:
             Fault("stray file", f"is left behind: {why}", name, fatal=False)
             for name, (_, why) in ignored.items()
         ]
+        self.faults += take_pointers(self.storage, side_files)
         return side_files, ignored
+
+
+def _counted(names: list[str]) -> str:
+    """Return how many tensors there are, and the first of them."""
+    first = names[0][:200]
+    return f"1 tensor ({first})" if len(names) == 1 else f"{len(names):,} tensors ({first} ...)"

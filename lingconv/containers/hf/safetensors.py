@@ -15,14 +15,24 @@ from lingconv.containers.stored_tensor import HeaderError, StoredTensor, check_c
 from lingconv.encodings.dtypes import DTYPES
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.errors import Fault
+from lingconv.errors.value_kinds import shown
 from lingconv.storage import BLOCK_BYTES
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs: MAX_HEADER_SIZE
+MAX_TENSORS = 500_000  # in one file; Ling-1T has 125,000 in FP8, scales counted
+MAX_AXES = 64
+MAX_SIZE = (1 << 63) - 1  # safetensors counts in 64 bits
+MAX_NAME = 1000  # letters of a name that are shown
+MAX_FAULTS = 100  # of one header: more of the same help nobody
 METADATA_KEY = "__metadata__"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
+_OFFSETS = b'"data_offsets"'
+# What an entry is spelled with, and at most how often; some more are in the metadata's texts.
+_MARKS = {b"{": 2, b"[": 3, b":": 6, b",": 5 + MAX_AXES}
+_MARKS_OF_METADATA = 100_000
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
@@ -57,6 +67,9 @@ def parse_header(
     for name, value in _load_entries(header):
         if name == METADATA_KEY:
             continue
+        if len(faults) == MAX_FAULTS:
+            faults.append(Fault("header", "has more faults than these", file))
+            break
         if name in seen:
             faults.append(Fault("header", "tensor is listed twice in one header", file, name))
             continue
@@ -64,7 +77,7 @@ def parse_header(
         try:
             entries.append(_parse_entry(name, value, file, start, file_bytes))
         except HeaderError as exc:
-            faults.append(Fault("header", str(exc), file, name))
+            faults.append(Fault("header", str(exc), file, name[:MAX_NAME]))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     if not faults:
         faults, end = check_coverage(entries, start)
@@ -76,16 +89,35 @@ def parse_header(
 
 def _load_entries(header: bytes) -> Iterable[tuple[str, Any]]:
     """Parse the JSON object; keys that occur twice come twice."""
+    _check_counts(header)
     try:
-        entries = json.loads(header)
+        text = header.decode("utf-8")
+        entries = json.loads(text)
         if isinstance(entries, dict) and not _may_repeat_keys(header, entries):
             return entries.items()
-        pairs = json.loads(header, object_pairs_hook=_Pairs)
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as exc:
-        raise HeaderError(f"header is not JSON: {exc}") from exc
+        raise HeaderError(f"header is not JSON in UTF-8: {str(exc)[:100]}") from exc
     if not isinstance(pairs, _Pairs):
         raise HeaderError("header is not a JSON object")
     return [(name, _unique(value)) for name, value in pairs]
+
+
+def _check_counts(header: bytes) -> None:
+    """Raise HeaderError for a header that is no list of tensors, before anything is made of it.
+
+    Parsed, 90 MB of empty entries take gigabytes.
+    """
+    count = header.count(_OFFSETS)
+    if count > MAX_TENSORS:
+        raise HeaderError(f"header lists {count:,} tensors, at most {MAX_TENSORS:,} are read")
+    for mark, most in _MARKS.items():
+        found = header.count(mark)
+        if found > most * count + _MARKS_OF_METADATA:
+            raise HeaderError(
+                f"header is no list of tensors: {found:,} times `{mark.decode()}` for the"
+                f" data_offsets of {count:,}"
+            )
 
 
 def _may_repeat_keys(header: bytes, entries: dict[str, Any]) -> bool:
@@ -109,16 +141,20 @@ def _unique(value: Any) -> Any:
 
 
 def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) -> StoredTensor:
+    if not _is_text(name):
+        raise HeaderError("name has half a character (a lone surrogate)")
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise HeaderError("entry must be an object with exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise HeaderError(f"unknown dtype {value['dtype']!r}")
+        raise HeaderError(f"unknown dtype {shown(value['dtype'])}")
     shape = _sizes(value["shape"], "shape")
     offsets = _sizes(value["data_offsets"], "data_offsets")
     if len(offsets) != 2:
         raise HeaderError("data_offsets must have two numbers")
     begin, end = offsets
+    if len(shape) > MAX_AXES:
+        raise HeaderError(f"shape has {len(shape):,} axes, at most {MAX_AXES} are read")
     if not begin <= end <= file_bytes - start:
         raise HeaderError(
             f"data_offsets [{begin}, {end}] are outside the {file_bytes - start:,} bytes of data"
@@ -130,12 +166,17 @@ def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) 
     return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
 
 
+def _is_text(name: str) -> bool:
+    """Return whether a name can be written: JSON may escape half a character."""
+    return name.isascii() or name.encode("utf-8", "replace").decode() == name
+
+
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise HeaderError(f"{what} is not a list")
     for size in value:
-        if type(size) is not int or size < 0:
-            raise HeaderError(f"{what} has {size!r} where a size must be")
+        if type(size) is not int or not 0 <= size <= MAX_SIZE:
+            raise HeaderError(f"{what} has {shown(size)} where a size must be")
     return tuple(value)
 
 

@@ -1,35 +1,78 @@
-"""The small files of a checkpoint: which are carried over, and how JSON among them is read."""
+"""The small files beside the weights: what they hold, which are carried over, and which are not."""
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lingconv.containers.hf import safetensors
-from lingconv.errors import Fault
+from lingconv.errors import CheckpointError, Fault
+from lingconv.errors.value_kinds import Field, Kind, Schema, checked
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME, RECORD_NAME
-
-MAX_JSON_BYTES = 250_000_000  # the Hub's own limit for an index (huggingface.js)
-
+from lingconv.storage.records import (
+    LFS_POINTER_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_RECORD_BYTES,
+    RecordError,
+    lfs_pointer,
+    parse_object,
+    read_bytes,
+)
 
 # Weights in formats that the reader does not take here: never carried over as small files.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
+# Small files without which a model is another one: a pointer in place of one is no oddity.
+_NEEDED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
+MAX_NAMED = 20
+
+_TOKEN_ID = Field((Kind.INT, Kind.LIST), items=(Kind.INT,))
+CONFIG_FIELDS: Schema = {
+    "architectures": Field((Kind.LIST,), items=(Kind.TEXT,)),
+    "model_type": Field((Kind.TEXT,)),
+    "quantization_config": Field((Kind.OBJECT,)),
+    "text_config": Field((Kind.OBJECT,)),
+    "torch_dtype": Field((Kind.TEXT,)),
+    "dtype": Field((Kind.TEXT,)),
+    "bos_token_id": _TOKEN_ID,
+    "eos_token_id": _TOKEN_ID,
+    "pad_token_id": _TOKEN_ID,
+}
+INDEX_FIELDS: Schema = {
+    "weight_map": Field((Kind.OBJECT,), required=True),
+    "metadata": Field((Kind.OBJECT,)),
+}
+_SCHEMAS = {CONFIG_NAME: CONFIG_FIELDS, safetensors.INDEX_NAME: INDEX_FIELDS}
+_LIMITS = {safetensors.INDEX_NAME: MAX_INDEX_BYTES}
 
 
 def read_json(storage: Storage, name: str, faults: list[Fault]) -> dict[str, Any]:
-    """Return the JSON object in a file that is there, or an empty one and a fault."""
-    if storage.stat(name).size > MAX_JSON_BYTES:
-        faults.append(Fault("json", "is too large to be true", name))
-        return {}
+    """Return the JSON object in a file that is there, without keys of a wrong type.
+
+    Whatever is wrong with it is added to the faults; it is empty when it is no object at all.
+    """
     try:
-        value = json.loads(storage.read(name))
-    except (ValueError, RecursionError) as exc:
-        faults.append(Fault("json", f"is not JSON: {exc}", name))
+        record = parse_object(read_bytes(storage, name, _LIMITS.get(name, MAX_RECORD_BYTES)))
+    except RecordError as exc:
+        faults.append(Fault("json", str(exc), name))
         return {}
-    if not isinstance(value, dict):
-        faults.append(Fault("json", "is not a JSON object", name))
+    except CheckpointError as exc:
+        message = exc.message.removeprefix(f"{name} ")
+        faults.append(Fault("json", message, name, hint=exc.hint))
         return {}
-    return value
+    good, odd = checked(record, _SCHEMAS.get(name, {}), name)
+    faults += odd
+    return good
+
+
+def left_out_faults(left_out: Mapping[str, str], needed: Collection[str] = ()) -> list[Fault]:
+    """Return what a storage leaves out of its folder, by name; fatal for what is needed."""
+    faults = [Fault("left out", why, name, fatal=name in needed) for name, why in left_out.items()]
+    faults.sort(key=lambda fault: not fault.fatal)
+    if len(faults) <= MAX_NAMED:
+        return faults
+    fatal = sum(fault.fatal for fault in faults)
+    shown = faults[: max(MAX_NAMED, fatal)]
+    more = f"{len(faults) - len(shown):,} more names are left out, which are no files of the folder"
+    return [*shown, Fault("left out", more, fatal=False)]
 
 
 def sort_other_files(
@@ -51,3 +94,18 @@ def sort_other_files(
         else:
             side_files[name] = stat
     return side_files, ignored
+
+
+def take_pointers(storage: Storage, side_files: dict[str, FileStat]) -> list[Fault]:
+    """Take files that Git LFS has not fetched out of those to carry over; return a fault for each.
+
+    A pointer is a text of some 130 bytes: only files of about that size are looked into.
+    """
+    faults = []
+    for name, stat in [*side_files.items()]:
+        if stat.size not in LFS_POINTER_BYTES:
+            continue
+        if pointer := lfs_pointer(storage.read(name, 0, stat.size)):
+            del side_files[name]
+            faults.append(Fault("pointer", pointer, name, fatal=name.endswith(_NEEDED)))
+    return faults

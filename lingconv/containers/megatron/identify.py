@@ -19,11 +19,13 @@ from lingconv.containers.base import Identity
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.hf.config import DTYPE_NAMES, rebuild_config
 from lingconv.containers.hf.identify import find_family
+from lingconv.containers.hf.small_files import CONFIG_FIELDS
 from lingconv.containers.megatron.rank_assembly import assemble_ranks
 from lingconv.containers.megatron.symbols_from_shapes import symbols_from_shapes
 from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.encodings.dtypes import DTYPES, DType
 from lingconv.errors import CheckpointError, Fault
+from lingconv.errors.value_kinds import checked
 from lingconv.model.family import Family
 from lingconv.model.layout import HF, MEGATRON, build_layout
 from lingconv.model.layout_detection import refined
@@ -46,11 +48,8 @@ def identify(
     if family is None:
         raise CheckpointError("no family file describes models in Megatron's formats")
     config, faults = _config(checkpoint, family, overrides)
-    shown = replace(
-        checkpoint,
-        config={**config, **overrides.settings},
-        faults=(*checkpoint.faults, *faults),
-    )
+    config, odd = checked({**config, **overrides.settings}, CONFIG_FIELDS, CONFIG_NAME)
+    shown = replace(checkpoint, config=config, faults=(*checkpoint.faults, *faults, *odd))
     family, architecture = find_family(shown, [family])
     symbols = family.resolve(shown.config, HF)
     _check_counts(symbols, checkpoint)

@@ -65,11 +65,34 @@ def _f16_to_f32(rows: StoredRows, first: int, values: Array) -> bool:
     return not np.isfinite(stored).all()
 
 
+def _f64_to_f32(rows: StoredRows, first: int, values: Array) -> bool:
+    stored = rows.buffers.take("read", values.shape, np.float64)
+    rows.read_rows(first, stored)
+    with np.errstate(over="ignore"):
+        np.copyto(values, stored, casting="same_kind")
+    nonfinite = not np.isfinite(values).all()
+    if rows.rounds_to_odd:
+        _to_odd(stored, values)
+    return nonfinite
+
+
+def _to_odd(exact: Array, rounded: Array) -> None:
+    """Make float32 `rounded` the neighbour of float64 `exact` whose last bit is 1, if not equal.
+
+    Boldo and Melquiond, "When double rounding is odd" (2005): rounding that to nearest in two bits
+    less or fewer gives what rounding `exact` gives.
+    """
+    bits = rounded.view(np.uint32)
+    bits -= np.abs(rounded) > np.abs(exact)  # towards zero
+    bits |= (rounded != exact) & ~np.isnan(exact)
+
+
 _DECODERS: dict[tuple[DType, np.dtype[Any]], Callable[[StoredRows, int, Array], bool]] = {
     (DType.BF16, BF16_BITS): _read,
     (DType.BF16, F32): _bf16_to_f32,
     (DType.F16, F32): _f16_to_f32,
     (DType.F32, F32): _read,
+    (DType.F64, F32): _f64_to_f32,
 }
 
 

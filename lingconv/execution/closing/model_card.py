@@ -9,20 +9,23 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined, Template
-from yaml import YAMLError
 
 from lingconv.errors import CheckpointError
+from lingconv.errors.value_kinds import checked
 from lingconv.execution.closing.runtimes import encoding_word, loaders
 from lingconv.plans.options import Target, TargetDType
 from lingconv.storage.file_names import MARK, RECORD_NAME
-from lingconv.storage.provenance import public_name, repository_of, without_paths
+from lingconv.storage.front_matter import FrontMatterError, load_front_matter, split_card
+from lingconv.storage.provenance import RECORD_FIELDS, public_name, repository_of, without_paths
 
+_NEEDED = ("source", "options", "encodings", "dropped")
 _MARKUP = re.compile(r"[\\`*\[\]<>|#~$]")
 END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
@@ -55,7 +58,8 @@ class CardInputs:
 
 
 def model_card(described: CardInputs) -> str:
-    """Return README.md. Raises CheckpointError for a record that lingconv did not write."""
+    """Return README.md; raise CheckpointError for a record that lingconv did not write."""
+    described = replace(described, record=_checked_record(described.record))
     data, text = _parse(described.base_card)
     if MARK in text:  # a card of lingconv's own: the part that it made is made anew
         text = text.partition(END_MARK)[2]
@@ -63,6 +67,19 @@ def model_card(described: CardInputs) -> str:
         front = _to_yaml(_front_matter(described, data))
         section = _section(described).strip()
     return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
+
+
+def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record that has what a card is made of."""
+    needed = {key: RECORD_FIELDS[key]._replace(required=True) for key in _NEEDED}
+    good, faults = checked(record, {**RECORD_FIELDS, **needed}, RECORD_NAME)
+    if faults:
+        raise CheckpointError(
+            f"{RECORD_NAME} is none that lingconv wrote",
+            faults=faults,
+            hint="remove it from the folder, or restore it",
+        )
+    return good
 
 
 def published_record(record: Mapping[str, Any]) -> bytes:
@@ -83,10 +100,6 @@ def _record_is_read() -> Iterator[None]:
         ) from exc
 
 
-def _to_yaml(data: Mapping[str, Any]) -> str:
-    return ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
-
-
 def _inline(text: str) -> str:
     """Return a name as Markdown is to show it in a line or a cell: no mark-up, no line end."""
     printable = "".join(char if char.isprintable() else " " for char in text)
@@ -95,17 +108,23 @@ def _inline(text: str) -> str:
 
 def _parse(card: str) -> tuple[dict[str, Any], str]:
     """Return the front matter of a card and its text; what cannot be parsed is all text."""
-    if not card.startswith("---"):
-        return {}, card
+    parts = split_card(card)
     try:
-        parsed = ModelCard(card, ignore_metadata_errors=True)
-        data: dict[str, Any] = parsed.data.to_dict()  # type: ignore[no-untyped-call]
-        tags = data.get("tags")
-        data["tags"] = [t for t in tags if isinstance(t, str)] if isinstance(tags, list) else []
-        _to_yaml(data)  # what cannot be written again is no front matter
-    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+        data = load_front_matter(parts.yaml)
+    except FrontMatterError:
         return {}, card
-    return data, parsed.text
+    return {key: value for key, value in data.items() if value is not None}, parts.text
+
+
+def _to_yaml(data: dict[str, Any]) -> str:
+    """Return front matter as the Hub's library writes it, as far as that takes what stands there.
+
+    It knows better what a list of results means, and refuses with all kinds of errors.
+    """
+    try:
+        return str(ModelCardData(ignore_metadata_errors=True, **data).to_yaml())
+    except Exception:
+        return yaml_dump(data, sort_keys=False).strip()
 
 
 def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]:
@@ -131,8 +150,14 @@ def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]
         Target.GGUF.value if layout == Target.GGUF else "",
         "lingconv",
     ]
-    data["tags"] = list(dict.fromkeys([*data.get("tags", ()), *filter(None, own)]))
+    data["tags"] = list(dict.fromkeys([*_tags(data.get("tags")), *filter(None, own)]))
     return data
+
+
+def _tags(value: Any) -> list[str]:
+    """Return the tags of a card: one, or a list of them; a year is a tag too, a list is none."""
+    held = value if isinstance(value, list) else [value]
+    return [str(tag) for tag in held if isinstance(tag, (str, int, float)) and tag != ""]
 
 
 def _origins(record: Mapping[str, Any]) -> Iterator[str]:
@@ -141,10 +166,11 @@ def _origins(record: Mapping[str, Any]) -> Iterator[str]:
         yield from (source["uri"] for source in record["sources"])
         return
     while True:
-        if repository_of(record["source"]) or not record.get("source_record"):
+        before = record.get("source_record") or {}
+        if repository_of(record["source"]) or "source" not in before:
             yield record["source"]
             return
-        record = record["source_record"]
+        record = before
 
 
 def _relation(record: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from lingconv.checkpoint.decoder import BF16_BITS, F32, Decoder, Nonfinite, source_of
 from lingconv.checkpoint.transposed import transposed
 from lingconv.encodings.codec import RowRange
+from lingconv.encodings.dtypes import DType
+from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.execution.pipeline.averager import Averager
 from lingconv.plans.lowering import RowStrip, offset_of, works_in_f32
@@ -15,6 +17,8 @@ from lingconv.plans.plan import Source
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 from lingconv.storage.local_output import WritableBlob
+
+_NARROW = (PLAIN[DType.BF16], PLAIN[DType.F16])
 
 
 class Transcoder:
@@ -45,6 +49,7 @@ class Transcoder:
         shape = strip.last - strip.first, transfer.cols
         values = self._arena.take("values", shape, dtype, like=strip.offset)
         if not strip.transfer.is_average:
+            self._decoders[-1].rounds_to_odd = transfer.target.encoding in _NARROW
             self._refuse(self._decoders[-1].fill(strip.segments, 0, values))
         elif self._averager.fill(strip, values) and not self._allow_nonfinite:
             self._refuse(*self._averager.find_nonfinite(strip))

@@ -156,6 +156,12 @@ def _finished_files(folder: Path) -> list[str]:
             details=unfinished,
             hint="run the command that writes it again, then push",
         )
+    if outside := storage.left_out():
+        raise CheckpointError(
+            f"{folder} holds what cannot be published",
+            details=[f"{name}: {why}" for name, why in outside.items()],
+            hint="put the files themselves into the folder, or remove these names",
+        )
     faults = [fault for each in read_all(storage) for fault in each.faults]
     fatal = [fault for fault in faults if fault.fatal]
     if fatal:

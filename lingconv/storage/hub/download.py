@@ -45,6 +45,10 @@ class Downloader:
         """Return every file."""
         return self._storage.files()
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return what the storage leaves out."""
+        return self._storage.left_out()
+
     def stat(self, name: str) -> FileStat:
         """Return what the storage says of a file."""
         return self._storage.stat(name)

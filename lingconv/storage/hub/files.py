@@ -17,18 +17,16 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
 from lingconv.storage.hub.address import HubAddress
+from lingconv.storage.hub.answers import TIMEOUT, commit_of, files_of
 from lingconv.storage.hub.client import (
     REFUSED,
     Backoff,
     Cause,
     Unfinished,
-    hub_api,
     patiently,
     translated,
 )
 from lingconv.storage.upload_target import ListedFile
-
-_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
 def list_files(repository: str, commit: str) -> dict[str, ListedFile]:
@@ -38,12 +36,7 @@ def list_files(repository: str, commit: str) -> dict[str, ListedFile]:
     """
     where = str(HubAddress(repository, commit))
 
-    def listing() -> dict[str, ListedFile]:
-        tree = hub_api().list_repo_tree(repository, recursive=True, revision=commit)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return {file.path: as_listed(file) for file in files}
-
-    found = patiently(where, listing)
+    found = patiently(where, lambda: files_of(repository, commit))
     for name in found:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -63,12 +56,7 @@ def is_offline() -> bool:
 
 def find_commit(address: HubAddress) -> str:
     """Return the commit that a revision stands for now."""
-
-    def look() -> str:
-        info = hub_api().model_info(address.repository, revision=address.revision or None)
-        return info.sha or ""
-
-    return patiently(str(address), look)
+    return patiently(str(address), lambda: commit_of(address.repository, address.revision))
 
 
 class _Link(NamedTuple):
@@ -120,7 +108,7 @@ class RemoteFile:
         link = self._current_link()
         headers = {**link.headers, "Range": f"bytes={offset}-{offset + count - 1}"}
         with get_session().stream(
-            "GET", link.url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+            "GET", link.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as response:
             if response.status_code in REFUSED:
                 self._forget(link)

@@ -5,17 +5,18 @@ The requests are `hub/remote.py`'s.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lingconv.errors import CheckpointError
-from lingconv.storage import Blob, FileStat, Storage
+from lingconv.errors import CheckpointError, LingconvError
+from lingconv.storage import Blob, FileStat, Storage, whole_size
 from lingconv.storage.byte_ranges import PARALLEL, Ranges
 from lingconv.storage.hub.address import HubAddress, parse_address
 from lingconv.storage.hub.client import hub_api, patiently
 from lingconv.storage.hub.files import RemoteFile, find_commit, is_offline, list_files
-from lingconv.storage.local import LocalBlob, LocalStorage
+from lingconv.storage.local import LocalStorage
 from lingconv.storage.upload_target import ListedFile
 
 
@@ -53,6 +54,10 @@ class HubStorage:
             if not any(part.startswith(".") for part in name.split("/"))
         }
 
+    def left_out(self) -> Mapping[str, str]:
+        """Return nothing: the Hub follows no links."""
+        return {}
+
     def stat(self, name: str) -> FileStat:
         """Return size and digest; at one commit they stay what they are."""
         if name not in self._files:
@@ -64,13 +69,14 @@ class HubStorage:
         cached = self.cached(name)
         if cached is not None:
             return LocalStorage(cached.parent, self.uri).read(cached.name, offset, size)
-        return self._ranges.read(self.remote(name), offset, size)
+        left = whole_size(name, self.stat(name).size - offset) if size is None else size
+        return self._ranges.read(self.remote(name), offset, left)
 
     def open(self, name: str) -> Blob:
         """Open a file: its copy in the local cache, or the one on the Hub."""
         cached = self.cached(name)
         if cached is not None:
-            return LocalBlob(cached)
+            return LocalStorage(cached.parent, self.uri).open(cached.name)
         return self._ranges.open(self.remote(name))
 
     def release(self, name: str) -> None:
@@ -81,7 +87,7 @@ class HubStorage:
         path = try_to_load_from_cache(
             self.address.repository, self._full_name(name), revision=self.address.revision
         )
-        if isinstance(path, str) and Path(path).stat().st_size == self.stat(name).size:
+        if isinstance(path, str) and _has_size(Path(path), self.stat(name).size):
             return Path(path)
         return None
 
@@ -94,6 +100,13 @@ class HubStorage:
             where = self.address._replace(path=self._full_name(name))
             self._remotes[name] = RemoteFile(where, ListedFile(*self.stat(name)))
         return self._remotes[name]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Return whether a file of the local cache is there, is its own, and is whole."""
+    with suppress(LingconvError):
+        return LocalStorage(path.parent).stat(path.name).size == size
+    return False
 
 
 def open_address(text: str, suffix: str) -> tuple[Storage, str]:
