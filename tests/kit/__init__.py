@@ -1,0 +1,1 @@
+"""What tests share: the same tests for every implementation, from lists of cases."""
