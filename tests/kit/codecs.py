@@ -28,6 +28,7 @@ TORCH = {
     DType.F32: torch.float32,
     DType.F8_E8M0: torch.float8_e8m0fnu,
 }
+UNSCALED = Scaling(0.0, power_of_two=False)
 # float32 [rows, cols] -> the bytes of each tensor; those bytes and a shape -> float32 [rows, cols].
 Encode = Callable[[np.ndarray], list[np.ndarray]]
 Decode = Callable[[list[np.ndarray], tuple[int, int]], np.ndarray]
@@ -39,7 +40,7 @@ class CodecCase:
 
     `encode` is None where nothing is written. `values_in` and `values_out` are the dtypes of rows
     that its codec encodes from and decodes to. `shape` is a matrix with blocks at its edges, which
-    takes more than one run of rows; `is_stacked` tells that stacks of matrices are tried too.
+    takes more than one run of rows.
     `keeps` are the dtypes of rows that are stored unseen, so that NaN in them is not reported.
     `scales` gives the scale of each element, as float32 [rows, cols].
     `random_parts` makes valid bytes of each tensor for decoding alone.
@@ -53,8 +54,7 @@ class CodecCase:
     random_parts: Callable[[np.random.Generator, tuple[int, int]], list[np.ndarray]]
     values_in: tuple[np.dtype, ...] = (F32,)
     values_out: tuple[np.dtype, ...] = (F32,)
-    scaling: Scaling = Scaling(0.0, False)
-    is_stacked: bool = True
+    scaling: Scaling = UNSCALED
     keeps: tuple[np.dtype, ...] = ()
     scales: Decode | None = None
 
@@ -71,7 +71,7 @@ def random_bytes(generator: np.random.Generator, count: int) -> np.ndarray:
     return generator.integers(0, 256, count, np.uint8)
 
 
-# Plain: torch's casts ------------------------------------------------------------------------------
+# Plain: torch's casts ----------------------------------------------------------------------------
 
 
 def plain(dtype: DType) -> CodecCase:
@@ -149,7 +149,7 @@ def fp8(
         random_parts=random_parts,
         values_in=(BF16_BITS, F32),
         values_out=(BF16_BITS, F32),
-        scaling=Scaling(min_amax, power_of_two),
+        scaling=Scaling(min_amax, power_of_two=power_of_two),
         scales=scales,
     )
 
