@@ -1,6 +1,8 @@
 """What every format owes: its own files known again, every byte in its place, no fault unseen."""
 
+import contextlib
 import json
+import tracemalloc
 import zlib
 from random import Random
 from types import SimpleNamespace
@@ -13,12 +15,24 @@ import lingconv
 from lingconv.checkpoint.open import read_checkpoint
 from lingconv.checkpoint.recognition import recognise
 from lingconv.containers import registry
+from lingconv.containers.megatron import pickles
+from lingconv.containers.stored_tensor import HeaderError
 from lingconv.errors import LingconvError, UsageError
 from lingconv.model.family_file import load_families
 from lingconv.planner.planner import build_plan
 from lingconv.plans.options import ConvertOptions
 from lingconv.storage.local import LocalStorage
-from tests.kit.formats import CASES, InMemory, contents, lengths, spoilt
+from tests.kit.formats import (
+    CASES,
+    DEEP_KEY,
+    FAR_MEMO,
+    InMemory,
+    contents,
+    lengths,
+    spoilt,
+    trapped,
+    with_lies,
+)
 from tests.kit.packages import forget, install
 from tests.support import assert_same_model, read_tensors
 
@@ -203,13 +217,47 @@ def test_a_file_that_is_gone_is_never_planned(written, families):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_bytes_are_faults_or_errors(written, families, seed):
-    chosen = Random(seed)
     bad = []
-    for _ in range(60):
-        files, what = spoilt(written.files, chosen)
+    for number in range(60):
+        files, what = spoilt(written.files, Random(f"{seed} {number}"))
         if wrong := outcome(files, families):
             bad.append(f"{what}: {wrong}")
     assert bad == []
+
+
+def test_a_config_that_lies_is_a_fault_or_an_error(written, families):
+    tried = [(what, outcome(files, families)) for files, what in with_lies(written.files)]
+    assert [each for each in tried if each[1]] == []
+
+
+def test_crafted_files_are_faults_or_errors(written, families):
+    """They take no more memory than files of their size may."""
+    tried = []
+    for files, what in trapped(written.files):
+        tracemalloc.start()
+        wrong = outcome(files, families)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        if wrong or peak > 100 << 20:
+            tried.append(f"{what}: {wrong}; {peak:,} bytes of memory")
+    assert tried == []
+
+
+@pytest.mark.xfail(strict=True, reason="the C unpickler's memo is as long as an index says")
+def test_a_small_pickle_takes_little_memory():
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(HeaderError):
+            pickles.loads(FAR_MEMO)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.xfail(run=False, reason="tuples in each other as a key end the process: SIGSEGV")
+def test_a_deep_key_is_an_error():
+    with pytest.raises(HeaderError):
+        pickles.loads(DEEP_KEY)
 
 
 # Formats of other packages ------------------------------------------------------------------------

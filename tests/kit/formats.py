@@ -3,10 +3,15 @@
 A new format is one more `FormatCase` in `CASES`; `tests/test_formats.py` has the tests.
 """
 
-from collections.abc import Callable, Mapping
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from lingconv.errors import CheckpointError
 from lingconv.model.parallelism import Parallel
@@ -44,6 +49,10 @@ class FormatCase:
 
 RANKS = Parallel(tp=2, pp=2, ep=2)
 
+_WORD_FOR_SIZE = {
+    "test_a_config_that_lies_is_a_fault_or_an_error": "a vocab_size that is no number is a"
+    " TypeError beside Megatron's files, no layers at all a ValueError beside those of ranks"
+}
 CASES = [
     FormatCase("hf", "safetensors", ConvertOptions(max_shard_bytes=3_000_000)),
     FormatCase("hf-merged", "safetensors", ConvertOptions(layout="hf-merged")),
@@ -56,12 +65,16 @@ CASES = [
         back=ConvertOptions(dtype="bf16"),
     ),
     FormatCase(
-        "megatron", "torch_dist", ConvertOptions(layout="megatron", max_shard_bytes=3_000_000)
+        "megatron",
+        "torch_dist",
+        ConvertOptions(layout="megatron", max_shard_bytes=3_000_000),
+        fails=_WORD_FOR_SIZE,
     ),
     FormatCase(
         "megatron-ranks",
         "torch",
         ConvertOptions(layout="megatron-ranks", megatron=MegatronOptions(parallel=RANKS)),
+        fails=_WORD_FOR_SIZE,
     ),
 ]
 
@@ -206,3 +219,102 @@ def spoilt(files: Mapping[str, bytes], chosen: Random) -> tuple[dict[str, bytes]
     at = _place(data, chosen)
     change(data, at, chosen)
     return {**files, name: bytes(data)}, f"{change.__name__[1:]} {name} at {at}"
+
+
+# What is crafted rather than damaged --------------------------------------------------------------
+
+_DEEP = b"[" * 200_000
+_LIES: tuple[Any, ...] = (10**9, 2**70, -1, 0, 1.5, "x", [1], None, True, {})
+_KEYS = (
+    "num_hidden_layers", "num_experts", "n_group", "vocab_size", "hidden_size",
+    "num_nextn_predict_layers", "num_attention_heads", "first_k_dense_replace",
+    "moe_intermediate_size",
+)  # fmt: skip
+
+
+def with_lies(files: Mapping[str, bytes]) -> Iterator[tuple[dict[str, bytes], str]]:
+    """Yield files whose config.json, where there is one, says something absurd."""
+    if "config.json" not in files:
+        return
+    config = json.loads(files["config.json"])
+    for key in _KEYS:
+        for lie in _LIES:
+            text = json.dumps({**config, key: lie}).encode()
+            yield {**files, "config.json": text}, f"{key} {lie}"
+
+
+def _sized(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _json_traps(name: str) -> Iterator[bytes]:
+    yield from (
+        _DEEP,
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b'{"a": ' + b"9" * 10_000 + b"}",
+        b'{"a": NaN}',
+    )
+
+
+def _safetensors_traps(name: str) -> Iterator[bytes]:
+    entry = b'{"a": {"dtype": "BF16", "shape": [%s], "data_offsets": [0, 8]}}'
+    yield _sized(_DEEP)
+    yield _sized(entry % (b"9" * 5000))
+    yield _sized(entry % (b"9999999999, " * 20_000 + b"9"))
+
+
+def _gguf_traps(name: str) -> Iterator[bytes]:
+    def with_value(value: bytes, count: int = 1) -> bytes:
+        return (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, count) + (_sized(b"a") + value) * min(count, 9999)
+        )
+
+    nested = struct.pack("<IQ", 9, 1) * 200_000
+    yield with_value(struct.pack("<I", 9) + nested + struct.pack("<IQ", 4, 0))
+    yield with_value(struct.pack("<IIQ", 9, 4, 2**61))
+    yield with_value(struct.pack("<IIQ", 9, 8, 2**40) + bytes(10**6))
+    yield with_value(struct.pack("<IIQ", 9, 4, 0), 2**60)
+    yield b"GGUF" + struct.pack("<IQQ", 3, 2**63, 2**63) + bytes(5000)
+
+
+def _pickle_traps(name: str) -> Iterator[bytes]:
+    yield b"\x80\x02)" + b"\x85" * 200_000 + b"."  # tuples in tuples
+    yield b"\x80\x02X\xff\xff\xff\x7fa."  # a text of 2 GiB
+    yield b"\x80\x02]" + b"2\x86" * 60 + b"."  # 2^60 leaves, of few bytes
+    yield b"\x80\x02c__main__\nX\n)R."
+    yield b"."
+
+
+def _archive_traps(name: str) -> Iterator[bytes]:
+    """Yield the same inside of an archive as torch.save writes it."""
+    for data in _pickle_traps(name):
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3\n")
+        yield made.getvalue()
+
+
+# An index of 2^24 in the table of what a pickle refers to again; 2^30 takes 16 GB.
+FAR_MEMO = b"\x80\x02}r" + struct.pack("<I", 1 << 24) + b"."
+# A dict whose key is a million tuples in each other: to hash it overflows the stack of C.
+DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
+
+_TRAPS: dict[str, Callable[[str], Iterator[bytes]]] = {
+    ".json": _json_traps,
+    ".safetensors": _safetensors_traps,
+    ".gguf": _gguf_traps,
+    ".metadata": _pickle_traps,
+    ".pt": _archive_traps,
+}
+
+
+def trapped(files: Mapping[str, bytes]) -> Iterator[tuple[dict[str, bytes], str]]:
+    """Yield files of which one is crafted to take all memory, or all of the stack."""
+    for name in files:
+        for suffix, traps in _TRAPS.items():
+            if name.endswith(suffix):
+                for number, data in enumerate(traps(name)):
+                    yield {**files, name: data}, f"{name}, trap {number}"
