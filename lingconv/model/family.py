@@ -24,7 +24,7 @@ MAX_REPEATS = 100_000
 
 
 class Role(StrEnum):
-    """The role of a tensor in the model: decides whether it may be quantized and counts as active."""
+    """The role of a tensor in the model: decides if it may be quantized, and if it is active."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -43,7 +43,7 @@ class Role(StrEnum):
 
     @property
     def is_linear_module(self) -> bool:
-        """Whether runtimes build an nn.Linear for it, so that configs must list it if unquantized."""
+        """Whether runtimes build an nn.Linear for it: configs must list it if it is not FP8."""
         return self in (
             Role.LINEAR,
             Role.EXPERT,
@@ -205,7 +205,7 @@ class KnownTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """llama.cpp's name and keys for the models whose config.json names the architecture `of`."""
+    """llama.cpp's architecture and tokenizer for models whose config.json says `of`."""
 
     architecture: str
     of: str
@@ -275,7 +275,7 @@ class Family:
                 symbols[symbol.name] = value
                 check_symbol(value)
             except KeyError as exc:
-                if exc.args[0] == key:  # else an earlier symbol is missing, which is reported already
+                if exc.args[0] == key:  # else an earlier symbol is missing, and already reported
                     faults.append(Fault("config", f"`{key}` is missing", file))
             except (TypeError, ValueError, ArithmeticError) as exc:
                 symbols.setdefault(symbol.name, 1)

@@ -31,7 +31,7 @@ MEGATRON = "megatron"
 
 
 class Rows(NamedTuple):
-    """Rows of a physical tensor from `start` on that are a logical tensor's rows from `first` on."""
+    """Rows of a physical tensor from `start` on: a logical tensor's rows from `first` on."""
 
     logical: LogicalName
     start: int
