@@ -83,7 +83,7 @@ class Journal:
             self.sent[name] = ListedFile(*entry["sent"])
 
     def _take_in_piece(self, name: str, file_id: str, entry: Mapping[str, Any]) -> None:
-        """Add a piece, unless it is from another version, which may cut files differently."""
+        """Add a piece, unless the entry is invalid. Other versions may cut pieces differently."""
         number, crc = entry.get("piece"), entry.get("crc")
         if type(number) is not int or not isinstance(crc, list):
             return

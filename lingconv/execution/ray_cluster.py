@@ -52,7 +52,7 @@ from lingconv.version import __version__
 _THREADS = 2  # of a task: one fills, one writes
 _RETRIES = 5
 _LOOK_EVERY_S = 0.5
-# A worker that was lost may hold its lock a little longer, on a file system of many machines.
+# A lost worker's lock may outlive the worker for a while on a network file system.
 _LOCK_PATIENCE_S = 120.0
 
 

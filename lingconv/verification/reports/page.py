@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: no network, no script; light, dark, paper."""
+"""Self-contained HTML pages: no network, no script; for light and dark screens and paper."""
 
 from importlib.resources import files
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from lingconv.storage.local_output import explained_writing
 
 
 def check() -> None:
-    """Raise UsageError when matplotlib, which draws the pictures, is not installed."""
+    """Raise UsageError if matplotlib, which draws the plots, is not installed."""
     if find_spec("matplotlib") is None:
         raise UsageError(
             "reports are drawn by matplotlib, which is not installed",
@@ -22,7 +22,7 @@ def check() -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page of this folder's templates, all values escaped."""
+    """Return a page from one of this folder's templates, with all values escaped."""
     folder = files("lingconv.verification.reports")
     environment = Environment(
         autoescape=True,
@@ -34,6 +34,6 @@ def render(template: str, **values: Any) -> str:
 
 
 def write(html: str, path: Path) -> None:
-    """Write a page, all of it or nothing."""
+    """Write a page atomically."""
     with explained_writing(path):
         replace_file(path, [html.encode()])
