@@ -64,7 +64,7 @@ class Scheme(StrEnum):
 
 
 class Mtp(StrEnum):
-    """`--mtp`: whether multi-token-prediction layers are kept or dropped."""
+    """`--mtp`: whether multi-token-prediction layers are kept, dropped, or written alone."""
 
     KEEP = "keep"
     DROP = "drop"

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Finding]]:
     """Return the pairs that can be compared, and a finding for every tensor that cannot.
 
-    `mtp` says whether the conversion from `source` to `target` kept the MTP layers.
+    `mtp` is the `--mtp` of the conversion from `source` to `target`.
     """
     expected = _expected(source, mtp)
     findings = [*_config_findings(source, target, mtp), *_fault_findings(target)]
