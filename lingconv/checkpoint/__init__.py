@@ -1,4 +1,4 @@
-"""Files become a recognised checkpoint: which format, which model, what each stored tensor is.
+"""Opening and recognition of checkpoints: the format, the model, the role of each stored tensor.
 
-Imports containers and everything below; knows nothing of targets.
+Imports containers and everything below; contains nothing about targets.
 """

@@ -1,7 +1,7 @@
-"""From the boxes that a tensor is cut into to the bands that it is read by.
+"""Bands of a tensor that is stored in chunks, as torch_dist checkpoints store it.
 
-Megatron's ranks write what they hold: a tensor's rows and columns in any pieces, some of them
-twice. A band is a run of rows whose chunks are the same from left to right.
+Each of Megatron's ranks writes its own box of a tensor: any rows and columns, some of them twice. A
+band is a run of rows that are covered by the same chunks from left to right.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from lingconv.plans.tensor_map import ByteRange, ChunkBand, MatrixSlice, StoredM
 
 
 class Gap(ValueError):
-    """Some of a tensor is in no chunk; the message says what."""
+    """A part of a tensor is in no chunk; the message says which."""
 
 
 class ColumnRun(NamedTuple):
-    """Whole rows of a chunk, and where in the tensor's matrix they are."""
+    """A run of whole rows of a chunk, and its position in the tensor's matrix."""
 
     row: int
     num_rows: int
@@ -31,7 +31,7 @@ class ColumnRun(NamedTuple):
 def stored_in_boxes(
     tensor: StoredTensor, encoding: Encoding
 ) -> tuple[StoredMatrix, list[ColumnRun]]:
-    """Return a tensor as a matrix of all its rows, without its bands, and the runs to make them of.
+    """Return a tensor as a matrix without bands yet, and the runs for `with_bands`.
 
     The last axis is the matrix's columns, all others are its rows; a vector is one column.
     """
@@ -65,10 +65,10 @@ def _runs(tensor: StoredTensor, box: Box, encoding: Encoding) -> Iterator[Column
 
 
 def with_bands(stored: StoredMatrix, runs: Sequence[ColumnRun]) -> StoredMatrix:
-    """Return a matrix with the bands that `runs` cover it with.
+    """Return a matrix with its bands, made of `runs`.
 
-    Rows that are there twice are read once, those beyond the matrix (padding) not at all. Raises
-    Gap when some are not there.
+    Rows that are stored twice are read once, rows beyond the matrix (padding) not at all. Raises
+    Gap if any are missing.
     """
     return stored._replace(bands=tuple(_join(_bands(stored, runs))))
 
@@ -92,7 +92,7 @@ def _bands(stored: StoredMatrix, runs: Sequence[ColumnRun]) -> Iterator[ChunkBan
 def _across(
     stored: StoredMatrix, runs: Sequence[ColumnRun], top: int, bottom: int
 ) -> Iterator[MatrixSlice]:
-    """Yield what covers rows `top` to `bottom` from left to right."""
+    """Yield the slices that cover rows `top` to `bottom`, from left to right."""
     col = 0
     while col < stored.cols:
         covering = [run for run in runs if run.col <= col < run.col + run.chunk.cols]
@@ -107,7 +107,7 @@ def _across(
 
 
 def _join(bands: Iterator[ChunkBand]) -> Iterator[ChunkBand]:
-    """Join bands that go on in the same chunks."""
+    """Yield the bands, with adjacent ones joined if they continue in the same chunks."""
     held: ChunkBand | None = None
     for band in bands:
         if held is not None and _goes_on(held, band):

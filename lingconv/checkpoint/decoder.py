@@ -1,7 +1,7 @@
-"""Numbers from stored rows: the reading half of every conversion and of every proof.
+"""Decoded rows of stored matrices: the reading half of every conversion and of every proof.
 
-Rows come as BF16 bits (uint16) where nothing is lost by it, else as float32; the caller chooses by
-the array that it wants filled, and the codec of each encoding knows how to get there.
+Rows are decoded to BF16 bits (uint16) if that loses nothing, else to float32; the caller chooses by
+the dtype of the array that it passes, and the codec of each encoding fills it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Nonfinite(NamedTuple):
 
 
 def source_of(segments: Sequence[MatrixSlice], cols: int, row: int) -> Nonfinite:
-    """Return where row `row` of what segments hold comes from."""
+    """Return the stored matrix, and the row in it, of row `row` of the rows in `segments`."""
     for segment, *_ in side_by_side(segments, cols):
         if row < segment.num_rows:
             return Nonfinite(segment.source, segment.first_row + row)
@@ -45,9 +45,9 @@ class Decoder:
         self.rounds_to_odd = False
 
     def fill(self, segments: Sequence[MatrixSlice], first: int, values: Array) -> Nonfinite | None:
-        """Fill `values` with the rows from `first` of all `segments`, one behind the other.
+        """Fill `values` with the rows from `first` of all `segments`, concatenated.
 
-        Returns where NaN or Inf was met, as far as decoding had to look at the numbers.
+        Returns the first NaN or Inf, or None; only decoding that computes looks for them.
         """
         found = None
         last, top = first + values.shape[0], 0
@@ -65,9 +65,9 @@ class Decoder:
         return found
 
     def run_in_file(self, segments: Sequence[MatrixSlice]) -> tuple[int, int] | None:
-        """Return the file descriptor and the offset of numbers that lie in a row as they are.
+        """Return the file descriptor and the offset of rows that are one run of plain numbers.
 
-        None where they do not, or are no BF16 or F32 in a file that is open on this machine.
+        None if they are several runs, or not BF16 or F32, or not in a local file.
         """
         first, *others = segments
         source = first.source
@@ -84,7 +84,7 @@ class Decoder:
         )
 
     def _fill_window(self, segment: MatrixSlice, into: Array) -> Nonfinite | None:
-        """Fill `into`, which may be a part of wider rows, with the numbers of a segment."""
+        """Fill `into`, which may be a view of wider rows, with the decoded numbers of a segment."""
         source = segment.source
         if segment.is_whole_rows and into.flags.c_contiguous:
             return self._decode(source, segment.first_row, into)
@@ -95,7 +95,7 @@ class Decoder:
         return met
 
     def read(self, source: StoredMatrix, part: int, offset: int, into: Array) -> None:
-        """Fill `into` with stored bytes: `part` 0 holds elements, 1 scales; from byte `offset`."""
+        """Fill `into` with stored bytes of `part` (0 elements, 1 scales) from byte `offset`."""
         extent = source.extents[part]
         self._blobs[extent.file].read_into(extent.offset + offset, as_bytes(into))
 
@@ -113,7 +113,7 @@ class Decoder:
 
 
 class _Rows:
-    """One stored matrix, as its codec reads it."""
+    """One stored matrix, with the interface through which its codec reads it."""
 
     __slots__ = ("_decoder", "_source", "buffers", "cols", "height", "rounds_to_odd")
 

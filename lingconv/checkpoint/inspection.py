@@ -1,4 +1,4 @@
-"""What is this checkpoint? Headers only, so instant at any size."""
+"""The report of `inspect` on a checkpoint; reads headers only, so it is instant at any size."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SCHEMA = "lingconv.inspect/1"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The facts about a checkpoint, and everything odd about it."""
+    """The facts about a checkpoint, and its faults and warnings."""
 
     source: str
     family: str
@@ -100,7 +100,7 @@ def inspect_model(model: Model) -> Report:
 
 
 def _parameters(model: Model) -> dict[bool, Counter[Role]]:
-    """Return the parameters of each role, in MTP layers (True) and outside of them (False)."""
+    """Return the number of parameters by role, in MTP layers (True) and others (False)."""
     counts: dict[bool, Counter[Role]] = {False: Counter(), True: Counter()}
     for name in model.stored:
         tensor = model.layout.tensors[name]
@@ -109,7 +109,7 @@ def _parameters(model: Model) -> dict[bool, Counter[Role]]:
 
 
 def _active(parameters: Mapping[Role, int], symbols: Mapping[str, Any]) -> int:
-    """Return the parameters that one token passes through, embeddings included."""
+    """Return the number of active parameters of a token, embeddings included."""
     experts = parameters[Role.EXPERT]
     chosen: int = experts * symbols["experts_per_token"] // max(1, symbols["experts"])
     return sum(parameters.values()) - experts + chosen

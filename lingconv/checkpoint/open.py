@@ -1,7 +1,7 @@
-"""From a path or an address to a Checkpoint: headers only.
+"""A Checkpoint from a path or an address; reads headers only.
 
-Opening never fails on a broken file: everything wrong or odd is a Fault, so that `inspect` can show
-all of it and `plan` can refuse with the whole list.
+Opening never fails on a broken file: every error or warning is a Fault, so that `inspect` can show
+all of them and `plan` can refuse with the whole list.
 """
 
 from dataclasses import replace
@@ -19,8 +19,8 @@ from lingconv.storage.provenance import find_revision
 def open_checkpoint(source: str | Path, overrides: SourceOverrides | None = None) -> Checkpoint:
     """Return the checkpoint at a local path, on the Hub or in an object store.
 
-    Raises UsageError when there is no such folder, or when it holds several checkpoints, and
-    CheckpointError when it holds none.
+    Raises UsageError if there is no such folder, or if it has several checkpoints, and
+    CheckpointError if it has none.
     """
     storage, file = open_storage(source)
     checkpoint = read_checkpoint(storage, file, overrides)
@@ -30,7 +30,7 @@ def open_checkpoint(source: str | Path, overrides: SourceOverrides | None = None
 def read_checkpoint(
     storage: Storage, file: str = "", overrides: SourceOverrides | None = None
 ) -> Checkpoint:
-    """Return the only checkpoint in a storage, or the one that `file` belongs to."""
+    """Return the only checkpoint in a storage, or the one to which `file` belongs."""
     form, places = detect(storage, file)
     if len(places) > 1:
         raise UsageError(
@@ -42,6 +42,6 @@ def read_checkpoint(
 
 
 def read_all(storage: Storage) -> list[Checkpoint]:
-    """Return every checkpoint in a folder: one, or all models that lie side by side in it."""
+    """Return every checkpoint in a folder; there may be several models side by side in it."""
     form, places = detect(storage)
     return [form.read(storage, place, SourceOverrides()) for place in places]

@@ -1,4 +1,4 @@
-"""A checkpoint joined with its family: what each stored tensor is, and what does not fit."""
+"""A recognised checkpoint: its family, the role of each stored tensor, and the faults."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lingconv.plans.tensor_map import Locator, StoredMatrix
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Model:
-    """A checkpoint that was understood, as far as it could be; `faults` hold the rest."""
+    """A checkpoint with its stored tensors matched to a layout; `faults` are the mismatches."""
 
     checkpoint: Checkpoint
     family: Family
@@ -32,10 +32,10 @@ class Model:
 
     @property
     def own_dtype(self) -> DType | None:
-        """The dtype that Megatron's weights are meant to be in, whatever single ones are kept in.
+        """The dtype of the weights of a Megatron model, whatever single ones are stored in.
 
-        Its local layers keep norms in F32 beside BF16 matrices. None for what lingconv wrote, as
-        for all other layouts: there every tensor is in the dtype that it is to have.
+        Megatron's local layers store norms in F32 beside BF16 matrices. None for checkpoints that
+        lingconv wrote and for all other layouts, where every tensor has its intended dtype.
         """
         if self.layout.base != MEGATRON or self.checkpoint.is_recorded:
             return None
@@ -47,7 +47,7 @@ class Model:
         return self.layout.tensors.get(PhysicalName(name))
 
     def locator(self) -> "Locator":
-        """Return what finds the rows of logical tensors in this checkpoint."""
+        """Return the Locator of this checkpoint's logical tensors."""
         return Locator(self.layout.addresses(), self.stored)
 
 

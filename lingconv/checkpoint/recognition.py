@@ -1,4 +1,4 @@
-"""From a checkpoint's headers to a model: its format identifies it, its tensors are matched."""
+"""A Model from a checkpoint's headers: the format identifies it, the tensors are matched."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from lingconv.model.family import Family
 def recognise(
     checkpoint: Checkpoint, families: Sequence[Family], overrides: SourceOverrides | None = None
 ) -> Model:
-    """Return what a checkpoint is, each stored tensor matched with one that its layout expects.
+    """Return the Model of a checkpoint, each stored tensor matched with one of its layout.
 
-    Raises CheckpointError when its config names no known architecture or lacks what describes the
-    model; everything less is a fault of the returned Model.
+    Raises CheckpointError if its config names no known architecture or lacks required keys; all
+    other problems are faults of the returned Model.
     """
     form = format_named(checkpoint.format)
     identity = form.identify(checkpoint, families, overrides or SourceOverrides())

@@ -1,6 +1,6 @@
-"""Synthetic checkpoints: a source that computes its bytes instead of reading them.
+"""Synthetic checkpoints: sources whose bytes are computed instead of read.
 
-Everything else, from shard sizes to resuming, is the ordinary conversion of that source.
+Everything else, from shard sizes to resuming, is the ordinary conversion of such a source.
 """
 
 import bisect
@@ -32,7 +32,7 @@ _SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|role_end|>", "<role>",
 
 
 def read_config(config: str) -> dict[str, Any]:
-    """Return the config of a preset, or of a config.json at a path."""
+    """Return the config of a preset, or the config.json at a path."""
     preset = presets().get(config)
     path = Path(config)
     if path.is_dir():
@@ -66,7 +66,7 @@ def cut_config(
 
 
 def synthetic_checkpoint(config: Mapping[str, Any], family: Family, seed: int) -> Checkpoint:
-    """Return a checkpoint of `config`'s model in BF16 whose weights are computed when read."""
+    """Return a BF16 checkpoint of `config`'s model whose weights are computed when read."""
     symbols = family.resolve(config, HF)
     storage = SynthStorage(family, symbols, config, seed)
     files = storage.files()
@@ -82,7 +82,7 @@ def synthetic_checkpoint(config: Mapping[str, Any], family: Family, seed: int) -
 
 
 class SynthStorage:
-    """One endless-looking file of weights, and a small tokenizer beside it."""
+    """A storage with one virtual weight file, and the small files of a tokenizer."""
 
     parallel_reads = 1
 
@@ -115,7 +115,7 @@ class SynthStorage:
         return {}
 
     def stat(self, name: str) -> FileStat:
-        """Return what `files` says: nothing ever changes."""
+        """Return size and time of a file, as `files` has them; they never change."""
         if name not in self._stats:
             raise CheckpointError(f"{self.uri} has no file {name}")
         return self._stats[name]
@@ -130,11 +130,11 @@ class SynthStorage:
         return SynthBlob(list(self.tensors.values()), self._roles, self._seed)
 
     def release(self, name: str) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing: no resources are held."""
 
 
 class SynthBlob:
-    """Computes the bytes that are asked for."""
+    """A virtual weight file; bytes are computed when they are read."""
 
     descriptor = None
 
@@ -146,10 +146,10 @@ class SynthBlob:
         self._table = normal_table()
 
     def expect(self, offset: int, nbytes: int) -> None:
-        """Do nothing: bytes are computed when they are asked for."""
+        """Do nothing: there is nothing to prefetch."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`, across as many tensors as it covers."""
@@ -179,7 +179,7 @@ class SynthBlob:
         normal_rows(target, start // target.itemsize, cols, seed, self._table, mean, deviation)
 
     def _balanced(self, count: int, seed: int) -> np.ndarray[Any, Any]:
-        """Return a bias with mean zero: each value comes with its opposite."""
+        """Return `count` bias values with mean zero: each value occurs with both signs."""
         values = np.empty(count, np.float32)
         normal_rows(values, 0, count, seed, self._table, 0.0, _BIAS_DEVIATION)
         return values - values[::-1]
@@ -218,7 +218,7 @@ def _small_files(config: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _byte_letters() -> list[str]:
-    """Return the printable letter that byte-level BPE uses for each byte, as GPT-2 does."""
+    """Return the printable letter of each byte in byte-level BPE, as in GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

@@ -1,4 +1,4 @@
-"""Pairs the tensors that a layout expects with what is stored, and finds their encodings."""
+"""Matching of the tensors that a layout expects with the stored ones, and their encodings."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ _WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on witho
 
 
 class Matcher:
-    """Pairs expected with stored tensors and collects what does not pair."""
+    """Matches expected with stored tensors; mismatches are collected in `faults`."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
         self.tensors = checkpoint.tensors
@@ -86,7 +86,7 @@ class Matcher:
         self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
-        """Return whether Megatron made a vocabulary longer, so that ranks get equal parts of it."""
+        """Return whether a vocabulary is padded, as Megatron does to give ranks equal shares."""
         vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
         longer = held.shape[1:] == tensor.shape[1:] and held.shape[0] > tensor.shape[0]
         return vocabulary and longer and self.layout.base == MEGATRON
@@ -134,11 +134,11 @@ class Matcher:
         return StoredMatrix(tensor.name, tensor.shape, encoding, places, tensor.stack)
 
     def _contradicts(self, encoding: Fp8) -> bool:
-        """Whether the config states another block."""
+        """Return whether the config states another block size."""
         return self.stated is not None and (encoding.block_rows, encoding.block_cols) != self.block
 
     def _sort_rest(self) -> None:
-        """Classify the stored tensors that nothing in the model asks for."""
+        """Classify the stored tensors that the layout does not have: dropped, or faults."""
         for name in sorted(self.tensors.keys() - self.used):
             held = self.tensors[name]
             reason = self.family.drop_reason(name, self.layout.name)
@@ -157,7 +157,7 @@ class Matcher:
                 self._fault("extra tensor", message, held, hint=hint)
 
     def _check_stated(self) -> None:
-        """Compare config.json's word with the tensors: FP8 or not, and which dtype."""
+        """Compare config.json with the tensors: FP8 or not, and which dtype."""
         fp8 = [item.name for item in self.stored.values() if item.encoding.has_scales]
         if fp8 and self.stated is None and not self.faults:
             message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
@@ -188,7 +188,7 @@ class Matcher:
 def _odd_dtypes(
     layout: Layout, stored: Mapping[PhysicalName, StoredMatrix], kept: Collection[str]
 ) -> Iterable[Fault]:
-    """Report tensors whose dtype differs from that of most of their role, unannounced by `kept`."""
+    """Yield tensors whose dtype differs from most of their role and that `kept` does not match."""
     by_role: dict[str, dict[Encoding, list[str]]] = {}
     for name, item in stored.items():
         found = by_role.setdefault(layout.tensors[name].role, {})

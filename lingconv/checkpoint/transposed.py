@@ -1,4 +1,4 @@
-"""Rows of matrices that are stored by columns: Megatron's fused `weight1` and `weight2`."""
+"""Rows of transposed matrices (stored by columns): Megatron's fused `weight1` and `weight2`."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ def read_rows(
 ) -> None:
     """Fill `into` [rows, cols] with the stored elements of a matrix from row `first` on.
 
-    Of one that is stored by columns, all bytes between the first and the last element are read.
+    Of a transposed matrix, all bytes between the first and the last element are read.
     """
     extent = source.extents[0]
     size = into.itemsize
@@ -36,7 +36,7 @@ def read_rows(
 
 
 def transposed(arena: Arena, strip: RowStrip, rows: Array) -> Array:
-    """Return rows as the target stores them: transposed where it has them by columns."""
+    """Return rows [rows, cols] as the target stores them: transposed if it is stored by columns."""
     if not strip.transfer.target.pitch:
         return rows
     columns = arena.take("transposed", rows.shape[::-1], rows.dtype, like=strip.offset)

@@ -1,4 +1,4 @@
-"""The options that most commands share: what is read, what a run may use, what is printed."""
+"""The options that most commands share: source, resources, publishing, output on screen."""
 
 import json
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from lingconv.execution.plan_share import PlanShare
 from lingconv.execution.resources import LOCAL, Resources
 from lingconv.storage.upload_target import PublishOptions
 
+NO_VALUE = ""  # the metavar of a flag: Typer would show `<bool>`
 RUN = "Run"
 HUB = "Hub"
 
@@ -34,7 +35,12 @@ Destination = Annotated[
     ),
 ]
 Formats = Annotated[
-    str | None, typer.Option("--formats", metavar="PATH", help="Family file or folder of your own.")
+    str | None,
+    typer.Option(
+        "--formats",
+        metavar="PATH",
+        help="Family file, or folder of them; default: the built-in ones.",
+    ),
 ]
 Jobs = Annotated[
     int,
@@ -43,13 +49,19 @@ Jobs = Annotated[
         "--jobs",
         min=0,
         envvar="LINGCONV_JOBS",
-        help="Threads; 0 chooses by the number of processors.",
+        metavar="N",
+        help="Number of threads; 0 chooses by the number of CPUs.",
         rich_help_panel=RUN,
     ),
 ]
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Prove the result afterwards.", rich_help_panel=RUN),
+    typer.Option(
+        "--verify",
+        metavar=NO_VALUE,
+        help="Verify the output after converting.",
+        rich_help_panel=RUN,
+    ),
 ]
 
 
@@ -70,23 +82,35 @@ def _set_verbose(value: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DisplayFlags:
-    """How much is printed, and for whom; `output` has it."""
+    """The options of what is printed; they are set in `terminal`."""
 
     json: Annotated[
-        bool, typer.Option("--json", callback=_set_json, help="Print one JSON document.")
+        bool,
+        typer.Option(
+            "--json", metavar=NO_VALUE, callback=_set_json, help="Print one JSON document."
+        ),
     ] = False
     quiet: Annotated[
         bool,
-        typer.Option("-q", "--quiet", callback=_set_quiet, help="Print the essential word only."),
+        typer.Option(
+            "-q",
+            "--quiet",
+            metavar=NO_VALUE,
+            callback=_set_quiet,
+            help="Print only the result, such as the output's path.",
+        ),
     ] = False
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", callback=_set_verbose, help="Print all details.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", metavar=NO_VALUE, callback=_set_verbose, help="Print all details."
+        ),
     ] = False
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceFlags:
-    """What a run may use."""
+    """The options of a run's resources."""
 
     jobs: Jobs = 0
     max_memory: Annotated[
@@ -95,7 +119,7 @@ class ResourceFlags:
             "--max-memory",
             metavar="SIZE",
             envvar="LINGCONV_MAX_MEMORY",
-            help="Budget for buffers, above the interpreter.",
+            help="Memory budget for buffers, besides the memory of the interpreter.",
             rich_help_panel=RUN,
         ),
     ] = "1GiB"
@@ -104,14 +128,17 @@ class ResourceFlags:
         typer.Option(
             "--part",
             metavar="I/N",
-            help="Write the I-th of N shares of the files; `lingconv finish DST` comes last.",
+            help="Write the I-th of N shares of the files; run `lingconv finish DST` after all.",
             rich_help_panel=RUN,
         ),
     ] = ""
     executor: Annotated[
         str,
         typer.Option(
-            "--executor", help="`local`, or `ray` for the nodes of a cluster.", rich_help_panel=RUN
+            "--executor",
+            metavar="NAME",
+            help="Where the work is done: `local`, or `ray` for a Ray cluster.",
+            rich_help_panel=RUN,
         ),
     ] = LOCAL
     address: Annotated[
@@ -119,7 +146,7 @@ class ResourceFlags:
         typer.Option(
             "--address",
             metavar="ADDRESS",
-            help="Of a Ray cluster, `auto` for the one that runs here; none starts one.",
+            help="Address of the Ray cluster; `auto` finds a running one; default: start one here.",
             rich_help_panel=RUN,
         ),
     ] = ""
@@ -129,14 +156,15 @@ class ResourceFlags:
         typer.Option(
             "--device",
             envvar="LINGCONV_DEVICE",
-            help="`cpu`; or GPUs for FP8 and BF16: `cuda`, `cuda:N`, `cuda:all`.",
+            metavar="NAME",
+            help="`cpu`, or GPUs that convert FP8 and BF16: `cuda`, `cuda:N`, `cuda:all`.",
             rich_help_panel=RUN,
         ),
     ] = CPU
 
     @property
     def resources(self) -> Resources:
-        """The limits, as the engine takes them."""
+        """The Resources that these options describe."""
         return Resources(
             jobs=self.jobs,
             max_memory_bytes=parse_size(self.max_memory),
@@ -149,52 +177,67 @@ class ResourceFlags:
 
 @dataclass(frozen=True, slots=True)
 class PublishFlags:
-    """How a repository is written to."""
+    """The options of writing to a repository."""
 
     create: Annotated[
         bool,
-        typer.Option("--create", help="Create the repository, private.", rich_help_panel=HUB),
+        typer.Option(
+            "--create",
+            metavar=NO_VALUE,
+            help="Create the repository, as a private one.",
+            rich_help_panel=HUB,
+        ),
     ] = False
     public: Annotated[
         bool,
-        typer.Option("--public", help="With `--create`: for all to see.", rich_help_panel=HUB),
+        typer.Option(
+            "--public",
+            metavar=NO_VALUE,
+            help="With `--create`: make the repository public.",
+            rich_help_panel=HUB,
+        ),
     ] = False
     pull_request: Annotated[
         bool,
-        typer.Option("--pr", help="Write to a new pull request.", rich_help_panel=HUB),
+        typer.Option(
+            "--pr", metavar=NO_VALUE, help="Write to a new pull request.", rich_help_panel=HUB
+        ),
     ] = False
     replace: Annotated[
         bool,
         typer.Option(
             "--replace",
-            help="Remove another checkpoint that the repository holds.",
+            metavar=NO_VALUE,
+            help="Replace another checkpoint in the repository.",
             rich_help_panel=HUB,
         ),
     ] = False
 
     @property
     def options(self) -> PublishOptions:
-        """The request."""
+        """The PublishOptions."""
         return PublishOptions(self.create, self.public, self.pull_request, self.replace)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFlags:
-    """What the user says of SRC's model."""
+    """The options that override SRC's description of its model."""
 
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="FILE", help="A config.json in place of what SRC says of its model."
+            "--config",
+            metavar="FILE",
+            help="Use this config.json instead of SRC's; default: SRC's config or metadata.",
         ),
     ] = None
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One key of that config. Repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the config. Repeatable."),
     ] = None
 
     def given(self, *, main_params: bool = False) -> SourceOverrides | None:
-        """Return what is said, or None when that is nothing."""
+        """Return the overrides, or None if there are none."""
         if self.config is None and not self.settings and not main_params:
             return None
         pairs = [pair("--set", text, "KEY=VALUE") for text in self.settings or ()]
@@ -206,7 +249,7 @@ class SourceFlags:
 
 @dataclass(frozen=True, slots=True)
 class HubFlags:
-    """What is allowed while SRC or DST is on the Hub."""
+    """The options that apply if SRC or DST is on the Hub."""
 
     publish: PublishFlags
     max_disk: Annotated[
@@ -214,7 +257,8 @@ class HubFlags:
         typer.Option(
             "--max-disk",
             metavar="SIZE",
-            help="Most disk for weights that are only passing through; two of the largest files.",
+            help="Disk budget for weights that are on disk temporarily; default: two of the largest"
+            " files.",
             rich_help_panel=HUB,
         ),
     ] = ""
@@ -222,7 +266,8 @@ class HubFlags:
         bool,
         typer.Option(
             "--download",
-            help="Fetch whole files just ahead of the work, instead of byte ranges.",
+            metavar=NO_VALUE,
+            help="Download whole files just before they are needed, instead of byte ranges.",
             rich_help_panel=HUB,
         ),
     ] = False
@@ -232,13 +277,13 @@ class HubFlags:
             "--staging",
             metavar="DIR",
             envvar="LINGCONV_STAGING",
-            help="Where files are kept until the Hub has them; the user's cache by default.",
+            help="Folder for files until they are uploaded; default: the user's cache folder.",
             rich_help_panel=HUB,
         ),
     ] = None
 
     def resources(self, limits: ResourceFlags) -> Resources:
-        """Return what a run may use."""
+        """Return the Resources of `limits` with these options."""
         return replace(
             limits.resources,
             max_disk_bytes=parse_size(self.max_disk) if self.max_disk else 0,
@@ -251,7 +296,8 @@ FromMainParams = Annotated[
     bool,
     typer.Option(
         "--from-main-params",
-        help="Read the optimizer's FP32 weights instead of their roundings.",
+        metavar=NO_VALUE,
+        help="Read the optimizer's FP32 main parameters instead of the rounded weights.",
         rich_help_panel="Megatron",
     ),
 ]
@@ -259,7 +305,8 @@ Fresh = Annotated[
     bool,
     typer.Option(
         "--fresh",
-        help="Start over: remove what an earlier run wrote to DST.",
+        metavar=NO_VALUE,
+        help="Start over: remove the files that an earlier run wrote to DST.",
         rich_help_panel=RUN,
     ),
 ]
@@ -267,7 +314,8 @@ Recheck = Annotated[
     bool,
     typer.Option(
         "--recheck",
-        help="Compare finished files byte by byte with what they should hold; write what differs.",
+        metavar=NO_VALUE,
+        help="Compare finished files byte by byte with the plan; write differing ones again.",
         rich_help_panel=RUN,
     ),
 ]
@@ -284,7 +332,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Return a number, a switch or any other JSON value; what is none is a word."""
+    """Return the JSON value in a text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -292,7 +340,7 @@ def _value(text: str) -> Any:
 
 
 def pair(option: str, text: str, form: str) -> tuple[str, str]:
-    """Return the two sides of `left=right`; raise UsageError that shows the right `form`."""
+    """Return the two sides of `left=right`; raises UsageError with the expected `form`."""
     left, sign, right = text.partition("=")
     if not (left and sign and right):
         raise UsageError(f"`{option} {text}`", hint=f"write it as `{option} {form}`")

@@ -1,4 +1,4 @@
-"""The options that say what to write, in groups, and the request that they add up to."""
+"""The options of the output, in groups, and the ConvertOptions that they give."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lingconv.cli.common_options import pair
+from lingconv.cli.common_options import NO_VALUE, pair
 from lingconv.cli.units import parse_size
 from lingconv.errors import UsageError
 from lingconv.model.parallelism import Parallel
@@ -38,14 +38,16 @@ ExpertsAs = Annotated[
     typer.Option(
         "--experts-as",
         metavar="NAME",
-        help="Whose names stacked experts go by: dfactory, transformers, automodel or mlx.",
+        help="Naming scheme of stacked experts: dfactory, transformers, automodel or mlx.",
         rich_help_panel=OUTPUT,
     ),
 ]
 DType = Annotated[
     TargetDType | None,
     typer.Option(
-        "--dtype", help="What to store weights in; kept by default.", rich_help_panel=OUTPUT
+        "--dtype",
+        help="Dtype of the output's weights; default: each tensor keeps its own.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 OutType = Annotated[
@@ -53,8 +55,8 @@ OutType = Annotated[
     typer.Option(
         "--outtype",
         metavar="TYPE",
-        help="bf16, q8_0, q4_k_m ... as llama-quantize names them; `auto` is the weights' own"
-        " 16-bit float.",
+        help="llama-quantize's file type: bf16, q8_0, q4_k_m ...; `auto` keeps the weights' 16-bit"
+        " float.",
         rich_help_panel=GGUF,
     ),
 ]
@@ -64,7 +66,7 @@ MaxShardSize = Annotated[
         "--max-shard-size",
         "--split-max-size",
         metavar="SIZE",
-        help="5GB, 10GiB ...; 10GB by default, for GGUF one file.",
+        help="Largest size of an output file: 5GB, 10GiB ...; default: 10GB, for GGUF one file.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -72,12 +74,14 @@ MaxShardSize = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class LayoutFlags:
-    """What the target is."""
+    """The options of the target's layout and dtype."""
 
     to: Annotated[
         Target | None,
         typer.Option(
-            "--to", help="Layout; `gguf` where DST says so, else `hf`.", rich_help_panel=OUTPUT
+            "--to",
+            help="Layout of the output; default: `gguf` if DST ends with `.gguf`, else `hf`.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     experts_as: ExpertsAs = DEFAULT_MERGED
@@ -86,36 +90,47 @@ class LayoutFlags:
 
 @dataclass(frozen=True, slots=True)
 class OutputFlags:
-    """What goes into it, and in files of which size."""
+    """The options of the tensors that are written, and of the files' size."""
 
     max_shard_size: MaxShardSize = ""
     mtp: Annotated[
-        Mtp, typer.Option("--mtp", help="What to do with MTP layers.", rich_help_panel=OUTPUT)
+        Mtp,
+        typer.Option(
+            "--mtp",
+            help="Keep MTP layers, drop them, or write them only.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = Mtp.KEEP
     drop: Annotated[
         list[str] | None,
         typer.Option(
             "--drop",
             metavar="PATTERN",
-            help="Leave out tensors that the model does not know. Repeatable.",
+            help="Drop source tensors that the model does not have. Repeatable.",
             rich_help_panel=OUTPUT,
         ),
     ] = None
     allow_nonfinite: Annotated[
         bool,
-        typer.Option("--allow-nonfinite", help="Go on at NaN and Inf.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--allow-nonfinite",
+            metavar=NO_VALUE,
+            help="Do not stop at NaN or Inf.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False
     allow_requantize: Annotated[
         bool,
         typer.Option(
             "--allow-requantize",
-            help="Round what is quantized a second time.",
+            metavar=NO_VALUE,
+            help="Allow re-quantizing quantized weights.",
             rich_help_panel=OUTPUT,
         ),
     ] = False
 
     def options(self) -> ConvertOptions:
-        """Return a request that asks for nothing else."""
+        """Return ConvertOptions with these options, all others at their defaults."""
         return ConvertOptions(
             mtp=self.mtp.value,
             max_shard_bytes=shard_bytes(self.max_shard_size),
@@ -127,16 +142,23 @@ class OutputFlags:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Flags:
-    """How weights are quantized to FP8."""
+    """The options of FP8 quantization."""
 
     scheme: Annotated[
-        Scheme, typer.Option("--scheme", help="128x128 blocks, or rows.", rich_help_panel=FP8)
+        Scheme,
+        typer.Option(
+            "--scheme",
+            help="Weights that share a scale: 128x128 blocks, or rows (channel).",
+            rich_help_panel=FP8,
+        ),
     ] = Scheme.BLOCK
     dialect: Annotated[
         str,
         typer.Option(
             "--dialect",
-            help="`fp8` (DeepSeek's names) or `compressed-tensors`; the scheme's own by default.",
+            metavar="NAME",
+            help="Naming of FP8: `fp8` (DeepSeek's) or `compressed-tensors`; default: `fp8` for"
+            " blocks, `compressed-tensors` for rows.",
             rich_help_panel=FP8,
         ),
     ] = ""
@@ -145,8 +167,8 @@ class Fp8Flags:
         typer.Option(
             "--scale",
             metavar="[PATTERN=]POLICY",
-            help="`f32` (default), `ue8m0` (powers of two) or `ling` (as Ling's converter mixes"
-            " them). Repeatable.",
+            help="Rounding of scales: `f32` (default), `ue8m0` (powers of two) or `ling` (Ling's"
+            " converter's mix of both). Repeatable.",
             rich_help_panel=FP8,
         ),
     ] = None
@@ -154,7 +176,8 @@ class Fp8Flags:
         str,
         typer.Option(
             "--scale-dtype",
-            help="`f32`, `bf16` or `e8m0`; the dialect's own by default.",
+            metavar="DTYPE",
+            help="Dtype of scales: `f32`, `bf16` or `e8m0`; default: the dialect's.",
             rich_help_panel=FP8,
         ),
     ] = ""
@@ -169,7 +192,7 @@ class Fp8Flags:
     ] = None
 
     def options(self) -> Fp8Options:
-        """Return what is asked for; `--scale` without a pattern sets the default policy."""
+        """Return the Fp8Options; `--scale` without a pattern sets the default policy."""
         default = SCALE_F32
         rules = []
         for text in self.scale or ():
@@ -190,7 +213,7 @@ class Fp8Flags:
 
 @dataclass(frozen=True, slots=True)
 class GgufFlags:
-    """What goes into GGUF files."""
+    """The options of GGUF files."""
 
     outtype: OutType = AUTO
     tensor_type: Annotated[
@@ -198,7 +221,7 @@ class GgufFlags:
         typer.Option(
             "--tensor-type",
             metavar="REGEX=TYPE",
-            help="Another type for some tensors, the first match counts. Repeatable.",
+            help="ggml type of the tensors that match; the first match counts. Repeatable.",
             rich_help_panel=GGUF,
         ),
     ] = None
@@ -207,7 +230,7 @@ class GgufFlags:
         typer.Option(
             "--tensor-type-file",
             metavar="FILE",
-            help="A file of REGEX=TYPE, after those of `--tensor-type`.",
+            help="File with REGEX=TYPE lines, which count after those of `--tensor-type`.",
             rich_help_panel=GGUF,
         ),
     ] = None
@@ -216,7 +239,7 @@ class GgufFlags:
         typer.Option(
             "--tokenizer-pre",
             metavar="NAME",
-            help="How llama.cpp splits text; known for Ling's tokenizer.",
+            help="llama.cpp's pre-tokenizer; default: detected for Ling's tokenizer.",
             rich_help_panel=GGUF,
         ),
     ] = ""
@@ -225,7 +248,7 @@ class GgufFlags:
         typer.Option(
             "--metadata",
             metavar="KEY=TEXT",
-            help="A text of your own, such as general.quantized_by=ME. Repeatable.",
+            help="Set a text in the metadata: general.quantized_by=ME. Repeatable.",
             rich_help_panel=GGUF,
         ),
     ] = None
@@ -235,13 +258,13 @@ class GgufFlags:
             "--split-max-tensors",
             metavar="N",
             min=0,
-            help="Tensors in a file; 0 is no limit.",
+            help="Most tensors in a file; 0 means no limit.",
             rich_help_panel=GGUF,
         ),
     ] = 0
 
     def options(self) -> GgufOptions:
-        """Return what is asked for."""
+        """Return the GgufOptions."""
         file = self.tensor_type_file
         words = [*(self.tensor_type or ()), *(_words(file) if file else ())]
         return GgufOptions(
@@ -255,19 +278,22 @@ class GgufFlags:
 
 @dataclass(frozen=True, slots=True)
 class MegatronFlags:
-    """Names and ranks of Megatron."""
+    """The options of Megatron's formats: names of layers, and degrees of parallelism."""
 
     spec: Annotated[
         Spec,
         typer.Option(
-            "--spec", help="Megatron's layers: their names differ.", rich_help_panel=MEGATRON
+            "--spec",
+            help="Layer implementation that loads the checkpoint; it decides names.",
+            rich_help_panel=MEGATRON,
         ),
     ] = Spec.TE
     singleton_experts: Annotated[
         bool,
         typer.Option(
             "--singleton-experts",
-            help="A tensor for each expert, instead of all in one.",
+            metavar=NO_VALUE,
+            help="Store each expert as a tensor of its own; default: all in one tensor.",
             rich_help_panel=MEGATRON,
         ),
     ] = False
@@ -275,8 +301,9 @@ class MegatronFlags:
         bool | None,
         typer.Option(
             "--grouped-gemm/--sequential",
-            help="How the files of ranks name experts; grouped for TE, sequential for local"
-            " layers.",
+            metavar=NO_VALUE,
+            help="Names of experts in legacy per-rank checkpoints; default: grouped for `te`,"
+            " sequential for `local`.",
             rich_help_panel=MEGATRON,
         ),
     ] = None
@@ -284,8 +311,9 @@ class MegatronFlags:
         bool,
         typer.Option(
             "--legacy-grouped-gemm",
-            help="All experts of a rank in `weight1` and `weight2`, as Megatron's option of that"
-            " name.",
+            metavar=NO_VALUE,
+            help="Store all experts of a rank in `weight1` and `weight2`, as Megatron's option of"
+            " that name does.",
             rich_help_panel=MEGATRON,
         ),
     ] = False
@@ -295,7 +323,7 @@ class MegatronFlags:
             "--tp",
             "--target-tensor-parallel-size",
             metavar="N",
-            help="Tensor parallel ranks.",
+            help="Number of tensor parallel ranks.",
             rich_help_panel=MEGATRON,
         ),
     ] = 1
@@ -305,7 +333,7 @@ class MegatronFlags:
             "--pp",
             "--target-pipeline-parallel-size",
             metavar="N",
-            help="Pipeline stages.",
+            help="Number of pipeline stages.",
             rich_help_panel=MEGATRON,
         ),
     ] = 1
@@ -315,7 +343,7 @@ class MegatronFlags:
             "--ep",
             "--target-expert-parallel-size",
             metavar="N",
-            help="Expert parallel ranks.",
+            help="Number of expert parallel ranks.",
             rich_help_panel=MEGATRON,
         ),
     ] = 1
@@ -324,14 +352,18 @@ class MegatronFlags:
         typer.Option(
             "--etp",
             metavar="N",
-            help="Ranks that split an expert's tensors; as many as `--tp` by default.",
+            help="Number of ranks that split an expert's tensors; default: `--tp`.",
+            show_default=False,
             rich_help_panel=MEGATRON,
         ),
     ] = 0
     vpp: Annotated[
         int,
         typer.Option(
-            "--vpp", metavar="N", help="Model chunks on a pipeline stage.", rich_help_panel=MEGATRON
+            "--vpp",
+            metavar="N",
+            help="Number of model chunks per pipeline stage.",
+            rich_help_panel=MEGATRON,
         ),
     ] = 1
     pp_layers: Annotated[
@@ -339,13 +371,13 @@ class MegatronFlags:
         typer.Option(
             "--pp-layers",
             metavar="N,N,...",
-            help="Decoder layers of each stage; as many on all by default.",
+            help="Number of decoder layers of each stage; default: equal numbers.",
             rich_help_panel=MEGATRON,
         ),
     ] = ""
 
     def options(self) -> MegatronOptions:
-        """Return what is asked for."""
+        """Return the MegatronOptions."""
         try:
             layers = (
                 tuple(int(word) for word in self.pp_layers.split(",")) if self.pp_layers else ()
@@ -364,7 +396,7 @@ class MegatronFlags:
 
 @dataclass(frozen=True, slots=True)
 class ConvertFlags:
-    """Everything that may be asked of a conversion."""
+    """All options of a conversion's output."""
 
     layout: LayoutFlags
     output: OutputFlags
@@ -373,7 +405,7 @@ class ConvertFlags:
     megatron: MegatronFlags
 
     def options(self, destination: str) -> ConvertOptions:
-        """Return the request; the name of DST may say the layout."""
+        """Return the ConvertOptions; without `--to`, the name of DST decides the layout."""
         return replace(
             self.output.options(),
             layout=layout_of(self.layout.to, destination),
@@ -386,17 +418,17 @@ class ConvertFlags:
 
 
 def shard_bytes(text: str) -> int | None:
-    """Return the largest size of a file; None leaves it to the layout."""
+    """Return the largest size of a file in bytes; None means the layout's default."""
     return parse_size(text) if text else None
 
 
 def layout_of(to: Target | None, destination: str) -> str:
-    """Return the layout that is asked for, in words or by the name of DST."""
+    """Return the layout of `--to`, or by the name of DST."""
     return to or (Target.GGUF if destination.endswith(SUFFIX) else Target.HF)
 
 
 def _words(path: Path) -> list[str]:
-    """Return the words of a text file."""
+    """Return the words of a text file, separated by white space."""
     try:
         return path.read_text("utf-8").split()
     except (OSError, UnicodeDecodeError) as exc:

@@ -1,7 +1,7 @@
-"""How the numbers of a matrix are stored: plain floats, FP8 with scales, ggml's blocks.
+"""Encodings of stored matrices: plain floats, FP8 with scales, ggml's blocks.
 
 `base.Encoding` is the frozen value, `codec.Codec` its arithmetic, `kernels/` the compiled loops.
-Another package adds a kind by an entry point of the group `lingconv.encodings` that names a
+Another package can add an encoding: an entry point of the group `lingconv.encodings` that names a
 subclass of Encoding.
 """
 
@@ -31,19 +31,19 @@ _BUILT_IN: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Plain, Fp8,
 
 
 def encoding_of(kind: StoredType) -> Plain | Ggml:
-    """Return the encoding of a tensor that is stored alone, without scales beside it."""
+    """Return the encoding of a tensor without a scale tensor."""
     if isinstance(kind, GgmlType):
         return Ggml(kind) if kind.is_quantized else PLAIN[DTYPES[kind]]
     return PLAIN[kind]
 
 
 def encoding_to_json(encoding: Encoding) -> dict[str, object]:
-    """Return a JSON object that `encoding_from_json` turns back into the same value."""
+    """Return an encoding as a JSON object, for `encoding_from_json`."""
     return {"kind": encoding.kind, **encoding.to_json()}
 
 
 def encoding_from_json(value: dict[str, object]) -> Encoding:
-    """Return the encoding that `encoding_to_json` described.
+    """Return the encoding of a JSON object from `encoding_to_json`.
 
     Raises UsageError for a kind that no installed package has.
     """

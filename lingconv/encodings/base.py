@@ -1,9 +1,9 @@
-"""`Encoding`: how the numbers of a matrix are stored, as a frozen value that needs no data.
+"""`Encoding`: the storage of a matrix's numbers, as a frozen value without data.
 
-It answers which tensors hold a matrix of a given shape, in which units of rows and columns it can
-be worked on, which bytes of another encoding are valid in it, and how far a number may be off that
-was rounded to it. Planning and proof ask nothing else. The arithmetic is in its `codec`, which is
-imported when it is asked for: planning needs no numpy.
+It has the tensors of a matrix of a given shape, the block of rows and columns that is encoded
+together, the encodings whose bytes it can copy, and the error of a number that is rounded to it:
+all that planning and proof need. The arithmetic is in its `codec`, which is imported on first
+access: planning does not import numpy.
 """
 
 import math
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Limit(NamedTuple):
-    """What a tensor may deviate by.
+    """The largest error that is allowed in a tensor.
 
-    An element by `relative` x |element| + `floor` x the encoding's `error_unit`; the whole tensor
-    by `rel_error`, the Frobenius norm of the difference over that of the source.
+    An element may differ by `relative` x |element| + `floor` x the encoding's `error_unit`; the
+    whole tensor by `rel_error`, the Frobenius norm of the difference over that of the source.
     """
 
     relative: float
@@ -34,7 +34,7 @@ class Limit(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether nothing may differ."""
+        """Whether no difference is allowed."""
         return self.rel_error == 0.0
 
 
@@ -42,7 +42,7 @@ EXACT = Limit(0.0, 0.0, 0.0)
 
 
 class ErrorUnit(StrEnum):
-    """What the `floor` of a limit counts in."""
+    """The unit of the `floor` of a limit."""
 
     ONE = "one"  # the numbers themselves
     SCALE = "scale"  # the scale of the element's block
@@ -50,10 +50,10 @@ class ErrorUnit(StrEnum):
 
 
 class Encoding(ABC):
-    """Base of the encodings: frozen, hashable, with a JSON form.
+    """Base class of the encodings: frozen, hashable, with a JSON form.
 
-    A subclass sets `kind`, its name in JSON, and `codec_path`, where its Codec is (`module:class`);
-    `gpu_path` is where its GpuCodec is, or empty.
+    A subclass sets `kind`, its name in JSON, and `codec_path`, the import path (`module:class`) of
+    its Codec; `gpu_path` is that of its GpuCodec, or empty.
     """
 
     __slots__ = ()
@@ -61,39 +61,39 @@ class Encoding(ABC):
     kind: ClassVar[str]
     codec_path: ClassVar[str]
     gpu_path: ClassVar[str] = ""
-    # Elements share a scale, so that encoding them once more rounds them once more.
+    # Whether elements share a scale: encoding them again then rounds them again.
     is_quantized: ClassVar[bool] = False
-    # Scales lie in tensors of their own, beside the elements.
+    # Whether scales are stored in tensors of their own.
     has_scales: ClassVar[bool] = False
-    # Numbers are widened to float32 before they are encoded, whatever they were.
+    # Whether numbers are always widened to float32 before they are encoded.
     encodes_from_f32: ClassVar[bool] = False
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.ONE
-    # A stored magnitude from here on stands for a number that was cut off.
+    # Numbers whose magnitude in units of the scale is larger are saturated.
     saturation: ClassVar[float] = math.inf
-    # Columns and rows of the blocks that a proof keeps figures for, without blocks of its own.
+    # Rows and columns of a proof's figures, for encodings without blocks of their own.
     figure_block: ClassVar[tuple[int, int]] = (128, 128)
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """Short name for people: `bf16`, `q4_k`, `fp8-block f32 scales`."""
+        """The encoding's short name in messages: `bf16`, `q4_k`, `fp8-block f32 scales`."""
 
     @property
     @abstractmethod
     def stored_types(self) -> tuple[StoredType, ...]:
-        """The type of each tensor that holds a matrix: elements first, then scales."""
+        """The type of each tensor of the encoding: elements first, then scales."""
 
     @abstractmethod
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """Return the tensors that hold a matrix [rows, cols], or a stack [n, rows, cols]."""
+        """Return the tensors that store a matrix [rows, cols], or a stack [n, rows, cols]."""
 
     @abstractmethod
     def row_bytes(self, cols: int) -> int:
-        """Return the bytes of a row of `cols` elements, scales in other tensors left out."""
+        """Return the number of bytes of a row of `cols` elements, without scale tensors."""
 
     @abstractmethod
     def error_limit(self, source: "Encoding") -> Limit:
-        """Return what numbers of `source` may be off by after a right conversion to this one."""
+        """Return the limit of the error of a right conversion from `source` to this encoding."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -102,57 +102,57 @@ class Encoding(ABC):
     @classmethod
     @abstractmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """Build from `to_json`'s fields."""
+        """Return the encoding with `to_json`'s fields."""
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Return the names of the tensors that hold a matrix."""
+        """Return the names of the tensors that store a matrix."""
         return (name,)
 
     def can_hold(self, other: "Encoding") -> bool:
-        """Return whether bytes of encoding `other` are valid in this one as they are."""
+        """Return whether bytes of encoding `other` are valid in this one unchanged."""
         return self == other
 
     @property
     def is_decodable(self) -> bool:
-        """Whether numbers can be read from it."""
+        """Whether lingconv can decode it to numbers."""
         return True
 
     @property
     def row_multiple(self) -> int:
-        """Rows that must be encoded together."""
+        """Number of rows that must be encoded together."""
         return 1
 
     @property
     def col_multiple(self) -> int:
-        """Elements of a row that cannot be told apart in storage: a row is made of whole units."""
+        """Number of elements in a block within a row; a row consists of whole blocks."""
         return 1
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element, at least one: what buffers are reckoned with."""
+        """Number of bytes of an element, at least 1, for the size of buffers."""
         return 1
 
     @property
     def intended_dtype(self) -> DType | None:
-        """What decoded numbers are meant to be rounded to; None where they are what they are."""
+        """The dtype to which runtimes round decoded numbers; None if they do not round them."""
         return None
 
     @property
     def fits_bf16(self) -> bool:
-        """Whether BF16 is what the numbers are, or what they are meant to be."""
+        """Whether decoding to BF16 is right: numbers are BF16, or meant to be rounded to it."""
         return self.intended_dtype == DType.BF16
 
     def works_in_f32(self, sources: Collection["Encoding"]) -> bool:
-        """Return whether rows of `sources` pass through float32 on their way to this encoding.
+        """Return whether rows of `sources` are decoded to float32 before they are encoded in this.
 
         Otherwise BF16 is enough to lose nothing.
         """
         return not all(source.fits_bf16 for source in sources)
 
     def part_rows(self, part: int, first: int, num_rows: int, height: int) -> tuple[int, int]:
-        """Return the first row, and the end, of tensor `part` for rows of the matrix.
+        """Return the first and the last row (excluded) in tensor `part` of rows of a matrix.
 
-        The rows are those of matrices of `height` rows one behind the other.
+        The rows are counted over a stack of matrices of `height` rows each.
         """
         return first, first + num_rows
 
@@ -162,7 +162,7 @@ class Encoding(ABC):
 
     @property
     def has_block_scales(self) -> bool:
-        """Whether each block that figures are kept for has a scale of its own."""
+        """Whether each block of a proof's figures has a scale of its own."""
         return False
 
     @property
@@ -171,21 +171,21 @@ class Encoding(ABC):
         return False
 
     def scale_width(self, cols: int) -> int:
-        """Return how many elements of a row share a scale."""
+        """Return the number of elements of a row that share a scale."""
         return cols
 
     def blocks(self, height: int, cols: int) -> tuple[int, int]:
-        """Return rows and columns of the blocks that a proof keeps figures for."""
+        """Return rows and columns of the blocks of a proof's figures."""
         return self.figure_block
 
     @property
     def codec(self) -> "Codec":
-        """What reads and writes numbers in this encoding; imports numpy and the kernels."""
+        """The Codec of this encoding; imports numpy and the kernels."""
         return cast("Codec", _made_for(self, self.codec_path))
 
     @property
     def gpu(self) -> "GpuCodec | None":
-        """The same arithmetic on a GPU; None where there is none. Imports torch and Triton."""
+        """The GpuCodec of this encoding, or None; imports torch and Triton."""
         return cast("GpuCodec", _made_for(self, self.gpu_path)) if self.gpu_path else None
 
 

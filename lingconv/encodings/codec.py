@@ -1,7 +1,7 @@
 """`Codec`: the arithmetic of an encoding, from stored bytes to numbers and back.
 
-A codec belongs to one encoding. It knows bytes and numbers, and neither files nor plans: whoever
-calls hands it the rows to read (`StoredRows`) and buffers to fill (`Buffers`).
+A codec belongs to one encoding. It handles bytes and numbers, neither files nor plans: the caller
+passes the rows to read (`StoredRows`) and buffers to fill (`Buffers`).
 Numbers are arrays [rows, cols] of BF16 bits (uint16) or float32; the caller chooses by dtype.
 """
 
@@ -24,26 +24,27 @@ class Buffers(Protocol):
     def take(
         self, purpose: str, shape: tuple[int, ...], dtype: Any, like: int | None = None
     ) -> Array:
-        """Return an array for `purpose`; what it held before is gone.
+        """Return an array for `purpose`; its former content is overwritten.
 
-        With `like`, the array lies in its memory page as byte `like` of a file in its disk block.
+        With `like`, the array has the offset in its memory page that byte `like` of a file has in
+        its disk block.
         """
 
 
 class StoredRows(Protocol):
-    """One stored matrix, or a stack of matrices of `height` rows each, as a codec reads it."""
+    """The rows of one stored matrix, or of a stack of matrices, for a codec to read."""
 
     @property
     def height(self) -> int:
-        """Rows of a matrix of the stack."""
+        """Number of rows of one matrix of the stack."""
 
     @property
     def cols(self) -> int:
-        """Elements in a row."""
+        """Number of elements in a row."""
 
     @property
     def buffers(self) -> Buffers:
-        """Buffers of the thread that reads."""
+        """The reading thread's buffers."""
 
     @property
     def rounds_to_odd(self) -> bool:
@@ -53,13 +54,13 @@ class StoredRows(Protocol):
         """Fill `into` [rows, cols] with stored elements from row `first` on."""
 
     def read(self, part: int, offset: int, into: Array) -> None:
-        """Fill `into` with bytes of tensor `part` of the encoding, from byte `offset` of it on."""
+        """Fill `into` with the bytes from `offset` on of tensor `part` (0 elements, 1 scales)."""
 
 
 class RowRange(NamedTuple):
     """Rows of a target matrix: `num_rows` from `first` on, of matrices of `height` x `cols`.
 
-    `offset` is where their elements begin in the target's file.
+    `offset` is that of their elements in the target's file.
     """
 
     first: int
@@ -70,9 +71,9 @@ class RowRange(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoded rows: the bytes of each tensor of the encoding, and the first row that is bad.
+    """Encoded rows: the array of each tensor of the encoding, and the number of the first bad row.
 
-    A bad row has NaN or Inf in it, or a number that the encoding cannot express; -1 is none.
+    A bad row contains NaN, Inf or a number that the encoding cannot represent; -1 means none.
     """
 
     parts: Sequence[Array]
@@ -80,12 +81,12 @@ class Encoded(NamedTuple):
 
 
 class Codec(Protocol):
-    """Reads and writes numbers in one encoding; safe to share between threads."""
+    """Decodes and encodes numbers in one encoding; safe to share between threads."""
 
     def decode(self, rows: StoredRows, first: int, values: Array) -> bool:
-        """Fill `values` [n, cols] from row `first` on; return whether NaN or Inf was met.
+        """Fill `values` [n, cols] from row `first` on; return whether NaN or Inf was found.
 
-        Where decoding does not have to look at the numbers, none is reported.
+        Decoding that only copies does not look for them, and returns False.
         """
 
     def encode(
@@ -97,21 +98,21 @@ class Codec(Protocol):
         *,
         allow_nonfinite: bool,
     ) -> Encoded:
-        """Return `values` [n, cols] encoded, in buffers that last until they are taken again."""
+        """Return `values` [n, cols] encoded, in buffers that are valid until taken again."""
 
     def scales(self, rows: StoredRows, first: int, num_rows: int) -> Array:
-        """Return the scales of rows as float32 [block rows, block cols]; AssertionError without."""
+        """Return the scales of rows, float32 [block rows, block cols]; AssertionError if none."""
 
 
 class GpuCodec(Protocol):
     """A codec's kernels for CUDA devices; tensors are torch's, on the current stream.
 
-    `flag` is an int32 [1]: it is set where the processor has to look again (numbers that are not
-    finite, scales beyond measure).
+    `flag` is an int32 [1]: it is set if the CPU has to do the rows again (numbers that are not
+    finite, scales out of range).
     """
 
     def can_decode(self, height: int, cols: int) -> bool:
-        """Return whether there is a kernel for rows of such a matrix."""
+        """Return whether there is a kernel that decodes rows of such a matrix."""
 
     def can_encode(self, height: int, cols: int) -> bool:
         """Return whether there is a kernel that encodes such a matrix."""
@@ -128,7 +129,7 @@ class GpuCodec(Protocol):
         flag: Any,
         take: Any,
     ) -> None:
-        """Queue the decoding of stored bytes (uint8) to `values`; `take` gives buffers."""
+        """Queue the decoding of stored bytes (uint8) to `values`; `take` returns buffers."""
 
     def encode(
         self, values: Any, scales: Any, place: RowRange, scaling: Scaling, flag: Any, take: Any
@@ -136,4 +137,4 @@ class GpuCodec(Protocol):
         """Queue the encoding of `values`; fill `scales`; return the tensor of elements."""
 
     def stored_parts(self, elements: Array, scales: Array) -> list[Array]:
-        """Return what came back from the device, as each tensor of the encoding stores it."""
+        """Return downloaded elements and scales as each tensor of the encoding stores them."""

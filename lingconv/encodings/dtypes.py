@@ -38,7 +38,7 @@ class DType(StrEnum):
     U64 = "U64", 64
 
     def __new__(cls, name: str, bits: int) -> Self:
-        """Attach the size to the member: a plain attribute, read millions of times."""
+        """Return the member with its size as a plain attribute, which is read millions of times."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.bits = bits
@@ -46,12 +46,12 @@ class DType(StrEnum):
         return member
 
     def nbytes_of(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor of `shape`."""
+        """Return the number of bytes of a tensor of `shape`."""
         return prod(shape) * self.bits // 8
 
 
 class GgmlType(StrEnum):
-    """A type as ggml spells it: `id` stands in GGUF files, `elements` of a row share `nbytes`.
+    """A ggml type: `id` is its number in GGUF files; a block has `elements` in `nbytes`.
 
     Numbers and sizes: `ggml_type` in ggml/include/ggml.h and the block structs in
     ggml/src/ggml-common.h of github.com/ggml-org/llama.cpp at 0c1e5709.
@@ -94,7 +94,7 @@ class GgmlType(StrEnum):
     NVFP4 = "NVFP4", 40, 64, 36
 
     def __new__(cls, name: str, number: int, elements: int, nbytes: int) -> Self:
-        """Attach the numbers to the member as plain attributes."""
+        """Return the member with its numbers as plain attributes."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.id = number
@@ -104,16 +104,16 @@ class GgmlType(StrEnum):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether elements share something: then rows must be made of whole blocks."""
+        """Whether a block has several elements; rows must then consist of whole blocks."""
         return self.elements > 1
 
     @property
     def itemsize(self) -> int:
-        """Bytes of what cannot be divided: an element, or a block."""
+        """Number of bytes of a block, which is a single element in plain types."""
         return self.nbytes
 
     def nbytes_of(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor of `shape`, whose last axis is made of whole blocks."""
+        """Return the number of bytes of a tensor of `shape`; its last axis has whole blocks."""
         return prod(shape) // self.elements * self.nbytes
 
 

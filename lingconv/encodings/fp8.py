@@ -2,8 +2,8 @@
 
     w ~= float32(q) * float32(scale)
 
-The scale multiplies on reading in every dialect, DeepSeek's `weight_scale_inv` included, whatever
-its name suggests. A block is (rows, cols); a channel scale is the block (1, all columns).
+Decoding multiplies by the scale in every dialect, DeepSeek's `weight_scale_inv` included, despite
+its name. A block is (rows, cols); a channel scale is the block (1, all columns).
 
     dialect             names                     block       scale
     fp8 (DeepSeek)      X.weight_scale_inv        128 x 128   F32 or F8_E8M0, grid
@@ -34,7 +34,7 @@ _ROUNDED_TWICE = Limit(0.14, 2 * _SUBNORMAL_STEP, 0.08)
 
 
 class ScaleShape(StrEnum):
-    """How the scales of a matrix are laid out as a tensor."""
+    """The shape of the scale tensor of a matrix."""
 
     GRID = "grid"  # [ceil(rows / block_rows), ceil(cols / block_cols)]
     COLUMN = "column"  # [rows, 1]: a grid too, by another name
@@ -52,60 +52,60 @@ class Fp8(Encoding):
     is_quantized: ClassVar[bool] = True
     has_scales: ClassVar[bool] = True
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.SCALE
-    # A code of 448 stands for anything up to half a step beyond it; what is larger was cut off.
+    # Numbers up to half a step above 448 are rounded to it; larger ones are saturated.
     saturation: ClassVar[float] = E4M3_MAX + 16.0
     block_rows: int
     block_cols: int
     scale_suffix: str
     scale_dtype: DType
     scale_shape: ScaleShape = ScaleShape.GRID
-    # All scales are powers of two: known from the config's label or the E8M0 dtype.
+    # Whether all scales are powers of two, by the config's label or the E8M0 dtype.
     power_of_two: bool = False
 
     @property
     def label(self) -> str:
-        """Short name for people: `fp8-block f32 scales`."""
+        """The encoding's short name in messages: `fp8-block f32 scales`."""
         block = "channel" if self.block_rows == 1 else "block" if self.block_rows else "tensor"
         power = " ue8m0" if self.power_of_two and self.scale_dtype != DType.F8_E8M0 else ""
         return f"fp8-{block} {self.scale_dtype.lower()}{power} scales"
 
     @property
     def stored_types(self) -> tuple[StoredType, ...]:
-        """E4M3, and the dtype of scales."""
+        """E4M3, then the dtype of the scales."""
         return (DType.F8_E4M3, self.scale_dtype)
 
     @property
     def intended_dtype(self) -> DType:
-        """BF16: models were quantized from it, and runtimes multiply in it."""
+        """BF16: models were quantized from it, and runtimes compute in it."""
         return DType.BF16
 
     def works_in_f32(self, sources: Collection[Encoding]) -> bool:
-        """Return whether amax has to be found in float32: of what is quantized, or no BF16."""
+        """Return whether amax has to be computed in float32: a source is quantized or not BF16."""
         return any(source.is_quantized or not source.fits_bf16 for source in sources)
 
     @property
     def row_multiple(self) -> int:
-        """Rows that must be encoded together."""
+        """Number of rows that must be encoded together: those of a block."""
         return self.block_rows or 1
 
     def block(self, rows: int, cols: int) -> tuple[int, int]:
-        """Return the block's rows and columns within a matrix of rows x cols."""
+        """Return rows and columns of a block in a matrix of rows x cols."""
         return self.block_rows or max(rows, 1), self.block_cols or max(cols, 1)
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Return how many blocks cover a matrix of rows x cols; edge blocks are smaller."""
+        """Return the numbers of blocks in a matrix of rows x cols; edge blocks are smaller."""
         block_rows, block_cols = self.block(rows, cols)
         return -(-rows // block_rows), -(-cols // block_cols)
 
     def part_rows(self, part: int, first: int, num_rows: int, height: int) -> tuple[int, int]:
-        """Return the same rows of the elements, and the rows of blocks of the scales."""
+        """Return the rows of tensor `part`: the same ones in elements, rows of blocks in scales."""
         if part == 0:
             return first, first + num_rows
         return self.scale_rows(first, num_rows, height)
 
     @property
     def has_block_scales(self) -> bool:
-        """Whether there is more than one scale for a matrix."""
+        """Whether a matrix has more than one scale."""
         return self.block_rows > 0
 
     @property
@@ -118,19 +118,19 @@ class Fp8(Encoding):
         return self.block_cols or cols
 
     def blocks(self, height: int, cols: int) -> tuple[int, int]:
-        """Return the blocks of the scales, where a matrix has more than one."""
+        """Return the blocks of the scales if a matrix has several, else the default ones."""
         return self.block(height, cols) if self.has_block_scales else self.figure_block
 
     def error_limit(self, source: Encoding) -> Limit:
-        """Return what rounding to e4m3 costs, once or twice."""
+        """Return the limit for rounding to e4m3, once or twice."""
         if self.can_hold(source):
             return EXACT
         return _ROUNDED_TWICE if source.has_scales else _ROUNDED_ONCE
 
     def scale_rows(self, first: int, num_rows: int, height: int) -> tuple[int, int]:
-        """Return the first row of the scales of `num_rows` rows from `first` on, and their end.
+        """Return the first and the last (excluded) scale row of `num_rows` rows from `first` on.
 
-        The rows are those of matrices of `height` rows one behind the other, as their scales are.
+        Rows and scale rows are counted over a stack of matrices of `height` rows each.
         """
         unit = self.block_rows or height
         per_matrix = -(-height // unit)
@@ -142,10 +142,10 @@ class Fp8(Encoding):
 
     @staticmethod
     def by_matrix(first: int, num_rows: int, height: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the parts of `num_rows` rows from `first` on that lie in one matrix each.
+        """Yield the parts of `num_rows` rows from `first` on, cut at matrices of a stack.
 
-        Blocks begin anew with every matrix of a stack. Each part is where it begins among the rows,
-        how many they are, and how far below the top of its matrix.
+        Blocks start again with every matrix of a stack. A part is (its offset in the rows, its
+        number of rows, its first row in its matrix).
         """
         done = 0
         while done < num_rows:
@@ -168,24 +168,24 @@ class Fp8(Encoding):
         return (*stack, *shapes.get(self.scale_shape, grid))
 
     def row_bytes(self, cols: int) -> int:
-        """Return the bytes of a row of `cols` elements, scales left out."""
+        """Return the number of bytes of a row of `cols` elements, without scales."""
         return cols * DType.F8_E4M3.itemsize
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """Return the physical tensors that hold a matrix: elements, then scales."""
+        """Return the physical tensors that store a matrix: elements, then scales."""
         return (
             tensor_spec(name, DType.F8_E4M3, shape),
             tensor_spec(name + self.scale_suffix, self.scale_dtype, self.scale_tensor_shape(shape)),
         )
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Return the names of those tensors."""
+        """Return the names of the tensors of elements and scales."""
         return (name, name + self.scale_suffix)
 
     def can_hold(self, other: Encoding) -> bool:
-        """Return whether bytes of encoding `other` are valid in this one as they are.
+        """Return whether bytes of encoding `other` are valid in this one unchanged.
 
-        Names are not bytes: the two dialects' blocks differ in nothing else.
+        Names are not compared: the blocks of the two dialects differ in nothing else.
         """
         return (
             isinstance(other, Fp8)
@@ -206,7 +206,7 @@ class Fp8(Encoding):
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """Build from `to_json`'s fields."""
+        """Return the encoding with `to_json`'s fields."""
         return cls(
             block_rows=fields["block"][0],
             block_cols=fields["block"][1],
@@ -226,10 +226,10 @@ def recognise(
     *,
     power_of_two: bool,
 ) -> Fp8 | None:
-    """Return the encoding of an FP8 matrix from its scale tensor, or None when none fits.
+    """Return the encoding of an FP8 matrix by its scale tensor, or None if none fits.
 
-    The matrices of a stack have their scales stacked along the same axes.
-    `block` is the block size that the config states (128 x 128 where it states none).
+    The scales of a stack of matrices are stacked along the same axes.
+    `block` is the block size that the config states (128 x 128 if it states none).
     """
     rows = shape[-2]
     e8m0 = scale_dtype == DType.F8_E8M0
@@ -240,7 +240,7 @@ def recognise(
         (0, 0, ScaleShape.SCALAR),
         (0, 0, ScaleShape.VECTOR),
     )
-    # A grid that looks like one scale per row is a column only where the block says so.
+    # A grid with one scale per row is taken for a column only if the stated block says so.
     for block_rows, block_cols, kind in sorted(candidates, key=lambda item: item[:2] != block):
         found = Fp8(
             block_rows,

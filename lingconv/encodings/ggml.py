@@ -1,4 +1,4 @@
-"""ggml's encodings: a row is made of blocks, and a block holds its scales beside its elements."""
+"""ggml's encodings: a row consists of blocks, and a block contains its scales and its elements."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -7,12 +7,12 @@ from lingconv.encodings.base import EXACT, Encoding, ErrorUnit, Limit
 from lingconv.encodings.dtypes import GGML_TYPES, GgmlType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
-# Their elements mean little without a scale of the whole tensor, which is stored apart.
+# Types that need a scale of the whole tensor, which is stored in another tensor.
 _INCOMPLETE = (GgmlType.NVFP4,)
 
-# What a right conversion may be off by: an element by a share of the largest magnitude in its
-# block, the whole tensor by a relative error. The numbers are a third above the largest that
-# weights came to: normal, Laplace, Student's t (2 and 3), uniform, log-normal, sparse, positive.
+# Limits of a right conversion: an element's error as a share of the largest magnitude in its
+# block, and the whole tensor's relative error. They are a third above the largest errors measured
+# on weights: normal, Laplace, Student's t (2 and 3), uniform, log-normal, sparse, positive.
 _ERRORS = {
     GgmlType.Q8_0: (0.0065, 0.018),
     GgmlType.Q6_K: (0.036, 0.044),
@@ -28,9 +28,9 @@ _ERRORS = {
     GgmlType.Q3_K: (0.37, 0.25),
     GgmlType.Q2_K: (0.85, 0.5),
 }
-# Ternary types, and those that are only read: a block's largest magnitude bounds what can be said.
+# Ternary types, and those that are only read: errors up to a block's largest magnitude.
 _COARSEST = (1.0, 1.0)
-_BF16_STEP = 2.0**-8  # FP8 weights are rounded to BF16 before
+_BF16_STEP = 2.0**-8  # FP8 weights are rounded to BF16 first
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +46,38 @@ class Ggml(Encoding):
 
     @property
     def label(self) -> str:
-        """Short name for people: `q4_k`."""
+        """The type's name in lower case: `q4_k`."""
         return self.type.lower()
 
     @property
     def stored_types(self) -> tuple[StoredType, ...]:
-        """The type."""
+        """The ggml type alone."""
         return (self.type,)
 
     @property
     def is_decodable(self) -> bool:
-        """Whether blocks hold all that their numbers need."""
+        """Whether blocks contain all scales that their numbers need."""
         return self.type not in _INCOMPLETE
 
     @property
     def col_multiple(self) -> int:
-        """Elements of a block."""
+        """Number of elements of a block."""
         return self.type.elements
 
     def row_bytes(self, cols: int) -> int:
-        """Return the bytes of a row of `cols` elements, as many as whole blocks have."""
+        """Return the number of bytes of a row of `cols` elements, in whole blocks."""
         return cols // self.type.elements * self.type.nbytes
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """Return the physical tensors that hold a matrix: just itself."""
+        """Return the physical tensor that stores a matrix."""
         return (tensor_spec(name, self.type, shape),)
 
     def blocks(self, height: int, cols: int) -> tuple[int, int]:
-        """Return ggml's own blocks."""
+        """Return the block of the type: one row, and its number of elements."""
         return 1, self.type.elements
 
     def error_limit(self, source: Encoding) -> Limit:
-        """Return the limit of the type, a share of each block's largest magnitude."""
+        """Return the limit of the type, as a share of each block's largest magnitude."""
         if self.can_hold(source):
             return EXACT
         share, rel_error = _ERRORS.get(self.type, _COARSEST)
@@ -89,5 +89,5 @@ class Ggml(Encoding):
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """Build from `to_json`'s fields."""
+        """Return the encoding with `to_json`'s fields."""
         return cls(GGML_TYPES[fields["type"]])

@@ -1,7 +1,7 @@
-"""Which type each tensor of a GGUF file gets: the mixes of llama-quantize, rule by rule.
+"""The type of each tensor of a GGUF file: the mixes (ftypes) of llama-quantize, rule by rule.
 
-A mix is a default type and exceptions by what a tensor does, where it stands in the model, and how
-many experts there are. Names are GGUF's own. Rules: src/llama-quant.cpp and llama_ftype in
+A mix is a default type and exceptions by a tensor's role, its layer, and the number of experts.
+Names are GGUF's own. Rules: src/llama-quant.cpp and llama_ftype in
 include/llama.h of github.com/ggml-org/llama.cpp at 0c1e5709, without an importance matrix.
 """
 
@@ -45,7 +45,7 @@ class FileType(StrEnum):
     MXFP4_MOE = "mxfp4_moe", 38, T.MXFP4
 
     def __new__(cls, name: str, file_type: int, default: GgmlType) -> Self:
-        """Attach number and default type to the member as plain attributes."""
+        """Return the member with number and default type as plain attributes."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.file_type = file_type
@@ -54,7 +54,7 @@ class FileType(StrEnum):
 
 
 FILE_TYPES: dict[str, FileType] = {mix.value: mix for mix in FileType}
-# Types that llama-quantize makes without an importance matrix.
+# Types that llama-quantize writes without an importance matrix.
 _WRITTEN = frozenset({T.F32, T.F16, T.BF16, *(mix.default for mix in FileType)})
 
 
@@ -64,7 +64,7 @@ def is_written(kind: GgmlType) -> bool:
 
 
 class TensorRole(StrEnum):
-    """What a tensor does, as far as the mixes care: part of its name in GGUF."""
+    """The roles of tensors that the mixes distinguish, each with its part of GGUF's names."""
 
     OUTPUT = "output.weight"
     TOKEN_EMBD = "token_embd.weight"
@@ -77,7 +77,7 @@ class TensorRole(StrEnum):
 
 
 class GgufTensor(NamedTuple):
-    """A tensor to be typed: `shape` as numpy counts, a stack of experts having three axes."""
+    """A tensor for which a type is chosen; `shape` is in numpy's order, experts have three axes."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class GgufTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What the mixes ask about the model; `blocks` counts MTP layers too."""
+    """The sizes of the model on which the mixes depend; `blocks` includes MTP layers."""
 
     blocks: int
     experts: int
@@ -93,9 +93,9 @@ class ModelSize:
     kv_heads: int
 
 
-# Where a mix gives the values of attention (and with them a fused QKV) more bits everywhere.
+# Mixes with more bits for attention's value matrices (and a fused QKV) in all layers.
 _ATTN_V = {FileType.Q3_K_L: T.Q5_K}
-# The same where at least four query heads share a value head.
+# The same for models in which at least four query heads share a value head.
 _ATTN_V_SHARED = {FileType.Q2_K: T.Q4_K, FileType.IQ4_NL: T.Q5_K, FileType.IQ4_XS: T.Q5_K}
 _FFN_DOWN = {FileType.Q2_K: T.Q3_K, FileType.Q3_K_L: T.Q5_K}
 _ATTN_OUTPUT = {FileType.Q2_K: T.Q3_K, FileType.Q3_K_M: T.Q4_K, FileType.Q3_K_L: T.Q5_K}
@@ -113,7 +113,7 @@ _ATTN_OUTPUT_OF_8 = dict.fromkeys(
     T.Q5_K,
 )
 _TOKEN_EMBD = {FileType.TQ1_0: T.Q4_K, FileType.TQ2_0: T.Q4_K, FileType.MXFP4_MOE: T.Q8_0}
-# What a type becomes where a row is not made of its blocks.
+# Fallback types for rows whose length is not a multiple of the block size.
 _FALLBACK = {
     T.Q2_K: T.Q4_0,
     T.Q3_K: T.Q4_0,
@@ -133,9 +133,9 @@ def choose_types(
     size: ModelSize,
     overrides: Iterable[tuple[re.Pattern[str], GgmlType]] = (),
 ) -> dict[str, GgmlType]:
-    """Return the type of every tensor, as llama-quantize chooses it from a BF16 file.
+    """Return the type of every tensor, as llama-quantize chooses it for a BF16 file.
 
-    The first of `overrides` whose pattern is found in a name decides, if the mix quantizes at all.
+    The first of `overrides` whose pattern matches in a name decides, if the mix quantizes at all.
     """
     chooser = _TypeChoice(mix, size, tuple(overrides), {tensor.name for tensor in tensors})
     ordered = sorted(tensors, key=lambda tensor: _rank(tensor.name))
@@ -144,7 +144,7 @@ def choose_types(
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Return where llama-quantize meets a tensor: the ones without a block first."""
+    """Return the sort key of llama-quantize's order: tensors outside of blocks first."""
     block = _block_of(name)
     return (-1 if block is None else block, name)
 
@@ -162,14 +162,14 @@ def _kind_of(name: str) -> TensorRole:
 
 
 def stays_plain(tensor: GgufTensor) -> bool:
-    """Return whether a tensor is kept in F32 whatever the mix: vectors, norms and routers."""
+    """Return whether a tensor is kept in F32 by all mixes: vectors, norms and routers."""
     name = tensor.name
     kept = len(tensor.shape) < 2 or not name.endswith("weight")
     return kept or "_norm.weight" in name or "ffn_gate_inp.weight" in name
 
 
 class _TypeChoice:
-    """Counts the tensors of a kind while it chooses: some rules depend on how many came before."""
+    """Chooses types and counts the tensors of each role: some rules depend on these counts."""
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ def _more_bits(place: int, count: int) -> bool:
 
 
 def _fitting(kind: GgmlType, cols: int) -> GgmlType:
-    """Return the type, or the one to fall back to where rows are not made of its blocks."""
+    """Return the type, or its fallback if `cols` is not a multiple of the block size."""
     if cols % kind.elements == 0:
         return kind
     smaller = _FALLBACK.get(kind, kind)

@@ -8,20 +8,20 @@ from lingconv.encodings.base import EXACT, Encoding, Limit
 from lingconv.encodings.dtypes import DTYPES, DType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 
-# What numbers are written in; tensors of any other dtype are only ever copied.
+# Dtypes that numbers are written in; tensors of any other dtype are only copied.
 FLOATS = (DType.BF16, DType.F16, DType.F32)
 # F64 is read as well, which merges leave behind, and rounded once; nothing is written in it.
 DECODABLE = (*FLOATS, DType.F64)
 
-# Dtypes whose every number a dtype holds.
+# For each dtype, the dtypes whose numbers it represents exactly.
 _HOLDS = {
     DType.F32: (DType.BF16, DType.F16, DType.F32),
     DType.BF16: (DType.BF16,),
     DType.F16: (DType.F16,),
 }
 _F16_SUBNORMAL = 2.0**-24
-# Rounding to nearest: half a unit in the last place, and what subnormal numbers lose. FP8 weights
-# are products that are rounded twice.
+# Rounding to nearest: half a unit in the last place, and the error of subnormal numbers. FP8
+# weights are products that are rounded twice.
 _ROUNDED = {
     DType.BF16: Limit(2.0**-8 * 1.001, 1e-38, 2.0**-8),
     DType.F16: Limit(2.0**-11 * 1.001, _F16_SUBNORMAL, 2.0**-9),
@@ -44,12 +44,12 @@ class Plain(Encoding):
 
     @property
     def label(self) -> str:
-        """Short name for people: `bf16`."""
+        """The dtype's name in lower case: `bf16`."""
         return self.dtype.lower()
 
     @property
     def stored_types(self) -> tuple[StoredType, ...]:
-        """The dtype."""
+        """The dtype alone."""
         return (self.dtype,)
 
     @property
@@ -59,30 +59,30 @@ class Plain(Encoding):
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element."""
+        """Number of bytes of an element."""
         return self.dtype.itemsize
 
     @property
     def fits_bf16(self) -> bool:
-        """Whether it is BF16."""
+        """Whether the dtype is BF16."""
         return self.dtype == DType.BF16
 
     def works_in_f32(self, sources: Collection[Encoding]) -> bool:
-        """Return whether there is anything but BF16 on either side."""
+        """Return whether this dtype, or one of `sources`, is not BF16."""
         if self.dtype != DType.BF16:
             return True
         return not all(source.fits_bf16 for source in sources)
 
     def row_bytes(self, cols: int) -> int:
-        """Return the bytes of a row of `cols` elements."""
+        """Return the number of bytes of a row of `cols` elements."""
         return cols * self.dtype.itemsize
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """Return the physical tensors that hold a matrix: just itself."""
+        """Return the physical tensor that stores a matrix."""
         return (tensor_spec(name, self.dtype, shape),)
 
     def error_limit(self, source: Encoding) -> Limit:
-        """Return half a unit in the last place, for numbers that this dtype may have to round."""
+        """Return half a unit in the last place, unless this dtype represents `source` exactly."""
         if isinstance(source, Plain) and source.dtype in _HOLDS.get(self.dtype, (self.dtype,)):
             return EXACT
         limits = _FROM_SCALED if source.has_scales else _ROUNDED
@@ -94,9 +94,9 @@ class Plain(Encoding):
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """Build from `to_json`'s fields."""
+        """Return the encoding with `to_json`'s fields."""
         return cls(DTYPES[fields["dtype"]])
 
 
-# One value for each dtype: a large checkpoint has tens of thousands of tensors in a few of them.
+# One shared value for each dtype: a large checkpoint has tens of thousands of tensors.
 PLAIN = {dtype: Plain(dtype) for dtype in DType}

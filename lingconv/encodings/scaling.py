@@ -1,10 +1,10 @@
-"""`Scaling`: what a plan says of how the scales of one matrix are chosen."""
+"""`Scaling`: the scale policy of one matrix in a plan."""
 
 from typing import NamedTuple
 
 
 class Scaling(NamedTuple):
-    """How scales are chosen for one matrix: lower bound of amax, powers of two or not."""
+    """The scale policy of one matrix: lower bound of amax, and whether scales are powers of two."""
 
     min_amax: float
     power_of_two: bool

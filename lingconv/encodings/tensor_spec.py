@@ -1,4 +1,4 @@
-"""`TensorSpec`: name, type and shape of a tensor that a file is going to hold."""
+"""`TensorSpec`: name, type and shape of a tensor in an output file."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from lingconv.encodings.dtypes import StoredType
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that a file is going to hold; `nbytes` follows from dtype and shape.
+    """A tensor in an output file; `nbytes` follows from dtype and shape.
 
-    `offsets` say where it begins in a larger tensor of which it is a chunk; a whole one has none.
+    `offsets` are the position of a chunk in the larger tensor; a whole tensor has none.
     """
 
     name: str

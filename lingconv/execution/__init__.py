@@ -1,1 +1,1 @@
-"""Carries out a plan: locks the target, runs the pipeline, closes and publishes the result."""
+"""Execution of a plan: locks the target, runs the pipeline, closes and publishes the result."""

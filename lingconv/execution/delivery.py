@@ -1,4 +1,4 @@
-"""What becomes of a weight file once it is finished: it stays where it is, or it is sent away."""
+"""Delivery of finished weight files: they are kept in the folder, or uploaded and deleted."""
 
 from typing import Protocol
 
@@ -6,30 +6,30 @@ from lingconv.plans.plan import OutputFile
 
 
 class Delivery(Protocol):
-    """Takes finished files, and says whether there is room for more; called by several threads."""
+    """Takes finished files, and limits the disk that files take; called by several threads."""
 
     def has_room(self, file: OutputFile) -> bool:
-        """Take the disk that a file needs; return False, and take none, when there is too little.
+        """Reserve disk for a file; return False, without reserving any, if there is too little.
 
-        Raises what went wrong with files that were delivered.
+        Raises the error of an earlier delivery that failed.
         """
 
     def wait(self) -> None:
-        """Return after a moment, or when there is more room."""
+        """Wait until there is more room, but only for a moment."""
 
     def deliver(self, file: OutputFile) -> None:
-        """Take a file that is complete under its final name."""
+        """Called when a file is complete under its final name."""
 
 
 class KeepLocal:
-    """Files stay in their folder, whose disk was looked at before."""
+    """Keeps files in their folder; its free disk was checked before the run."""
 
     def has_room(self, file: OutputFile) -> bool:
-        """Return that there is room."""
+        """Return True."""
         return True
 
     def wait(self) -> None:
-        """Return at once: nobody has to wait here."""
+        """Return at once: there is always room."""
 
     def deliver(self, file: OutputFile) -> None:
-        """Leave a file where it is."""
+        """Do nothing: the file is kept."""

@@ -1,4 +1,4 @@
-"""Where a run writes to: a folder, a GGUF file, or a store by way of a staging folder."""
+"""The destination of a run: a folder, a GGUF file, or a remote store with a staging folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Destination:
-    """Where a run writes to, what it may do there, and which commits it reads."""
+    """The destination of a run, the options that apply to it, and the commits that it reads."""
 
     def __init__(
         self,
@@ -47,7 +47,10 @@ class Destination:
             self._refuse_in_parts()
 
     def pinned(self, source: str | Path) -> str:
-        """Return a source; one on the Hub at the commit that this run, or an earlier one, reads."""
+        """Return a source's address, pinned to a commit if it is on the Hub.
+
+        An earlier run's commit is used again.
+        """
         name = str(source)
         self._refuse_overlap(name)
         if not is_hub(name):
@@ -60,7 +63,7 @@ class Destination:
         return str(address._replace(revision=commit))
 
     def _check_options(self) -> None:
-        """Raise UsageError for options that are for other kinds of targets."""
+        """Raise UsageError for options that do not apply to this kind of target."""
         replaces = self._options == PublishOptions(replace=True)
         if is_hub(self._store) or self._options == PublishOptions():
             return
@@ -72,14 +75,14 @@ class Destination:
             )
 
     def _check_executor(self) -> None:
-        """Raise UsageError for an executor that is none, or cannot do what is asked."""
+        """Raise UsageError for an unknown executor, or for options that it does not support."""
         known = (LOCAL, RAY)
         if self._resources.executor not in known:
             raise UsageError(
                 f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
             )
         on_ray = self._resources.executor == RAY
-        if not on_ray:  # the nodes of a cluster look for themselves
+        if not on_ray:  # each node of a cluster checks its own GPUs
             gpus_of(self._resources.device)
         if self._resources.address and not on_ray:
             raise UsageError("`--address` is that of a cluster: add `--executor ray`")
@@ -87,7 +90,7 @@ class Destination:
             raise UsageError("a cluster writes whole targets", hint="leave `--part` out")
 
     def _refuse_in_parts(self) -> None:
-        """Refuse what parts of a run cannot do."""
+        """Raise UsageError for options that cannot be combined with `--part`."""
         if self._store:
             raise UsageError(
                 "`--part` writes to a folder that all machines see, not to a store",
@@ -100,7 +103,7 @@ class Destination:
             )
 
     def _refuse_overlap(self, source: str) -> None:
-        """Refuse to write into a source."""
+        """Raise DestinationError if the destination is inside the source."""
         if is_remote(source) or self._store:
             inside = is_object(source) and f"{self._store}/".startswith(source.rstrip("/") + "/")
             if inside:
@@ -115,7 +118,7 @@ class Destination:
             )
 
     def disk(self, plan: Plan) -> tuple[Path, int]:
-        """Return the folder where a run keeps what it writes, and the most bytes there."""
+        """Return the folder of a run's files on disk, and the most bytes that they take."""
         publishes = bool(self._store)
         return self._folder, engine.disk_needed(plan, self._resources, publishes=publishes)
 
@@ -124,7 +127,7 @@ class Destination:
         plan: Plan,
         models: Sequence[Model],
     ) -> Result:
-        """Carry out a plan that reads `models`."""
+        """Execute a plan that reads `models`, here or on a cluster."""
         storages = [model.checkpoint.storage for model in models]
         if self._resources.executor == RAY:
             from lingconv.execution.ray_cluster import execute_on_ray
@@ -162,7 +165,7 @@ class Destination:
 
 
 def _commit_now(address: HubAddress) -> str:
-    """Return the commit that an address stands for; empty where there is no network to ask."""
-    from lingconv.storage.hub import files as remote  # with huggingface_hub
+    """Return the commit of a Hub address; empty if offline."""
+    from lingconv.storage.hub import files as remote  # imports huggingface_hub
 
     return "" if remote.is_offline() else remote.find_commit(address)

@@ -1,4 +1,4 @@
-"""The GPUs that a run may use, from the word for them."""
+"""The GPUs that a run may use, from the value of `--device`."""
 
 from importlib.util import find_spec
 
@@ -10,16 +10,16 @@ _INSTEAD = "leave `--device` out: the processors give the same bytes"
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
-    """Return what torch calls the GPUs that `cpu`, `cuda`, `cuda:N` or `cuda:all` stands for.
+    """Return torch's names of the GPUs in `cpu` (none), `cuda`, `cuda:N` or `cuda:all`.
 
-    Raises UsageError where there is no such word, and where torch, Triton or the GPU is missing.
+    Raises UsageError for any other value, and if torch, Triton or the GPU is missing.
     """
     kind, _, which = device.partition(":")
     if device == CPU:
         return ()
     if kind != CUDA or not (which in ("", "all") or which.isdecimal()):
         raise UsageError(f"`--device {device}`", hint=f"one of {CPU}, {CUDA}, {CUDA}:N, {_ALL}")
-    import torch  # takes seconds, so only for those who ask
+    import torch  # takes seconds, so only if a GPU is asked for
 
     count = torch.cuda.device_count()
     if not count:

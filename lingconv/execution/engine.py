@@ -1,9 +1,9 @@
-"""Executes a plan: lock the target, fill its files, write index and config last.
+"""Execution of a plan: lock the target, fill its files, write index and config last.
 
     read strip -> decode -> encode -> write strip      pipeline/, by the threads of a WorkerPool
-    fsync -> rename -> note                            run_folder.py, journal.py
+    fsync -> rename -> journal                         run_folder.py, journal.py
 
-Killed anywhere, the same call goes on where it was.
+After a kill at any point, the same call resumes.
 """
 
 import os
@@ -43,19 +43,19 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 4 << 20
 _MOST_AHEAD_BYTES = 512 << 20
-_AT_ONCE = 2  # files that are fetched whole: one is read while the next one comes
+_AT_ONCE = 2  # files downloaded whole: one is read while the next is downloaded
 
-# Opens what sends finished files away.
+# Opens the Publisher that uploads finished files.
 Publish = Callable[[RunFolder, Progress], "Publisher"]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did; `destination` is a folder, the first of the GGUF files, or a repository.
+    """The result of a run; `destination` is a folder, the first GGUF file, or a repository.
 
-    `commit_url` is where to look at what was published, `branch` the branch or pull request that it
-    is in; `state` is the folder of what a run keeps for itself. `files_differing` were finished,
-    and written again because a recheck found other bytes in them.
+    `commit_url` is the URL of the published commit, `branch` its branch or pull request; `state` is
+    the run's state folder. `files_differing` counts finished files that were written again because
+    a recheck found other bytes in them.
     """
 
     destination: str
@@ -81,13 +81,13 @@ def execute(
     commits: Mapping[str, str] | None = None,
     publish: Publish | None = None,
 ) -> Result:
-    """Carry out `plan`, reading from the storages of its sources and writing to `destination`.
+    """Execute `plan`, reading from the storages of its sources and writing to `destination`.
 
-    That is a folder, or the name of a GGUF file, which may be split into several.
+    `destination` is a folder, or the name of a GGUF file, which may be split into several.
     With `headers_only` the weight files are sparse: headers and holes that read as zeros.
-    `commits` are what addresses on the Hub stood for. With `publish`, files are sent to a
-    repository, and `destination` holds only what it has not got yet.
-    Raises the errors of `lingconv.errors`; whatever was finished stays, and the same call resumes.
+    `commits` are the commits of Hub addresses. With `publish`, files are uploaded to a repository,
+    and `destination` has only those that are not uploaded yet.
+    Raises the errors of `lingconv.errors`; finished files are kept, and the same call resumes.
     """
     request = request or RunRequest()
     part, memory = request.resources.part, memory_for(plan, request.resources)
@@ -135,7 +135,7 @@ def write_share(
     share: str,
     resources: Resources,
 ) -> None:
-    """Write the files of `plan`, which are those of one share of the run that `identity` names."""
+    """Write the files of `plan`, which is one share of the run with this `identity`."""
     memory = memory_for(plan, resources)
     with (
         explained_writing(destination),
@@ -146,7 +146,7 @@ def write_share(
 
 
 class Written(NamedTuple):
-    """The files that a run wrote, how many it found finished, and how many of these differed."""
+    """The files that a run wrote, the number found finished, and how many of these differed."""
 
     written: list[OutputFile]
     found: int
@@ -154,7 +154,7 @@ class Written(NamedTuple):
 
 
 class Run:
-    """One execution of a plan in a folder that it holds: weights, then what completes them."""
+    """One execution of a plan in a locked folder: weight files first, closing files last."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Run:
         self._jobs, self._buffer_bytes = memory
 
     def write_files(self) -> Written:
-        """Write the weight files of the run's share that are not finished; carry small files."""
+        """Write the unfinished weight files of the run's share; copy the small files."""
         part = self._request.resources.part
         mine = part.of(self._plan.files) if part else self._plan.files
         todo = self._publisher.begin() if self._publisher else unfinished(mine, self._folder)
@@ -192,7 +192,7 @@ class Run:
         return Written(todo, found, len(differing))
 
     def _differing(self, finished: list[OutputFile]) -> list[OutputFile]:
-        """Return the finished files that hold other bytes than the plan gives, if that is asked."""
+        """Return the finished files whose bytes differ from the plan's; none without `recheck`."""
         if not self._request.recheck or self._publisher or not finished:
             return []
         pool = self._pool(self._storages, compares=True)
@@ -200,7 +200,7 @@ class Run:
         return pool.differing
 
     def _check_disk(self, todo: Sequence[OutputFile]) -> None:
-        """Raise ResourceError when there is no room for what is to be written."""
+        """Raise ResourceError if there is too little free disk for the files to be written."""
         if self._is_sparse:
             return
         missing = sum(self._folder.bytes_missing(file.name, file.nbytes) for file in todo)
@@ -208,7 +208,7 @@ class Run:
         check_disk(self._folder.root, room)
 
     def fill(self, todo: Sequence[OutputFile]) -> None:
-        """Write some of the plan's files."""
+        """Write the files `todo`, which are some of the plan's."""
         allow_open_files(len(self._plan.source_files))
         with ExitStack() as stack:
             storages = _fetched(
@@ -237,7 +237,7 @@ class Run:
         )
 
     def complete(self) -> "PublishedCommit | None":
-        """Write what makes a checkpoint of the weights; return the commit if it was published."""
+        """Write the closing files (index, config, record); return the commit if published."""
         plan, folder, base = self._plan, self._folder, self._storages[-1]
         record, card = read_source_record(base), _base_card(plan, base)
         last = closing_files(plan, record, card if plan.weighting else "", __version__)
@@ -245,37 +245,37 @@ class Run:
             return self._publisher.finish(record, card, last)
         for name, data in last.items():
             replace_file(folder.path(name), [data])
-        if format_for(plan.options.layout).is_self_contained:  # nothing beside it tells what it is
+        if format_for(plan.options.layout).is_self_contained:  # it has no files beside it
             replace_file(folder.state / RECORD_NAME, [record_json(plan, record, __version__)])
         folder.complete()
         return None
 
 
 def memory_for(plan: Plan, resources: Resources) -> tuple[int, int]:
-    """Return how many threads fit the budget, and the bytes of their buffers.
+    """Return the number of threads that fit the memory budget, and the bytes of their buffers.
 
-    Raises ResourceError when the budget is too small for one.
+    Raises ResourceError if the budget is too small for one.
     """
     return peak_memory(plan, resources.resolved_jobs, resources.max_memory_bytes)
 
 
 def unfinished(files: Sequence[OutputFile], folder: RunFolder) -> list[OutputFile]:
-    """Return the weight files that do not stand complete under their names."""
+    """Return the weight files that are not complete under their final names."""
     return [file for file in files if not folder.is_finished(file.name, file.nbytes)]
 
 
 def files_read(plan: Plan, storages: Sequence[Storage]) -> set[tuple[int, int]]:
-    """Return device and inode of every file of this machine that a plan reads."""
+    """Return device and inode of every local file that a plan reads."""
     found: set[tuple[int, int]] = set()
     for source, storage in zip(plan.sources, storages, strict=True):
         for name in source.files:
-            with suppress(CheckpointError):  # small files may have been made, not read
+            with suppress(CheckpointError):  # small files may be computed, not stored
                 found.update(_inode_of(storage, name))
     return found
 
 
 def _inode_of(storage: Storage, name: str) -> Iterator[tuple[int, int]]:
-    """Yield device and inode of a file, if it is one of this machine."""
+    """Yield device and inode of a file, if it is a local one."""
     blob = storage.open(name)
     try:
         if blob.descriptor is not None:
@@ -286,7 +286,7 @@ def _inode_of(storage: Storage, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _ahead_bytes(spare_bytes: int, jobs: int) -> int:
-    """Return how much each file may have read ahead, of the memory that buffers leave."""
+    """Return the bytes that each file may prefetch, of the memory that buffers leave."""
     return min(_MOST_AHEAD_BYTES, max(0, spare_bytes)) // max(1, jobs // 2)
 
 
@@ -300,12 +300,12 @@ def _fetched(
     *,
     publishes: bool,
 ) -> list[Storage]:
-    """Return the storages, with those that are far away fetched file by file if that is asked."""
+    """Return the storages; with `download`, those on the Hub wrapped in a Downloader each."""
     if not resources.download:
         return list(storages)
     from lingconv.storage.hub.download import Downloader
     from lingconv.storage.hub.storage import (
-        HubStorage,  # with huggingface_hub, for those who need it
+        HubStorage,  # imports huggingface_hub
     )
 
     order = list(dict.fromkeys(key for file in todo for key in sorted(sources_of(file))))
@@ -325,7 +325,7 @@ def _fetched(
 
 
 def disk_needed(plan: Plan, resources: Resources, *, publishes: bool) -> int:
-    """Return the most bytes that a run has on disk, of what it writes and of what it fetches."""
+    """Return the most bytes that a run has on disk, of written and of downloaded files."""
     share = resources.disk_share(publishes=publishes)
     largest = max(file.nbytes for file in plan.files)
     written = share or _AT_ONCE * largest
@@ -338,7 +338,7 @@ def disk_needed(plan: Plan, resources: Resources, *, publishes: bool) -> int:
 
 
 def check_disk(destination: Path, need_bytes: int) -> None:
-    """Raise ResourceError when the file system of `destination` has no room for `need_bytes`."""
+    """Raise ResourceError if the file system of `destination` has less than `need_bytes` free."""
     free = free_bytes(destination)
     if need_bytes > free:
         raise ResourceError(
@@ -348,7 +348,7 @@ def check_disk(destination: Path, need_bytes: int) -> None:
 
 
 def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder) -> None:
-    """Copy the small files of the base, those that are not there yet."""
+    """Copy the small files of the base that are not in the target yet."""
     base, storage = len(storages) - 1, storages[-1]
     for name, nbytes in plan.side_files.items():
         path = folder.path(name)
@@ -359,7 +359,7 @@ def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder)
 
 
 def _base_card(plan: Plan, storage: Storage) -> str:
-    """Return the card of the source, if it has one that can be read."""
+    """Return the model card of the source; empty if it has none that can be read."""
     if CARD_NAME in plan.sources[-1].files:
         with suppress(LingconvError):
             return read_text(storage, CARD_NAME)

@@ -1,9 +1,9 @@
-"""What a plan is going to take: measured on a sample of it, or read from a profile.
+"""Estimate of a plan's duration and resources, from a timed sample of it or from a profile.
 
-A plan moves bytes in a few ways: copied, or decoded from one encoding and encoded in another. Each
-way is timed by running it, from the real source to the disk of the target, on a few hundred
-megabytes of the plan's own rows. Everything else is arithmetic, because nothing in a run depends
-on more than the bytes of a strip.
+A plan has a few kinds of transfers: copies, or decoding from one encoding and encoding in another.
+Each kind is timed by running it, from the real source to the disk of the target, on a few hundred
+megabytes of the plan's own rows. The rest is extrapolated by bytes, because the cost of a strip
+depends only on its kind and size.
 """
 
 import json
@@ -30,9 +30,9 @@ _ROWS = 128  # whole blocks of every encoding
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """How fast a machine writes each way of moving bytes (bytes of output per second).
+    """The speed of a machine for each kind of transfer (bytes of output per second).
 
-    `start_s` is what a run takes before it moves any; `rss_bytes` the memory of the process.
+    `start_s` is the time before the first byte is written; `rss_bytes` the memory of the process.
     """
 
     rates: Mapping[str, float]
@@ -46,9 +46,9 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run is going to take on each of `machines`; 0 seconds of network where there is none.
+    """The estimated duration of a run on each of `machines`; network seconds are 0 without one.
 
-    Reading from a network, converting and sending overlap: the slowest of them is what counts.
+    Reading from a network, converting and uploading overlap: the slowest one counts.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class Estimate:
 
 
 def kind_of(transfer: Transfer) -> str:
-    """Return the way in which a transfer moves bytes, in words."""
+    """Return the name of a transfer's kind: a copy, or the encodings that it goes between."""
     if transfer.copies:
         return f"copy {transfer.target.encoding.label}"
     found = sorted({segment.source.encoding.label for segment in transfer.segments})
@@ -71,7 +71,7 @@ def kind_of(transfer: Transfer) -> str:
 
 
 def by_kind(plan: Plan) -> dict[str, tuple[int, list[Transfer]]]:
-    """Return for each way of moving bytes how many come of it, and the transfers that do."""
+    """Return the bytes of output and the transfers of each kind in a plan."""
     found: dict[str, tuple[int, list[Transfer]]] = {}
     for transfer in plan.transfers():
         nbytes = sum(spec.nbytes for spec in transfer.target.specs())
@@ -84,11 +84,11 @@ def by_kind(plan: Plan) -> dict[str, tuple[int, list[Transfer]]]:
 def calibrate(
     plan: Plan, storages: Sequence[Storage], folder: Path, resources: Resources
 ) -> Profile:
-    """Time every way of moving bytes that a plan has, on the disk of `folder`."""
+    """Return the Profile of this machine: each kind of transfer, timed on the disk of `folder`."""
     rates, start_s = {}, 0.0
     with tempfile.TemporaryDirectory(prefix=".lingconv-", dir=existing_folder(folder)) as work:
         for number, (kind, (_, transfers)) in enumerate(by_kind(plan).items()):
-            # The first of them loads the kernels; the second tells what a run of any size takes.
+            # The first one loads the kernels; the second one gives the cost of a run of any size.
             (cold_s, _), (short_s, small), (long_s, large) = (
                 _timed(plan, transfers, nbytes, storages, Path(work, f"{number}-{run}"), resources)
                 for run, nbytes in enumerate((_SMALL_BYTES, _SMALL_BYTES, SAMPLE_BYTES))
@@ -99,7 +99,7 @@ def calibrate(
 
 
 def _rate(small: int, short_s: float, large: int, long_s: float) -> float:
-    """Return bytes a second, without what a run of any size takes."""
+    """Return bytes per second, without the fixed cost of a run."""
     if large > small and long_s > short_s:
         return (large - small) / (long_s - short_s)
     return large / long_s
@@ -113,7 +113,7 @@ def _timed(
     folder: Path,
     resources: Resources,
 ) -> tuple[float, int]:
-    """Run about `nbytes` of some transfers; return the seconds and the bytes of output."""
+    """Return the seconds that about `nbytes` of some transfers take, and the bytes of output."""
     sample = replace(plan, files=_files(transfers, nbytes, plan), side_files={})
     started = time.perf_counter()
     write_share(sample, {"outputs": []}, storages, folder, "sample", resources)
@@ -125,14 +125,14 @@ def _timed(
 
 
 def _files(transfers: Sequence[Transfer], nbytes: int, plan: Plan) -> tuple[OutputFile, ...]:
-    """Return files of about `nbytes` that rows of some transfers fill."""
+    """Return output files of about `nbytes` that are filled by rows of some transfers."""
     largest = max(file.nbytes for file in plan.files)
     samples = list(_samples(transfers, nbytes))
     return pack_safetensors(samples, min(largest, max(1, nbytes // 2)))
 
 
 def _samples(transfers: Sequence[Transfer], nbytes: int) -> Iterator[Transfer]:
-    """Yield transfers, or the first rows of those that are too large, until there is enough."""
+    """Yield transfers of about `nbytes` in all; of large ones only the first rows."""
     left = nbytes
     for number, transfer in enumerate(transfers):
         if left <= 0:
@@ -161,11 +161,11 @@ def estimate(
     reads_far: bool = False,
     writes_far: bool = False,
 ) -> Estimate:
-    """Return what a plan takes on `machines` like the one of the profile.
+    """Return the Estimate of a plan on `machines` like the one of the profile.
 
-    Rates that were measured from a source far away have its network in them. Raises UsageError when
-    the profile does not know a way in which the plan moves bytes, or when the target is sent over a
-    network of unknown speed.
+    Rates that were measured with a remote source include its network. Raises UsageError if the
+    profile lacks a kind of transfer of the plan, or if the target is uploaded over a network of
+    unknown speed.
     """
     convert_s = 0.0
     for kind, (nbytes, _) in by_kind(plan).items():
@@ -173,7 +173,7 @@ def estimate(
             known = ", ".join(profile.rates)
             raise UsageError(f"the profile has no rate for `{kind}`", hint=f"it knows {known}")
         convert_s += nbytes / profile.rates[kind]
-    # No file is written by two machines.
+    # No file is written by two machines, so the largest one bounds the speedup.
     largest = max(file.nbytes for file in plan.files) / sum(file.nbytes for file in plan.files)
     convert_s *= max(1 / machines, largest)
     inward = plan.read_bytes if reads_far else 0
@@ -197,7 +197,7 @@ def estimate(
 
 
 def read_profile(path: Path) -> Profile:
-    """Read what `Profile.to_json` wrote; raise UsageError when a file is something else."""
+    """Return the Profile in a file of `Profile.to_json`; raises UsageError for other files."""
     try:
         value = json.loads(path.read_text("utf-8"))
         if value.pop("schema") != SCHEMA:

@@ -1,11 +1,11 @@
-"""The journal of a run: what is on disk, noted after it is, so that a later run can rely on it.
+"""The journal of a run: pieces and files that are safely on disk, so that a later run resumes.
 
-A note is a line of JSON. It only ever adds trust, so that a line that is cut short, or makes no
-sense, is passed over: what it spoke of is done again.
+An entry is a line of JSON, appended after the data is synced. An entry only ever adds trust: a line
+that is truncated or invalid is ignored, and the piece or file is written again.
 
     {"file", "id", "piece", "lingconv", "crc"}   a piece of the unfinished file with this id
-    {"file", "stat"}                             a file under its final name, as it looked then
-    {"file", "sent"}                             a file that a repository has: size and digest
+    {"file", "stat"}                             a finished file: its FileState at that time
+    {"file", "sent"}                             an uploaded file: its size and digest
 """
 
 import json
@@ -24,7 +24,7 @@ _MAX_BYTES = 1 << 30
 
 
 class FileState(NamedTuple):
-    """How a finished file looked when it was finished; older journals have two numbers only."""
+    """A finished file's size, times and inode; older journals have two numbers only."""
 
     size: int
     mtime_ns: int
@@ -33,15 +33,15 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """Return how a file looks now."""
+        """Return the state of a file now."""
         held = path.stat()
         return cls(held.st_size, held.st_mtime_ns, held.st_ctime_ns, held.st_ino)
 
     def agrees(self, now: "FileState", *, is_moved: bool) -> bool:
-        """Return whether a file that looks like `now` may be the one that was noted.
+        """Return whether a file with the state `now` can be the one of this state.
 
-        Times can be put back; the inode and its ctime cannot. In a folder that was copied or moved
-        (`is_moved`) both are new, and say nothing.
+        mtime can be set back; the inode and its ctime cannot. In a folder that was copied or moved
+        (`is_moved`) both are new and are not compared.
         """
         if self[:2] != now[:2]:
             return False
@@ -49,14 +49,14 @@ class FileState(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What is noted of one unfinished file: its pieces on disk, and checksums by offset."""
+    """The journaled pieces of one unfinished file: their numbers, and checksums by offset."""
 
     numbers: set[int]
     checksums: dict[int, tuple[int, int]]
 
 
 class Journal:
-    """All journals of a state folder, read; notes are added to the one called `name`."""
+    """All journals of a state folder; entries are appended to the one called `name`."""
 
     def __init__(self, state: Path, name: str) -> None:
         self._state = state
@@ -66,7 +66,7 @@ class Journal:
         self._pieces: dict[tuple[str, str], Pieces] = {}
 
     def read(self) -> None:
-        """Take in what all journals say."""
+        """Read the entries of all journals."""
         for path in sorted(self._state.glob(JOURNALS)):
             for line in (read_file(path, _MAX_BYTES) or b"").splitlines():
                 self._take_in(_parsed(line))
@@ -83,7 +83,7 @@ class Journal:
             self.sent[name] = ListedFile(*entry["sent"])
 
     def _take_in_piece(self, name: str, file_id: str, entry: Mapping[str, Any]) -> None:
-        """Take in a piece; another version of lingconv may cut files differently."""
+        """Add a piece, unless the entry is invalid. Other versions may cut pieces differently."""
         number, crc = entry.get("piece"), entry.get("crc")
         if type(number) is not int or not isinstance(crc, list):
             return
@@ -94,25 +94,25 @@ class Journal:
         pieces.checksums.update({offset: (count, sum_) for offset, count, sum_ in crc})
 
     def pieces(self, name: str, file_id: str) -> Pieces:
-        """Return what is noted of the unfinished file with this id."""
+        """Return the journaled pieces of the unfinished file with this id."""
         return self._pieces.get((name, file_id), Pieces(set(), {}))
 
     def note_piece(
         self, name: str, file_id: str, piece: int, checksums: Iterable[tuple[int, ...]]
     ) -> None:
-        """Note that a piece of a file is on disk."""
+        """Append that a piece of a file is on disk."""
         sums = [list(each) for each in checksums]
         self._note(
             {"file": name, "id": file_id, "piece": piece, "lingconv": __version__, "crc": sums}
         )
 
     def note_finished(self, name: str, state: FileState) -> None:
-        """Note that a file stands under its final name."""
+        """Append that a file is complete under its final name."""
         self.finished[name] = state
         self._note({"file": name, "stat": list(state)})
 
     def note_sent(self, name: str, sent: ListedFile) -> None:
-        """Note that a repository has a file."""
+        """Append that a file is uploaded."""
         self.sent[name] = sent
         self._note({"file": name, "sent": list(sent)})
 
@@ -121,14 +121,14 @@ class Journal:
 
 
 def forget(state: Path, names: Collection[str] = ()) -> None:
-    """Remove all journals, and other files of a state folder by their patterns."""
+    """Remove all journals of a state folder, and its files that match the patterns `names`."""
     for pattern in (JOURNALS, *names):
         for path in state.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def new_id() -> str:
-    """Return an id that no other file has."""
+    """Return a new random id for an unfinished file."""
     return os.urandom(16).hex()
 
 
@@ -141,7 +141,7 @@ def _parsed(line: bytes) -> Mapping[str, Any]:
 
 
 def _is_numbers(value: Any, counts: Collection[int]) -> bool:
-    """Return whether a value is a list of so many whole numbers that fit 64 bits."""
+    """Return whether a value is a list of 64-bit integers whose length is in `counts`."""
     return (
         isinstance(value, list)
         and len(value) in counts

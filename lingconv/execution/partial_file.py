@@ -1,7 +1,7 @@
-"""Unfinished files: each carries an id in its tail, behind its last byte, until it is whole.
+"""Unfinished files: each has a random id in a tail after its last byte, until it is complete.
 
-Notes of what is on disk name the id. A file that was removed, replaced or swapped for another has
-another id, or none, and so no note is ever believed of a file that it does not speak of.
+Journal entries name the id. A file that was removed, replaced or swapped for another has another
+id, or none, so that no entry is ever applied to a different file.
 """
 
 import os
@@ -15,7 +15,7 @@ TAIL_BYTES = len(_MAGIC) + _ID_BYTES
 
 
 class PartialFile(NamedTuple):
-    """An unfinished file of `nbytes` when it is whole; `is_new` where nothing of it is on disk."""
+    """An unfinished file, of `nbytes` when complete; `is_new` if none of it is on disk."""
 
     path: Path
     nbytes: int
@@ -24,14 +24,14 @@ class PartialFile(NamedTuple):
 
     @property
     def tail(self) -> bytes:
-        """The bytes behind its last one."""
+        """The bytes after the file's last byte, which carry its id."""
         return _MAGIC + bytes.fromhex(self.id)
 
 
 def id_of(path: Path, nbytes: int) -> str:
-    """Return the id in the tail of an unfinished file; empty where it is not one of this size.
+    """Return the id in the tail of an unfinished file; empty if it is none of this size.
 
-    A link, a file that has another name too, or anything but a regular file is none.
+    Symbolic links, files with several hard links, and all but regular files have none.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

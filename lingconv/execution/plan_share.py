@@ -1,4 +1,4 @@
-"""Shares of a plan: `--part 3/16` does the third of sixteen, for as many machines at once."""
+"""Shares of a plan: `--part 3/16` writes the third of sixteen, each on a machine of its own."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class PlanShare:
 
     @classmethod
     def parse(cls, text: str) -> "PlanShare":
-        """Return the part that `I/N` writes; raise UsageError when there is none."""
+        """Return the share of the text `I/N`; raises UsageError unless 1 <= I <= N."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         part = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
         if not 1 <= part.index <= part.count:
@@ -30,13 +30,13 @@ class PlanShare:
         return part
 
     def __str__(self) -> str:
-        """Return the part as it stands in the names of its files."""
+        """Return the share as it is written in the names of its state files."""
         return f"{self.index}-of-{self.count}"
 
     def of(self, files: "Sequence[OutputFile]") -> "list[OutputFile]":
-        """Return the files of the share: neighbours, about as many bytes as the others have.
+        """Return the files of the share: consecutive ones, about 1/count of all bytes.
 
-        Each file belongs to the share that holds its middle byte.
+        Each file belongs to the share that contains its middle byte.
         """
         total = sum(file.nbytes for file in files)
         mine, end = [], 0

@@ -1,4 +1,4 @@
-"""Who wants to know how a run goes on."""
+"""The interface through which a run reports its progress."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -7,29 +7,29 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Hears how a run goes on; called from several threads."""
+    """Callbacks for the progress of a run; called from several threads."""
 
     def begin(self, plan: "Plan", done: int, jobs: int) -> None:
-        """A run starts; `done` files were finished by an earlier one."""
+        """Called when a run starts; `done` files were finished by an earlier one."""
 
     def file_begins(self, name: str, nbytes: int, held: int) -> None:
-        """A file is opened for writing; an earlier run wrote `held` of its bytes."""
+        """Called when a file is opened for writing; `held` bytes are from an earlier run."""
 
     def advance(self, name: str, nbytes: int) -> None:
-        """Bytes of a file were written."""
+        """Called when `nbytes` of a file were written."""
 
     def file_ends(self, name: str, nbytes: int, seconds: float) -> None:
-        """A file is complete under its final name."""
+        """Called when a file is complete under its final name."""
 
     def sending(self, nbytes: int) -> None:
-        """Files of so many bytes are going to be sent to a repository."""
+        """Called before the upload of files of `nbytes` in all."""
 
     def file_sent(self, name: str, nbytes: int, seconds: float) -> None:
-        """A repository has a file."""
+        """Called when a file is uploaded."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """A Progress that does nothing."""
 
     def begin(self, plan: "Plan", done: int, jobs: int) -> None:
         """Ignore."""

@@ -1,12 +1,12 @@
-"""The files of a plan as tasks of a Ray cluster, which sees source and target as this process does.
+"""Execution on a Ray cluster: each weight file is a task.
 
-The driver claims the target and carries the small files; a task writes one weight file, the
-largest first, with a lock and a journal of its own; the driver makes a checkpoint of them at the
-end. What a lost worker or a whole lost node was at is done again by another, from where it was on
-disk. When the driver dies, its tasks do too, and the same command goes on.
+Source and target must be visible to all nodes. The driver locks the target and copies the small
+files; a task writes one weight file, the largest first, with a lock and a journal of its own; the
+driver writes the closing files. Ray reschedules the tasks of a lost worker or node, and they
+resume from the journal. When the driver dies, its tasks do too; the same command resumes.
 
-Where the target is a store, a repository or an object store, a task sends its file from the disk of
-its node, and the driver notes what the store then has: no folder has to be seen by all nodes.
+If the target is a repository or an object store, a task uploads its file from the disk of its node,
+and the driver journals it: no folder has to be shared by the nodes.
 """
 
 import logging
@@ -52,12 +52,12 @@ from lingconv.version import __version__
 _THREADS = 2  # of a task: one fills, one writes
 _RETRIES = 5
 _LOOK_EVERY_S = 0.5
-# A worker that was lost may hold its lock a little longer, on a file system of many machines.
+# A lost worker's lock may outlive the worker for a while on a network file system.
 _LOCK_PATIENCE_S = 120.0
 
 
 class _Sending(NamedTuple):
-    """The store that a task sends its file to, and the pull request where there is one."""
+    """The store to which a task uploads its file, and the pull request (0 if none)."""
 
     uri: str
     options: PublishOptions
@@ -66,7 +66,7 @@ class _Sending(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What a task took, and what the store that it sent its file to has now."""
+    """The duration of a task, and the uploaded file as the store lists it."""
 
     seconds: float
     sent: ListedFile | None = None
@@ -82,11 +82,11 @@ def execute_on_ray(
     publish: Publish | None = None,
     store: tuple[str, PublishOptions] | None = None,
 ) -> Result:
-    """Carry out `plan` on a cluster, as `engine.execute` does here; the bytes are the same.
+    """Execute `plan` on a cluster; the output has the same bytes as `engine.execute`'s.
 
-    `store` is where `publish` sends to: its address, and how it is written to.
+    `store` is the store of `publish`: its address and options.
 
-    Raises UsageError where Ray is not installed or not to be reached, and what tasks raise.
+    Raises UsageError if Ray is not installed or cannot be reached, and the errors of tasks.
     """
     progress, resources = request.progress, request.resources
     started = time.monotonic()
@@ -95,7 +95,7 @@ def execute_on_ray(
     with explained_writing(destination):
         if request.fresh:
             with RunFolder(place, identity, fresh=True, sources=read):
-                pass  # alone, nobody may be writing what is removed
+                pass  # under an exclusive lock: no task may write files that are being removed
         with (
             RunFolder(place, identity, fresh=False, share="driver", sources=read) as folder,
             ExitStack() as stack,
@@ -123,7 +123,7 @@ def execute_on_ray(
 
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine; a connection that is there is used."""
+    """Connect to a cluster, or start one on this machine; an existing connection is used."""
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed", hint="pip install 'lingconv[ray]'")
     import ray
@@ -159,7 +159,7 @@ def _run_tasks(
     progress: Progress,
     sending: _Sending | None,
 ) -> None:
-    """Have all files written, and sent where that is asked; the first error stops everything."""
+    """Run a task for each file, which may upload it; the first error stops all tasks."""
     import ray
 
     threads = resources.jobs or _THREADS
@@ -195,7 +195,7 @@ def _run_tasks(
 
 
 def _result_of(task: Any, file: OutputFile) -> _Done:
-    """Return what a task returned; raise what it raised."""
+    """Return the result of a task; raises the task's error."""
     import ray
 
     try:
@@ -218,7 +218,7 @@ def _write_file(
     number: int,
     resources: Resources,
 ) -> _Done:
-    """Write the file of `plan`, on whatever node this is, and send it where that is asked."""
+    """Write the only file of `plan` on this node, and upload it if the target is a store."""
     started = time.monotonic()
     share = f"file-{number}"
     sources, identity, sending = shared
@@ -241,17 +241,17 @@ def _write_file(
 
 
 def _own(destination: Path, share: str) -> Path:
-    """Return where a task keeps its file until it is sent."""
+    """Return the folder of a task's file until it is uploaded."""
     folder, name = location_of(destination)
     return folder / share / name if name else folder / share
 
 
 def _send(file: OutputFile, folder: Path, number: int, sending: _Sending) -> ListedFile:
-    """Send a finished file and remove it here; return what the store lists of it."""
+    """Upload a finished file and remove it here; return the file as the store lists it."""
     store = open_upload_target(sending.uri, sending.options)
     store.prepare(sending.pull_request)
     listed = store.add_weights({file.name: folder / file.name}, number, sending.total)
-    gone = folder.with_name(f"{folder.name}-sent")  # at once: half a folder would be a stranger's
+    gone = folder.with_name(f"{folder.name}-sent")  # renamed first: half a folder would be refused
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)

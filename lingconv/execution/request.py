@@ -1,4 +1,4 @@
-"""`RunRequest`: how a plan is to be carried out, as one value."""
+"""`RunRequest`: everything that a caller asks of an execution besides the plan, as one value."""
 
 from dataclasses import dataclass, field
 
@@ -9,11 +9,11 @@ from lingconv.storage.upload_target import PublishOptions
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What a run may use, who hears of it, and what it may do to its target.
+    """The resources of a run, its progress callbacks, and how it treats its target.
 
-    `fresh` removes what an earlier run wrote there. `recheck` compares every finished file with
-    what the plan gives, and writes what differs again. `publish` says how a repository is written
-    to. Nothing of it changes a byte of the output.
+    `fresh` removes the files of an earlier run. `recheck` compares every finished file with the
+    bytes that the plan gives, and writes those that differ again. `publish` are the options of an
+    upload. None of them changes a byte of the output.
     """
 
     resources: Resources = field(default_factory=Resources)
@@ -32,7 +32,7 @@ class RunRequest:
         fresh: bool = False,
         recheck: bool = False,
     ) -> "RunRequest":
-        """Return the request of a function's keywords, None standing for the default."""
+        """Return the request with these values; None means the default."""
         return cls(
             resources or Resources(),
             progress or Silent(),

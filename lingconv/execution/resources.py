@@ -1,4 +1,4 @@
-"""What a run may use of the machine that it is on, and who does it."""
+"""The resources of a run: threads, memory, disk, devices, and the executor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ LOCAL, RAY = "local", "ray"
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a run may use; none of it changes a byte of the output.
+    """The resources that a run may use; none of them changes a byte of the output.
 
-    `max_disk_bytes` bounds the weights that are on disk only for a while: files on their way to a
-    repository, and whole files of one where `download` asks for them. 0 is two of the largest of
-    each. `staging` is the folder where files are kept until a repository has them. `part` is the
-    share of the files that this run writes; `finish` then makes a checkpoint of all shares. With
-    the `executor` RAY it is done by a cluster, the one at `address` or one on this machine.
-    `device` names the GPUs that decode and encode what they have kernels for (`devices.py`).
+    `max_disk_bytes` bounds the weights that are on disk temporarily: files to be uploaded, and,
+    with `download`, files that were downloaded whole. 0 means two of the largest of each. `staging`
+    is the folder of files until they are uploaded. `part` is the share of the files that this run
+    writes; `finish` then makes a checkpoint of all shares. With the `executor` RAY a cluster does
+    the work, the one at `address` or one on this machine. `device` names the GPUs, which decode and
+    encode the encodings that they have kernels for (`devices.py`).
     """
 
     jobs: int = 0
@@ -34,10 +34,10 @@ class Resources:
     device: str = CPU
 
     def disk_share(self, *, publishes: bool) -> int:
-        """Return what each of the two may take of the disk, files that come and files that go."""
+        """Return the bytes of disk for downloaded files and, equally, for files to be uploaded."""
         return self.max_disk_bytes // (2 if self.download and publishes else 1)
 
     @property
     def resolved_jobs(self) -> int:
-        """Threads: as many as asked for, else two for each processor: half of them write."""
+        """Number of threads: as asked for, else two for each CPU, because half of them write."""
         return self.jobs or 2 * num_processors()

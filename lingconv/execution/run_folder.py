@@ -1,18 +1,18 @@
-"""The state of a run in its target folder: who is writing, what was planned, what is finished.
+"""The state of a run in its target folder: lock, identity, journal of finished files.
 
     DST/.lingconv/lock           held while a run writes (`run_locks.py`)
     DST/.lingconv/run.json       identity of the run (`run_identity.py`)
-    DST/.lingconv/files.json     the folder's own inode, and how finished files look
-    DST/.lingconv/journal.jsonl  what is on disk already (`journal.py`)
-    DST/.lingconv/plan.json      the plan, journal.I-of-N.jsonl and lock.I-of-N, where parts do it
-    DST/.lingconv/verify.json    what `--verify` said of it, for the card when it is pushed
+    DST/.lingconv/files.json     the folder's own inode, and the states of finished files
+    DST/.lingconv/journal.jsonl  pieces and files that are on disk (`journal.py`)
+    DST/.lingconv/plan.json      the plan, with journal.I-of-N.jsonl and lock.I-of-N, for `--part`
+    DST/.lingconv/verify.json    the verdict of `--verify`, for the card when it is pushed
 
 A GGUF file OUT.gguf may lie in a folder beside others; its state is in .lingconv/OUT.gguf there.
 
 Crash-only: a file under its final name is finished, because only a rename puts it there, after its
-data is on disk. The journal adds what it looked like then, so that a later change is noticed. Once
-the whole target is complete the journal goes, and run.json stays: the same command then finds
-nothing to do. docs/architecture.md has the table of all states and of what a kill leaves.
+data is synced. The journal adds its FileState, so that a later change is noticed. When the whole
+target is complete, the journal is removed and run.json kept: the same command then finds nothing to
+do. docs/architecture.md has the table of all states and of what a kill leaves.
 """
 
 import json
@@ -45,24 +45,24 @@ VERDICT_NAME = "verify.json"
 _FILES_NAME = "files.json"
 _FINISHED, _ROOT = "finished", "root"
 _MAX_PLAN_BYTES = 4 << 30
-# What serves only to go on; journals besides.
+# Files that are needed only to resume, besides journals.
 _PASSING = ("lock.*", "claim", PLAN_NAME)
 
 
 class RunLocation(NamedTuple):
-    """Where a run writes: a folder of its own, or the file (or files) `name` in a shared one."""
+    """The place of a run's output: a folder of its own, or the file(s) `name` in a shared one."""
 
     folder: Path
     name: str = ""
 
     @property
     def state(self) -> Path:
-        """The folder of what the run keeps for itself."""
+        """The run's state folder."""
         return self.folder / STATE_NAME / self.name
 
 
 def location_of(destination: Path) -> RunLocation:
-    """Return where a run to `destination` writes: GGUF files are named, other targets folders."""
+    """Return the location for `destination`: the name of a GGUF file, or a folder."""
     if destination.suffix == GGUF_SUFFIX:
         return RunLocation(destination.parent, destination.name)
     return RunLocation(destination)
@@ -71,8 +71,8 @@ def location_of(destination: Path) -> RunLocation:
 class RunFolder:
     """The target folder, locked. Use as a context manager.
 
-    A `share` is the name of a part of the run that writes beside others, with its own journal.
-    `sources` are device and inode of all files that are read: none of them is ever an output.
+    `share` names a share of the run, which writes beside others and has its own journal. `sources`
+    are device and inode of all files that are read: none of them is ever an output.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class RunFolder:
 
     @property
     def sent(self) -> dict[str, ListedFile]:
-        """The files that a repository has, as it lists them."""
+        """The uploaded files, as the repository lists them."""
         return self._journal.sent
 
     def __enter__(self) -> Self:
-        """Take the folder: create it, or check that it holds this very run.
+        """Lock the folder: create it, or check that it has the same run.
 
-        Raises DestinationError when somebody else is writing it or it holds something else.
+        Raises DestinationError if another run is writing it, or if it has other content.
         """
         self._refuse_foreign()
         self._refuse_sources()
@@ -129,11 +129,11 @@ class RunFolder:
         self._locks.release()
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait for a moment in which no other share writes what is everybody's."""
+        """Return a lock that excludes other shares, for writing files that all shares have."""
         return self._locks.alone()
 
     def _among_others(self) -> AbstractContextManager[None]:
-        """Wait for a moment alone among the runs that write into a shared folder."""
+        """Return a lock that excludes other runs that write into a shared folder."""
         return alone_in(self.root / STATE_NAME) if self._is_shared else nullcontext()
 
     def _refuse_foreign(self) -> None:
@@ -163,7 +163,7 @@ class RunFolder:
             yield path_inside(self.root, name)
 
     def _refuse_sources(self) -> None:
-        """Raise DestinationError when an output is a file of a source, by whatever name."""
+        """Raise DestinationError if an output is a source's file, under any name."""
         for path in self._outputs() if self._sources else ():
             for each in (path, path.with_name(path.name + PARTIAL_SUFFIX)):
                 try:
@@ -177,7 +177,7 @@ class RunFolder:
                     )
 
     def _claim(self) -> None:
-        """Make the folder this run's, or find that it is."""
+        """Record this run in the folder, or check that it is recorded; then read the journals."""
         if self._is_shared:
             outputs = self._identity["outputs"]
             refuse_shared_outputs(self.root / STATE_NAME, self.state, outputs)
@@ -187,7 +187,7 @@ class RunFolder:
             held = None
         if held is None:
             self._refuse_unclaimed()
-            forget(self.state, (PLAN_NAME, _FILES_NAME))  # nothing that a lost run noted counts
+            forget(self.state, (PLAN_NAME, _FILES_NAME))  # entries of a lost run must not count
             self._note_files({})
             replace_file(
                 self.state / IDENTITY_NAME, [json.dumps(self._identity, indent=1).encode()]
@@ -201,7 +201,7 @@ class RunFolder:
         self._read_notes()
 
     def _read_notes(self) -> None:
-        """Take in what earlier runs noted."""
+        """Read the states of finished files, and the journals of earlier runs."""
         held = read_record(self.state / _FILES_NAME) or {}
         root = self.root.stat()
         self._is_moved = held.get(_ROOT) != [root.st_dev, root.st_ino]
@@ -220,7 +220,7 @@ class RunFolder:
         replace_file(self.state / _FILES_NAME, [json.dumps(record, indent=1).encode()])
 
     def _refuse_unclaimed(self) -> None:
-        """Refuse a folder whose record is lost: nobody knows what its files belong to."""
+        """Raise DestinationError if there are outputs but no record of the run that wrote them."""
         for path in self._outputs():
             if path.exists():
                 raise DestinationError(
@@ -229,10 +229,10 @@ class RunFolder:
                 )
 
     def _clear(self, outputs: Iterable[str]) -> None:
-        """Remove what the earlier run wrote, and nothing else: first what says that it is there."""
+        """Remove the files of the earlier run, and no others: journals first, run.json last."""
         paths = []
         for name in outputs:
-            with suppress(DestinationError):  # the record may be a stranger's
+            with suppress(DestinationError):  # the record may be forged: names outside are skipped
                 paths.append(path_inside(self.root, name))
         for path in paths:
             self._refuse_to_remove_source(path)
@@ -252,13 +252,13 @@ class RunFolder:
             )
 
     def path(self, name: str) -> Path:
-        """Return where a file of the target stands; raise DestinationError for a way out of it."""
+        """Return the path of a target's file; raises DestinationError for names outside of it."""
         return path_inside(self.root, name)
 
     def is_finished(self, name: str, nbytes: int) -> bool:
-        """Return whether a weight file stands complete under its final name.
+        """Return whether a weight file is complete under its final name.
 
-        Raises DestinationError when it was changed since it was finished.
+        Raises DestinationError if it was changed since it was finished.
         """
         path = self.path(name)
         if path.is_symlink() or not path.is_file():
@@ -275,13 +275,13 @@ class RunFolder:
         )
 
     def bytes_missing(self, name: str, nbytes: int) -> int:
-        """Return how much disk a file still needs, beyond what its partial file holds already."""
+        """Return the bytes of disk that a file still needs, besides its partial file's."""
         path = self._partial_path(name)
         held = path.lstat().st_blocks * 512 if path.exists() else 0
         return max(0, nbytes - held)
 
     def partial(self, name: str, nbytes: int) -> tuple[PartialFile, Pieces]:
-        """Return the unfinished file, a new one where there is none, and what is on disk of it."""
+        """Return the unfinished file, a new one if there is none, and its journaled pieces."""
         path = self._partial_path(name)
         held = "" if self._recheck else id_of(path, nbytes)
         if not held:
@@ -294,22 +294,22 @@ class RunFolder:
     def finish_piece(
         self, name: str, file_id: str, piece: int, checksums: Iterable[tuple[int, ...]]
     ) -> None:
-        """Note that a piece of a file, whose data is on disk, is complete."""
+        """Journal a complete piece of a file; its data must be synced."""
         self._journal.note_piece(name, file_id, piece, checksums)
 
     def finish(self, name: str) -> None:
-        """Give a file, whose data is on disk, its final name, and note it."""
+        """Rename a partial file to its final name and journal it; its data must be synced."""
         path = self.path(name)
         self._partial_path(name).replace(path)
         sync_folder(path.parent)
         self._journal.note_finished(name, FileState.of(path))
 
     def note_finished(self, name: str) -> None:
-        """Note that a finished file is what it should be, however it looks now."""
+        """Journal a finished file whose bytes are right, with its present FileState."""
         self._journal.note_finished(name, FileState.of(self.path(name)))
 
     def finish_sending(self, name: str, sent: ListedFile) -> None:
-        """Note that a repository has a finished file, and remove it here."""
+        """Journal that a finished file is uploaded, and remove it here."""
         self._journal.note_sent(name, sent)
         self.remove(name)
 
@@ -318,19 +318,19 @@ class RunFolder:
         self.path(name).unlink(missing_ok=True)
 
     def complete(self) -> None:
-        """Note that everything is there: how files look is kept, the journal goes."""
+        """Record the states of all finished files, then remove the journal: the run is complete."""
         self._note_files(self._journal.finished)
         forget(self.state, _PASSING)
 
     def keep_plan(self, plan: Plan) -> None:
-        """Keep the plan of a run in parts, for who finishes what they have written."""
+        """Save the plan of a run in parts, for `lingconv finish`."""
         path = self.state / PLAN_NAME
         if self._share and not path.exists():
             replace_file(path, [json.dumps(plan.to_json()).encode()])
 
 
 def kept_plan(destination: Path) -> Plan:
-    """Return the plan that parts of a run have left; raise DestinationError when there is none."""
+    """Return the plan that a run in parts has saved; raises DestinationError if there is none."""
     path = location_of(destination).state / PLAN_NAME
     held = read_record(path, _MAX_PLAN_BYTES)
     if held is None:
@@ -348,7 +348,7 @@ def kept_plan(destination: Path) -> Plan:
 
 
 def pinned_commits(destination: Path) -> dict[str, str]:
-    """Return the commits that an earlier run read, by the addresses that the user wrote."""
+    """Return the commits that an earlier run read, by address as the user gave it."""
     held = read_record(location_of(destination).state / IDENTITY_NAME) or {}
     commits = held.get(COMMITS, {})
     if not isinstance(commits, dict):
@@ -357,7 +357,7 @@ def pinned_commits(destination: Path) -> dict[str, str]:
 
 
 def read_record(path: Path, max_bytes: int = MAX_IDENTITY_BYTES) -> dict[str, Any] | None:
-    """Return the JSON object in a file of a run's state; None where there is none to be read."""
+    """Return the JSON object in a file of a run's state; None if it cannot be read."""
     try:
         value = json.loads(read_file(path, max_bytes) or b"")
     except (ValueError, RecursionError):
@@ -366,6 +366,6 @@ def read_record(path: Path, max_bytes: int = MAX_IDENTITY_BYTES) -> dict[str, An
 
 
 def _names(held: Mapping[str, Any]) -> list[str]:
-    """Return the outputs that a record names, as far as they are names."""
+    """Return the output names in a record; values that are not texts are skipped."""
     outputs = held.get("outputs")
     return [n for n in outputs if isinstance(n, str)] if isinstance(outputs, list) else []

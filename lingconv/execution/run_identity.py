@@ -1,4 +1,4 @@
-"""What must be equal for a run to go on, and what differs, in words."""
+"""The identity of a run, which must be equal to resume it, and the differences between two."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,9 @@ COMMITS = "commits"
 def run_identity(
     plan: Plan, version: str, commits: Mapping[str, str], *, headers_only: bool
 ) -> dict[str, Any]:
-    """Return what must be equal for a run to go on: source, options, plan and tool.
+    """Return the identity of a run, which must be equal to resume: source, options, plan, tool.
 
-    `commits` are what addresses on the Hub stood for; a run that goes on reads the same.
+    `commits` are the commits of Hub addresses; a resumed run reads the same ones.
     """
     identity = {
         "lingconv": version.split(".")[0],
@@ -26,19 +26,19 @@ def run_identity(
         COMMITS: dict(commits),
         "outputs": [*(file.name for file in plan.files), *plan.side_files, *closing_names(plan)],
     }
-    return dict(json.loads(json.dumps(identity)))  # as it is going to be read back
+    return dict(json.loads(json.dumps(identity)))  # tuples become lists, as in the file
 
 
 def is_same_run(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Return whether a record is that of the wanted run.
 
-    Commits do not count: the files that they name are in it themselves.
+    Commits are not compared: the identity lists their files.
     """
     return all(held.get(name) == wanted[name] for name in wanted if name != COMMITS)
 
 
 def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable[str]:
-    """Yield what differs between two identities, in words."""
+    """Yield the differences between two identities, as text."""
     for name, old, new in _changed(held.get("options"), wanted["options"]):
         yield f"option {name}: was {json.dumps(old)}, now {json.dumps(new)}"
     for name, old, new in _changed(held.get("source_files"), wanted["source_files"]):

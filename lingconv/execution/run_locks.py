@@ -1,9 +1,9 @@
-"""Who may write a target at the same time: flock, which the system releases whatever happens.
+"""Locks of a target: flock, which the system releases even after a kill.
 
-.lingconv/[NAME/]lock           a whole run alone; shares of a run together
-.lingconv/[NAME/]lock.I-of-N    a share; no share of another division beside it
-.lingconv/[NAME/]claim          a moment in which nobody else changes what is everybody's
-.lingconv/claim                 the same among all runs that write into one folder
+.lingconv/[NAME/]lock           exclusive for a whole run, shared by the shares of a run
+.lingconv/[NAME/]lock.I-of-N    exclusive for a share; shares with another N are refused
+.lingconv/[NAME/]claim          exclusive, briefly, to change files that all shares have
+.lingconv/claim                 the same for all runs that write into one folder
 """
 
 import fcntl
@@ -33,9 +33,9 @@ class RunLocks:
         self._held: list[int] = []
 
     def take(self, root: Path) -> None:
-        """Keep others out: a whole run everybody, a share the same share and whole runs.
+        """Lock the target: a whole run excludes all others, a share itself and whole runs.
 
-        Raises Locked when somebody is there already.
+        Raises Locked if another run has the lock.
         """
         try:
             self._take("lock", fcntl.LOCK_SH if self._share else fcntl.LOCK_EX)
@@ -52,7 +52,7 @@ class RunLocks:
         fcntl.flock(self._held[-1], mode | fcntl.LOCK_NB)
 
     def _refuse_other_division(self, root: Path) -> None:
-        """Raise Locked when shares of another number are being written: their files overlap."""
+        """Raise Locked if shares of a division into another N are written: their files overlap."""
         mine = _SHARE.fullmatch(f"lock.{self._share}")
         for path in self._state.glob("lock.*"):
             other = _SHARE.fullmatch(path.name)
@@ -64,14 +64,14 @@ class RunLocks:
                 )
 
     def release(self) -> None:
-        """Let others in."""
+        """Release all locks."""
         for fd in self._held:
             os.close(fd)
         self._held.clear()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait for a moment in which no other share writes what is everybody's."""
+        """Hold a lock that excludes other shares, for writing files that all shares have."""
         if not self._share:
             yield
             return
@@ -81,7 +81,7 @@ class RunLocks:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait for a moment in which nobody else is in here."""
+    """Hold an exclusive lock on a folder; waits for it."""
     fd = os.open(folder / _CLAIM_NAME, _FLAGS, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -91,7 +91,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether somebody has a lock on a file."""
+    """Return whether a process has a lock on a file."""
     with suppress(FileNotFoundError):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -104,13 +104,13 @@ def is_held(path: Path) -> bool:
 
 
 def refuse_shared_outputs(states: Path, own: Path, outputs: Collection[str]) -> None:
-    """Raise Locked when a run to another name in the same folder is writing one of `outputs`.
+    """Raise Locked if a run to another name in the same folder is writing one of `outputs`.
 
-    `states` is the folder of all states, `own` the one of this run.
+    `states` is the folder of all state folders, `own` that of this run.
     """
     for state in states.iterdir() if states.is_dir() else ():
         if state == own or not state.is_dir() or not is_held(state / "lock"):
-            continue  # nobody is writing there
+            continue  # no run is writing there
         shared = set(outputs) & set(_outputs_of(state))
         if shared:
             raise Locked(

@@ -1,1 +1,1 @@
-"""What a model is: a family file's tensors, symbols and layouts, without any checkpoint."""
+"""Models: the tensors, symbols and layouts of a family file, independent of any checkpoint."""

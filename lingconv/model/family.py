@@ -1,7 +1,7 @@
-"""Families: what a model is made of, read from `formats/*.toml`.
+"""Model families: the logical tensors of a model and their addresses, from `formats/*.toml`.
 
-This module knows symbols, logical tensors and roles. It does not know files, bytes or encodings,
-and no tensor name of any model stands in it: those are data (`formats/README.md`).
+This module has symbols, logical tensors and roles, but no files, bytes or encodings, and no tensor
+name of any model: those are data (`formats/README.md`).
 """
 
 import math
@@ -20,13 +20,14 @@ LogicalName = NewType("LogicalName", str)
 PhysicalName = NewType("PhysicalName", str)
 Shape = tuple[int, ...]
 
-# Keep a hostile config from exhausting memory. Ling-1T has 62,000 tensors, each expert's counted.
+# Bounds of what a config may ask for: a hostile one must not exhaust memory. Ling-1T has 62,000
+# tensors, each expert's counted.
 MAX_REPEATS = 100_000
 MAX_TENSORS = 500_000
 
 
 class Role(StrEnum):
-    """What a tensor does in the model: decides what may be quantized and what counts as active."""
+    """The role of a tensor in the model: decides if it may be quantized, and if it is active."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -40,12 +41,12 @@ class Role(StrEnum):
 
     @property
     def quantizable(self) -> bool:
-        """Whether FP8 dialects store this weight in FP8 unless told otherwise."""
+        """Whether FP8 dialects store this weight in FP8 by default."""
         return self in (Role.LINEAR, Role.EXPERT)
 
     @property
     def is_linear_module(self) -> bool:
-        """Whether runtimes build an nn.Linear for it, so that configs must list it when kept."""
+        """Whether runtimes build an nn.Linear for it: configs must list it if it is not FP8."""
         return self in (
             Role.LINEAR,
             Role.EXPERT,
@@ -70,9 +71,9 @@ class Transposition(StrEnum):
 class LogicalTensor(NamedTuple):
     """One tensor of the model at the finest grain, and the physical tensor that holds its rows.
 
-    `stack` is 0, or how many of its kind are stacked along a first axis of that tensor; those that
-    share the rows of a matrix may be interleaved in `groups`, each with an equal part of its rows
-    in every group. `transposition` says how a stack is stored transposed, if it is.
+    `stack` is 0, or the number of such tensors that are stacked along a first axis of the physical
+    one. Tensors that share the rows of a matrix may be interleaved in `groups`, with an equal part
+    of their rows in every group. `transposition` is how a stack is transposed, if it is.
     """
 
     name: LogicalName
@@ -108,13 +109,13 @@ class Block:
         return layers
 
     def address(self, layout: str) -> str:
-        """Return the prefix of its tensors' addresses in a layout."""
+        """Return the prefix of the block's addresses in a layout."""
         return _of_layout(self.addresses, layout)
 
     def numbered(
         self, symbols: Mapping[str, Any], part: RankShard | None
     ) -> Iterator[tuple[int, ...]]:
-        """Yield each layer that a part holds, as (i, layer, its number there)."""
+        """Yield each layer of a shard, as (index in the block, layer, layer in the shard)."""
         if part is not None and self.stage and self.stage not in part.stages:
             return
         for i, layer in enumerate(self.layers(symbols)):
@@ -141,11 +142,11 @@ class TensorRule:
     transposed: Mapping[str, Transposition]
 
     def address(self, layout: str) -> str:
-        """Return the address in a layout: that of its last refinement which has one."""
+        """Return the address in a layout: that of the last refinement that has one."""
         return _of_layout(self.addresses, layout)
 
     def stack(self, layout: str, symbols: Mapping[str, Any], part: RankShard | None) -> int:
-        """Return how many tensors that this rule repeats share one address; 0 when none do."""
+        """Return the number of repeated tensors that share one address (a stack); 0 if none do."""
         for index, count in self.repeat:
             if "{" + index + "}" not in self.address(layout):
                 return whole_number(count, symbols) if part is None else len(part.experts)
@@ -158,7 +159,7 @@ class TensorRule:
         return next((each for each in found if each), Transposition.NONE)
 
     def num_groups(self, layout: str, symbols: Mapping[str, Any]) -> int:
-        """Return in how many groups its rows are interleaved with those that share its address."""
+        """Return the number of groups in which the rows at one address are interleaved, or 1."""
         base = layout.split("+")[0]
         return whole_number(self.interleave[base], symbols) if base in self.interleave else 1
 
@@ -168,7 +169,7 @@ class TensorRule:
         return math.prod(whole_number(n, symbols) for _, n in self.repeat) * max(groups, default=1)
 
     def shape(self, symbols: Mapping[str, Any]) -> Shape:
-        """Return the shape that the symbols give; an axis is a product of symbols and integers."""
+        """Return the shape under `symbols`; an axis is a product of symbols and integers."""
         dims = []
         for axis in self.axes:
             size = 1
@@ -182,7 +183,7 @@ class TensorRule:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Physical tensors that no target needs, and why."""
+    """Physical tensors that no target needs, and the reason."""
 
     patterns: Mapping[str, re.Pattern[str]]
     reason: str
@@ -198,7 +199,7 @@ class ScalePolicy:
 
 @dataclass(frozen=True, slots=True)
 class KnownTokenizer:
-    """The family's tokenizer: what llama.cpp calls it (`pre`), and how it is recognised.
+    """The family's tokenizer: its pre-tokenizer in llama.cpp (`pre`), and how it is recognised.
 
     `check` is the SHA-256 of the tokens of llama.cpp's check text; `split` the regular expression
     of tokenizer.json.
@@ -212,7 +213,7 @@ class KnownTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """What llama.cpp calls the models whose config.json names the architecture `of`."""
+    """llama.cpp's architecture and tokenizer for models whose config.json says `of`."""
 
     architecture: str
     of: str
@@ -221,10 +222,10 @@ class GgufModel:
 
 @dataclass(frozen=True, slots=True)
 class MegatronModel:
-    """The models in Megatron's formats: their architecture in config.json is `of`.
+    """The family's models in Megatron's formats; config.json calls their architecture `of`.
 
-    `args` are Megatron's arguments that follow from the family alone; `state_beside` names modules
-    that have no weights, and by whose side they are, because their state is saved as well.
+    `args` are the Megatron arguments that follow from the family alone; `state_beside` names
+    modules without weights whose state is saved as well, each with the module it is saved beside.
     """
 
     of: str
@@ -234,10 +235,10 @@ class MegatronModel:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Family:
-    """A model family: the Rosetta stone between its layouts.
+    """A model family: its logical tensors with their addresses in every layout.
 
-    `config` is what a rebuilt config.json says besides the symbols; `merged` are the refinements of
-    Hugging Face's layout that stack experts, and what they are.
+    `config` has the keys of a rebuilt config.json besides the symbols; `merged` are the refinements
+    of Hugging Face's layout that stack experts, each with a description.
     """
 
     name: str
@@ -267,9 +268,9 @@ class Family:
     ) -> dict[str, Any]:
         """Return the value of every symbol under `config`, in the order of the family file.
 
-        `overrides` replace what the config says, before later symbols are derived from them;
-        `names` are the tensors that the checkpoint has; `file` is where the config was found.
-        Raises CheckpointError that lists every key that is missing or not a usable number.
+        `overrides` replace values of the config before later symbols are derived from them; `names`
+        are the tensors of the checkpoint; `file` is the config's file, for messages. Raises
+        CheckpointError with a list of all keys that are missing or not a usable number.
         """
         overrides = overrides or {}
         symbols: dict[str, Any] = {}
@@ -284,7 +285,7 @@ class Family:
                     raise SymbolError(key, wrong, value)
                 symbols[symbol.name] = sound[symbol.name] = value
             except KeyError as exc:
-                if exc.args[0] == key:  # else a symbol above is missing, and is reported itself
+                if exc.args[0] == key:  # else an earlier symbol is missing, and already reported
                     faults.append(Fault("config", f"`{key}` is missing", file))
             except SymbolError as exc:
                 symbols[symbol.name] = _stand_in(symbol)
@@ -318,9 +319,9 @@ class Family:
     def expand(
         self, symbols: Mapping[str, Any], layout: str, part: RankShard | None = None
     ) -> Iterator[LogicalTensor]:
-        """Yield every logical tensor of the model, or of a part, with its address in `layout`.
+        """Yield every logical tensor of the model, or of a shard, with its address in `layout`.
 
-        The order is the canonical one: the layers in turn, each as the family file lists it.
+        The order is the canonical one: layer by layer, each in the order of the family file.
         """
         for block in self.blocks:
             numbered = list(block.numbered(symbols, part))
@@ -348,7 +349,7 @@ class Family:
     def _entries(
         self, block: Block, symbols: Mapping[str, Any], layout: str, part: RankShard | None
     ) -> list["_Entry"]:
-        """Return what every layer of a block holds.
+        """Return the tensors that every layer of a block has.
 
         Neighbours that repeat over the same index alternate: e0.gate, e0.up, ..., e1.gate, ...
         """
@@ -386,7 +387,7 @@ class Family:
         return next(entry.key(base) for entry in self.symbols if entry.name == symbol)
 
     def drop_reason(self, name: str, layout: str) -> str | None:
-        """Return why a physical tensor may be left out, or None when no `[[drop]]` names it."""
+        """Return the reason to leave a physical tensor out, or None if no `[[drop]]` matches it."""
         for drop in self.drops:
             pattern = drop.patterns.get(layout.split("+")[0])
             if pattern is not None and pattern.fullmatch(name):
@@ -414,7 +415,7 @@ def _way_out(error: SymbolError, file: str) -> str:
 
 
 class _Entry(NamedTuple):
-    """A tensor that every layer of a block has; name and address without the layer's own part."""
+    """A tensor that every layer of a block has; name and address lack the layer's prefix."""
 
     rule: TensorRule
     shape: Shape
@@ -425,7 +426,7 @@ class _Entry(NamedTuple):
 
 
 def _of_layout(addresses: Mapping[str, str], layout: str) -> str:
-    """Return the address in a layout; its refinements (`base+one+two`) go before its base."""
+    """Return the address in a layout; its refinements (`base+one+two`) override its base."""
     base, *refinements = layout.split("+")
     keys = [f"{base}_{word}" for word in reversed(refinements)]
     return next((addresses[key] for key in keys if key in addresses), addresses[base])
@@ -436,7 +437,7 @@ def _bindings(
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     """Yield the values of a tensor's own index, {expert: 0}, {expert: 1}, ... or {} just once.
 
-    The second one is the number that it has in a part.
+    The second value is the index in the shard.
     """
     if not repeat:
         yield {}, {}

@@ -1,4 +1,4 @@
-"""Reads family files: `formats/*.toml`, packaged or the user's own (formats/README.md)."""
+"""Reading of family files: `formats/*.toml`, packaged or the user's own (formats/README.md)."""
 
 import os
 import re
@@ -29,7 +29,7 @@ from lingconv.model.symbols import Symbol
 
 
 def builtin_formats() -> Traversable:
-    """Return the directory of built-in families: packaged in a wheel, `formats/` in a checkout."""
+    """Return the folder of built-in families: packaged in a wheel, `formats/` in a checkout."""
     packaged = files("lingconv") / "_formats"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "formats"
 
@@ -44,9 +44,9 @@ def presets() -> dict[str, Traversable]:
 
 
 def load_families(path: str | None = None) -> tuple[Family, ...]:
-    """Read the families of `path` (a file or a folder), $LINGCONV_FORMATS_PATH, or the built-in.
+    """Return the families in `path` (a file or a folder), $LINGCONV_FORMATS_PATH, or the built-in.
 
-    Raises UsageError when a family file is missing or not understood.
+    Raises UsageError if a family file is missing or invalid.
     """
     path = path or os.environ.get("LINGCONV_FORMATS_PATH")
     if path is None:
@@ -82,7 +82,7 @@ _BLOCK_WORDS = {"name", "groups", "first", "end", "mtp", "stage"}
 
 
 def parse_family(data: Mapping[str, Any]) -> Family:
-    """Build a Family from the parsed TOML of a family file (see formats/README.md)."""
+    """Return the Family of a family file's parsed TOML (see formats/README.md)."""
     family = data["family"]
     rules = [_parse_tensor(entry) for entry in data["tensor"]]
     return Family(
@@ -179,14 +179,14 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
 
 
 def _with_suffix(entry: Mapping[str, Any], suffix: str) -> dict[str, str]:
-    """Return what an entry says of each layout under `LAYOUT` and a suffix."""
+    """Return the values of an entry's keys `LAYOUT` + suffix, by layout."""
     return {
         word.removesuffix(suffix): value for word, value in entry.items() if word.endswith(suffix)
     }
 
 
 def _parse_axis(text: str) -> tuple[str | int, ...]:
-    """Parse `hidden` or `(2 hidden)`, einops' spelling of a product."""
+    """Return the factors of an axis: `hidden` or `(2 hidden)`, einops' spelling of a product."""
     words = text.removeprefix("(").removesuffix(")").split()
     return tuple(int(word) if word.isdigit() else word for word in words)
 

@@ -1,11 +1,11 @@
-"""Layouts: which physical tensor holds which logical rows.
+"""Layouts: the map from logical rows to rows of physical tensors.
 
-An address is a physical tensor's name and runs of its rows. Logical tensors that share a name are
-that tensor's rows, one behind the other, in the order of the family file: Q, K and V in a fused
-matrix are three addresses, and so are experts that are stacked: only the shape tells. Some are
-interleaved: Megatron's fused matrix holds a group's queries, its key and its value, then the next
-group's.
-This module knows names and shapes; it opens no file.
+An address is a physical tensor's name and a run of its rows. Logical tensors that share a name are
+concatenated rows of that tensor, in the order of the family file: Q, K and V in a fused matrix are
+three addresses, and so are stacked experts; the two differ only in the shape that files state.
+Some are interleaved: Megatron's fused matrix holds a group's queries, its key and its value, then
+the next group's.
+This module has names and shapes; it opens no file.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,14 +24,14 @@ from lingconv.model.family import (
 )
 from lingconv.model.parallelism import RankShard, RankShare
 
-# Layouts by their names in family files; refinements follow behind a `+`.
+# Names of layouts in family files; refinements are appended with a `+`.
 HF = "hf"
 GGUF = "gguf"
 MEGATRON = "megatron"
 
 
 class Rows(NamedTuple):
-    """Rows of a physical tensor from `start` on: those of a logical tensor from `first` on."""
+    """Rows of a physical tensor from `start` on: a logical tensor's rows from `first` on."""
 
     logical: LogicalName
     start: int
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
 
 def count_rows(parts: Iterable[Rows]) -> dict[LogicalName, int]:
-    """Return how many rows of each logical tensor there are."""
+    """Return the number of rows of each logical tensor in `parts`."""
     counts: dict[LogicalName, int] = {}
     for rows in parts:
         counts[rows.logical] = counts.get(rows.logical, 0) + rows.num_rows
@@ -48,11 +48,11 @@ def count_rows(parts: Iterable[Rows]) -> dict[LogicalName, int]:
 
 
 class PhysicalTensor(NamedTuple):
-    """A tensor as a layout names it, the logical rows that it is made of, and their common role.
+    """A tensor as a layout names it, the logical rows in it, and their common role.
 
-    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    Of rows that are split over ranks, columns from `first_col` on are in it. `transposition`
-    says how the matrices are stored transposed, if they are.
+    `shape` is that of the matrix of all rows; `stack` is 0, or the number of matrices stacked in
+    it. On a rank that has a share of the columns, they start at `first_col`. `transposition` is how
+    the matrices are transposed, if they are.
     """
 
     name: PhysicalName
@@ -67,12 +67,12 @@ class PhysicalTensor(NamedTuple):
 
     @property
     def height(self) -> int:
-        """Rows of one of the matrices that are stacked."""
+        """Number of rows of one stacked matrix."""
         return self.shape[0] // (self.stack or 1)
 
     @property
     def stored_shape(self) -> Shape:
-        """The shape as files state it: a stack has an axis of its own, unless it is transposed."""
+        """The shape that files state: a stack has an axis of its own, unless it is transposed."""
         if self.transposition == Transposition.WIDE:
             return (*self.shape[1:], self.shape[0])
         if self.transposition == Transposition.TALL:
@@ -82,17 +82,17 @@ class PhysicalTensor(NamedTuple):
         return stacked_shape(self.shape, self.stack)
 
     def logical_shapes(self) -> dict[LogicalName, Shape]:
-        """Return the logical tensors in it, each with its shape."""
+        """Return the shapes of the logical tensors in it, by name."""
         return {name: (count, *self.shape[1:]) for name, count in count_rows(self.rows).items()}
 
 
 def stacked_shape(shape: Shape, stack: int) -> Shape:
-    """Return the shape of `stack` equal matrices whose rows make `shape`; 0 for a lone matrix."""
+    """Return the shape [stack, rows / stack, cols] of a stack; with `stack` 0, `shape` itself."""
     return (stack, shape[0] // stack, *shape[1:]) if stack else shape
 
 
 class Address(NamedTuple):
-    """Where logical rows live: `num_rows` rows of physical tensor `name` from row `start`."""
+    """The place of logical rows: `num_rows` rows of physical tensor `name` from row `start`."""
 
     name: PhysicalName
     start: int
@@ -108,11 +108,11 @@ class Layout:
 
     @property
     def base(self) -> str:
-        """Its name without refinements."""
+        """The layout's name without refinements."""
         return self.name.split("+")[0]
 
     def addresses(self) -> dict[LogicalName, tuple[Address, ...]]:
-        """Return where each logical tensor lives, in the order of its rows: `tensors` inverted."""
+        """Return the addresses of each logical tensor, in row order: `tensors` inverted."""
         found: dict[LogicalName, tuple[Address, ...]] = {}
         for tensor in self.tensors.values():
             for rows in tensor.rows:
@@ -124,9 +124,9 @@ class Layout:
 def build_layout(
     family: Family, symbols: Mapping[str, Any], name: str, part: RankShard | None = None
 ) -> Layout:
-    """Return the layout `name` of the model that `symbols` describe, or of a rank's part of it.
+    """Return the layout `name` of the model that `symbols` describe, or of a rank's shard of it.
 
-    Raises UsageError when a tensor cannot be split into as many parts as are asked for.
+    Raises UsageError if a tensor cannot be split evenly over the ranks.
     """
     members: dict[PhysicalName, list[LogicalTensor]] = {}
     for logical in family.expand(symbols, name, part):
@@ -135,16 +135,16 @@ def build_layout(
 
 
 def _join(members: list[LogicalTensor], part: RankShard | None) -> PhysicalTensor:
-    """Return the physical tensor that `members` share, as far as a part holds it.
+    """Return the physical tensor that `members` share, or a shard's part of it.
 
-    Members lie one behind the other, or are interleaved in groups (Q, K and V of Megatron, here of
-    2 key-value heads with 2 query heads each; a letter is a head):
+    Members are concatenated, or interleaved in groups (Q, K and V of Megatron, here with 2
+    key-value heads and 2 query heads for each; a letter is a head):
 
-        one behind the other   Q Q Q Q K K V V
-        interleaved            Q Q K V Q Q K V
+        concatenated   Q Q Q Q K K V V
+        interleaved    Q Q K V Q Q K V
 
-    Each member is split over ranks, but interleaved ones are split together: a rank gets whole
-    groups, or, where there are more ranks than groups, a piece of one.
+    Concatenated members are split over ranks one by one, interleaved ones together: a rank gets
+    whole groups, or, if there are more ranks than groups, a piece of one.
     """
     first = members[0]
     by_rows, by_columns = _shares(first, part)
@@ -192,7 +192,7 @@ def _interleaved(members: list[LogicalTensor]) -> list[Rows]:
 
 
 def _padded(member: LogicalTensor, part: RankShard | None) -> int:
-    """Return how many rows a tensor has, with the padding of a vocabulary that ranks share."""
+    """Return the number of rows of a tensor, in a shard with the padding of the vocabulary."""
     vocabulary = member.role in (Role.EMBEDDING, Role.HEAD)
     return part.vocabulary if part is not None and vocabulary else member.shape[0]
 
@@ -200,9 +200,9 @@ def _padded(member: LogicalTensor, part: RankShard | None) -> int:
 def _share_of(
     rows: list[Rows], share: RankShare, logical: LogicalTensor, total: int = 0
 ) -> list[Rows]:
-    """Return the rows of one of equal parts of `rows`, which lie one behind the other.
+    """Return the part `share` of consecutive `rows`, cut into equal parts.
 
-    There may be fewer than `total`: the rest is padding.
+    If there are fewer than `total` rows, the rest is padding.
     """
     if share.size == 1:
         return rows
@@ -232,7 +232,7 @@ _WHOLE = RankShare(0, 1)
 
 
 def _shares(logical: LogicalTensor, part: RankShard | None) -> tuple[RankShare, RankShare]:
-    """Return which share of a tensor's rows and of its columns a part holds."""
+    """Return the shares of a tensor's rows and of its columns in a shard."""
     if part is None or not logical.split:
         return _WHOLE, _WHOLE
     share = part.expert if logical.is_expert else part.dense

@@ -1,6 +1,6 @@
-"""By which of its layouts' names does a checkpoint go? Its tensors' names tell.
+"""Detection of a checkpoint's layout by the names of its tensors.
 
-Pure: names in, the layout's name out.
+No I/O: names in, the layout's name out.
 """
 
 import re
@@ -10,12 +10,12 @@ from collections.abc import Set as AbstractSet
 from lingconv.model.family import Family
 from lingconv.model.layout import Layout
 
-# What a layout is called whose MTP layers go by the base's names, while the others are refined.
+# Suffix of a layout whose MTP layers have the base's names, while all other names are refined.
 MTP_APART = "mtp_apart"
 
 
 def refined(family: Family, base: str, names: Collection[str]) -> str:
-    """Return the layout `base` with all of its refinements that tensors are named by."""
+    """Return the layout `base` with all of its refinements that occur in `names`."""
     known = {_template(name) for name in names}
     found = [
         word
@@ -26,7 +26,7 @@ def refined(family: Family, base: str, names: Collection[str]) -> str:
 
 
 def experts_layout(family: Family, base: str, names: Collection[str]) -> str:
-    """Return the layout `base`, or the one that merges experts by whose names most tensors go."""
+    """Return the layout `base`, or its refinement with stacked experts that fits most `names`."""
     known = {_template(name) for name in names}
     scores = {
         word: sum(own in known for _, own in _renamed(family, base, word)) for word in family.merged
@@ -36,7 +36,7 @@ def experts_layout(family: Family, base: str, names: Collection[str]) -> str:
 
 
 def with_mtp_apart(layout: Layout, plain: Layout, names: AbstractSet[str]) -> Layout:
-    """Return `layout`, but its MTP layers as in `plain`, if only those are among `names`.
+    """Return `layout`, with the MTP layers of `plain` if `names` has those and not its own.
 
     dFactory's tool merges the experts of the decoder and leaves MTP layers as they are.
     """
@@ -61,7 +61,7 @@ def _words(family: Family, base: str) -> list[str]:
 
 
 def _renamed(family: Family, base: str, word: str) -> Iterator[tuple[str, str]]:
-    """Yield the templates of tensors that a refinement names otherwise: (usual, own)."""
+    """Yield the templates of tensors that a refinement renames: (name in base, own name)."""
     layout = f"{base}+{word}"
     for block in family.blocks:
         for rule in (rule for group in block.groups for rule in family.tensors[group]):
@@ -72,5 +72,5 @@ def _renamed(family: Family, base: str, word: str) -> Iterator[tuple[str, str]]:
 
 
 def _template(text: str) -> str:
-    """Return a name, or an address, without its numbers."""
+    """Return a name or an address with its numbers replaced by `#`."""
     return re.sub(r"\{\w+\}|\d+", "#", text)

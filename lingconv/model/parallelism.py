@@ -1,4 +1,4 @@
-"""Megatron's ranks: which files there are, and what part of the model each of them holds.
+"""Megatron's ranks: the files of a checkpoint, and the shard of the model in each of them.
 
 Sources: `initialize_model_parallel` in megatron/core/parallel_state.py (order tp-cp-ep-dp-pp),
 `get_checkpoint_name` in megatron/training/checkpointing.py and `get_num_layers_to_build` in
@@ -14,18 +14,18 @@ from lingconv.errors import UsageError
 
 
 class RankShare(NamedTuple):
-    """Which of `size` equal parts of a tensor is meant."""
+    """Part number `rank` of `size` equal parts of a tensor."""
 
     rank: int
     size: int
 
 
 class RankShard(NamedTuple):
-    """What one rank of Megatron holds of a model.
+    """The shard of a model on one of Megatron's ranks.
 
-    `layers` of the decoder and `experts` of each of them, numbered from 0 there; the blocks of its
-    `stages` of the pipeline (`first`, `last`); and its share of what tensor parallelism splits, a
-    vocabulary of `vocabulary` rows among it, padding included.
+    It has the decoder's `layers`, and `experts` of each of them, numbered from 0 in the shard; the
+    blocks that belong to pipeline `stages` (`first`, `last`); and its shares of the tensors that
+    tensor parallelism splits, `dense` and `expert`. The vocabulary has `vocabulary` rows, padded.
     """
 
     layers: range
@@ -40,10 +40,10 @@ FILE_NAME = "model_optim_rng.pt"
 
 
 class Parallel(NamedTuple):
-    """How a model is spread: over tensor, pipeline and expert ranks.
+    """The degrees of parallelism of a model: tensor, pipeline and expert ranks.
 
     `etp` splits the tensors of experts as `tp` does the others; `vpp` is the number of model chunks
-    on a pipeline rank; `layers` of the decoder are on each stage, empty when all have as many.
+    per pipeline rank; `layers` are the numbers of decoder layers of each stage, empty if equal.
     """
 
     tp: int = 1
@@ -54,17 +54,17 @@ class Parallel(NamedTuple):
     layers: tuple[int, ...] = ()
 
     def padded(self, vocabulary: int, multiple: int) -> int:
-        """Return the rows of a vocabulary that Megatron pads so that ranks get as many each."""
+        """Return the rows of a vocabulary padded to a multiple of `multiple` x tp, as Megatron."""
         unit = multiple * self.tp
         return -(-vocabulary // unit) * unit
 
     def describe(self) -> str:
-        """Return the numbers of ranks in words."""
+        """Return the degrees of parallelism as a sentence."""
         return f"the model is spread over tp {self.tp}, pp {self.pp}, ep {self.ep}, etp {self.etp}"
 
 
 class Rank(NamedTuple):
-    """One file of the checkpoint, by its ranks."""
+    """The rank that one file of a legacy per-rank checkpoint belongs to."""
 
     tp: int
     pp: int
@@ -72,7 +72,7 @@ class Rank(NamedTuple):
     etp: int
 
     def folder(self, parallel: Parallel) -> str:
-        """Return the folder that Megatron looks for: mp_rank_TT, _PPP and _EEE where needed."""
+        """Return the folder's name in Megatron: mp_rank_TT, with _PPP and _EEE if pp, ep > 1."""
         pipeline = f"_{self.pp:03d}" if parallel.pp > 1 else ""
         expert = f"_{self.ep:03d}" if parallel.ep > 1 else ""
         return f"mp_rank_{self.tp:02d}{pipeline}{expert}"
@@ -81,8 +81,8 @@ class Rank(NamedTuple):
 def all_ranks(parallel: Parallel) -> list[Rank]:
     """Return the ranks that have a file of their own.
 
-    Ranks count through tp first, and through etp and then ep in their own grid. Raises UsageError
-    when two ranks with different experts would have to share a file, as Megatron names them.
+    tp varies fastest; in the experts' own grid etp does, then ep. Raises UsageError if two ranks
+    with different experts would have the same file name in Megatron.
     """
     found: dict[tuple[int, int, int], Rank] = {}
     for pp in range(parallel.pp):
@@ -101,9 +101,9 @@ def all_ranks(parallel: Parallel) -> list[Rank]:
 def parts(
     parallel: Parallel, rank: Rank, symbols: Mapping[str, Any], vocabulary: int
 ) -> Iterator[tuple[str, RankShard]]:
-    """Yield the model chunks of a rank: their key in its file, and what they hold.
+    """Yield the model chunks of a rank: the key in its file, and the shard.
 
-    `vocabulary` are the rows of the embedding, padding included.
+    `vocabulary` is the number of rows of the embedding, padding included.
     """
     experts = _even(symbols["experts"], parallel.ep, "experts", "--ep") if symbols["experts"] else 0
     chunks = _chunks(parallel, symbols["layers"])

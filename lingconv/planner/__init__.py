@@ -1,1 +1,1 @@
-"""A recognised checkpoint and options become a plan, or are refused with every reason."""
+"""Planning: a recognised checkpoint and options give a Plan, or an error with all reasons."""

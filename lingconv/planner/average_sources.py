@@ -1,4 +1,4 @@
-"""Checkpoints that are to be averaged: opened, and made sure to be of one model."""
+"""The checkpoints of an average: opened, and checked to be of one model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,10 +12,10 @@ from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.planner.sources import Average
 from lingconv.plans.checkpoint_weights import Weighting
 
-# What may differ between checkpoints of one model: how they are stored, and by what.
+# Config keys that may differ between checkpoints of one model: how and by what they were stored.
 _STORAGE_KEYS = {quantization_config.KEY, "torch_dtype", "dtype", "transformers_version"}
 _STORAGE_KEYS |= {"_name_or_path"}
-# Tokenizers are compared byte by byte; what is larger by its size alone.
+# Files up to this size (tokenizers) are compared byte by byte, larger ones by size alone.
 _COMPARED_BYTES = 64 << 20
 
 Open = Callable[[str], Checkpoint]
@@ -25,10 +25,10 @@ Recognise = Callable[[Checkpoint], Model]
 def open_average(
     sources: Sequence[str], weighting: Weighting, open_one: Open, recognise: Recognise
 ) -> Average:
-    """Return the checkpoints, oldest first, that have a weight.
+    """Return the checkpoints with a weight above 0, and the last one, oldest first.
 
-    Raises UsageError when there is but one, or one twice, and CheckpointError that lists
-    everything in which they are not the same model.
+    Raises UsageError if there is only one, or one twice, and CheckpointError with all differences
+    if they are not the same model.
     """
     _refuse_doubles(sources)
     last = len(sources) - 1
@@ -64,9 +64,9 @@ def _refuse_doubles(sources: Sequence[str]) -> None:
 
 
 def _recognised(checkpoint: Checkpoint, known: Sequence[Model], recognise: Recognise) -> Model:
-    """Recognise a checkpoint; one that looks like the last one shares everything with it.
+    """Return a recognised checkpoint; if its headers equal those of the last one, it shares them.
 
-    That keeps the memory for the headers of dozens of checkpoints to that of one.
+    The headers of dozens of checkpoints then take the memory of one.
     """
     twin = known[-1] if known else None
     if twin is not None and _looks_like(checkpoint, twin.checkpoint):
@@ -87,7 +87,7 @@ def _looks_like(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _differences(model: Model, base: Model) -> Iterator[Fault]:
-    """Yield everything in which a checkpoint is another model than the base, or says otherwise."""
+    """Yield the differences between a checkpoint and the base: model, config keys, small files."""
     where, other = model.checkpoint.storage.uri, base.checkpoint.storage.uri
     if model.architecture != base.architecture or model.family.name != base.family.name:
         yield Fault("model", f"is {model.architecture}, {other} is {base.architecture}", where)
@@ -102,7 +102,7 @@ def _differences(model: Model, base: Model) -> Iterator[Fault]:
 
 
 def _other_keys(model: Model, base: Model) -> Iterator[Fault]:
-    """Yield the keys of config.json that no tensor depends on, where both have one of their own."""
+    """Yield the keys of config.json that differ and on which no tensor depends."""
     if model.layout.base != base.layout.base:
         return
     own, other = model.checkpoint.config, base.checkpoint.config
@@ -118,7 +118,7 @@ def _shown(config: Any, key: str) -> str:
 
 
 def _other_files(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Fault]:
-    """Yield the small files that are not those of the base: a tokenizer, a chat template."""
+    """Yield the small files that differ from the base's: a tokenizer, a chat template."""
     for name, stat in base.side_files.items():
         own = checkpoint.side_files.get(name)
         if own is None:

@@ -1,4 +1,7 @@
-"""The ledger: each source tensor is read once or dropped by a named policy; targets are filled."""
+"""Coverage, the plan's ledger: each source tensor is read once or dropped with a reason.
+
+Every target is filled.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +14,7 @@ from lingconv.plans.tensor_map import MatrixSlice
 
 
 def dropped(origin: SourceModel, layout: Layout) -> Iterator[Dropped]:
-    """Yield the source tensors and files that no target needs, each with its policy."""
+    """Yield the source tensors and files that no target needs, each with the reason."""
     for name, nbytes, reason in _left_out(origin.model, layout):
         yield Dropped(name, nbytes * len(origin.sources), reason)
 
@@ -36,7 +39,7 @@ def _left_out(model: Model, layout: Layout) -> Iterator[Dropped]:
 
 
 def check_targets(transfers: Iterable[Transfer]) -> None:
-    """Make sure that every source of every target fills all of it."""
+    """Raise AssertionError unless every source of every target fills all of it."""
     for transfer in transfers:
         for term in transfer.terms:
             filled = sum(segment.num_rows * segment.num_cols for segment in term.segments)
@@ -49,7 +52,7 @@ def check_sources(
 ) -> None:
     """Make sure that every tensor of an origin's checkpoints is read in full once, or dropped.
 
-    What is taken from the base alone counts as read: the plan says so tensor by tensor.
+    A tensor that is taken from the base alone counts as read: the plan lists each of them.
     """
     used = {item.name: 1 for item in left_out}
     elements: dict[str, int] = {}

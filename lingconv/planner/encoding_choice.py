@@ -1,4 +1,4 @@
-"""Which encoding each target tensor gets, whether its bytes are copied, and what is refused."""
+"""The encoding of each target tensor, whether its bytes are copied, and what is refused."""
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
@@ -37,7 +37,7 @@ _PLAIN_DTYPES = {
 
 
 class EncodingChoice:
-    """Chooses by the user's options and by what the base checkpoint keeps a tensor in."""
+    """Chooses encodings by the user's options and by those in the base checkpoint."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class EncodingChoice:
     def choose(
         self, tensor: PhysicalTensor, terms: tuple[Term, ...], *, is_average: bool
     ) -> tuple[Encoding, Scaling, bool]:
-        """Return a tensor's encoding, how its scales are chosen, and whether bytes are copied.
+        """Return a tensor's encoding, its scale policy, and whether bytes are copied.
 
-        Raises UsageError where the user has to decide something, and ValueError for what cannot
+        Raises UsageError if the user has to decide something, and ValueError if the tensor cannot
         be converted at all.
         """
         segments = terms[-1].segments
@@ -89,9 +89,9 @@ class EncodingChoice:
         return target, scaling, copies
 
     def check_patterns(self, extra: Collection[str]) -> None:
-        """Refuse patterns that match nothing: a typing error would go unnoticed.
+        """Raise UsageError for a pattern that matches nothing, which is most often a typo.
 
-        `extra` are the stored tensors that the model does not know.
+        `extra` are the stored tensors that the layout does not have.
         """
         names = [*self._layout.tensors]
         quantizable = [t.name for t in self._layout.tensors.values() if t.role.quantizable]
@@ -116,7 +116,7 @@ class EncodingChoice:
         for source in found:
             if not source.is_decodable:
                 raise ValueError(f"{source.label} cannot be converted to {target.label}")
-            # Models that were trained in FP8 become GGUF this way: a note, no error.
+            # Models that were trained in FP8 are converted to GGUF this way: a note, no error.
             again = source.is_quantized and target.is_quantized
             usual = source.has_scales and not target.has_scales
             if again and not usual and not self._options.allow_requantize:
@@ -126,7 +126,7 @@ class EncodingChoice:
                 )
 
     def _check_kept(self, tensor: PhysicalTensor, found: Collection[Encoding]) -> None:
-        """Refuse what cannot be kept as it is found, because it does not go together."""
+        """Raise UsageError if a tensor's parts have encodings that cannot be kept together."""
         if len(found) > 1:
             labels = " and ".join(sorted(encoding.label for encoding in found))
             raise UsageError(
@@ -141,7 +141,7 @@ class EncodingChoice:
             )
 
     def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
-        """Return the target encoding of a tensor, and how its scales are chosen."""
+        """Return the target encoding of a tensor, and its scale policy."""
         if self.file_type:
             return encoding_of(self._types[tensor.name]), _PLAIN_SCALING
         dtype = self._options.dtype
@@ -158,7 +158,7 @@ class EncodingChoice:
         if dtype != TargetDType.FP8:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), _PLAIN_SCALING
         if not self._quantizes(tensor):
-            # GGUF keeps norms and routers in F32, whatever they were.
+            # GGUF stores norms and routers in F32, whatever the source has.
             kept = not found.is_quantized and self._model.layout.base == HF
             return found if kept else PLAIN[DType.BF16], _PLAIN_SCALING
         scaling = self._scaling(tensor)
@@ -191,7 +191,7 @@ def refuse_idle(option: str, patterns: Iterable[Pattern], names: Collection[str]
 
 
 def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
-    """Return the encoding that the options ask for."""
+    """Return the FP8 encoding that the options ask for."""
     channel = options.scheme == Scheme.CHANNEL
     block_rows, block_cols = (1, 0) if channel else quantization_config.DEFAULT_BLOCK
     return Fp8(
@@ -204,7 +204,7 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
 
 
 def _file_type(model: Model, options: ConvertOptions) -> FileType:
-    """Return the file type that was asked for; `auto` is the 16-bit float of the weights."""
+    """Return the requested file type (ftype); `auto` is F16 if the first matrix is, else BF16."""
     if options.gguf.outtype != AUTO:
         return FILE_TYPES[options.gguf.outtype]
     f16 = PLAIN[DType.F16]
@@ -215,7 +215,7 @@ def _file_type(model: Model, options: ConvertOptions) -> FileType:
 def _choose_types(
     layout: Layout, symbols: Mapping[str, Any], options: ConvertOptions, file_type: FileType
 ) -> dict[str, GgmlType]:
-    """Return the type of every tensor of a GGUF target."""
+    """Return the ggml type of every tensor of a GGUF target, by name."""
     size = ModelSize(
         symbols["all_layers"], symbols["experts"], symbols["heads"], symbols["kv_heads"]
     )
@@ -224,9 +224,9 @@ def _choose_types(
 
 
 def _is_copy(tensor: PhysicalTensor, segments: Iterable[MatrixSlice], target: Encoding) -> bool:
-    """Return whether the bytes of all segments are right in the target as they are.
+    """Return whether the bytes of all segments can be copied to the target unchanged.
 
-    Segments of FP8 have to be whole blocks, where they come from and where they go.
+    FP8 segments have to be whole blocks, both in the source and in the target.
     """
     if not all(target.can_hold(segment.source.encoding) for segment in segments):
         return False

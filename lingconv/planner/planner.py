@@ -1,7 +1,7 @@
-"""Builds a Plan from recognised checkpoints and the user's options, or refuses with every reason.
+"""A Plan from recognised checkpoints and the user's options, or an error with all reasons.
 
-Pure: headers in, Plan out. `encoding_choice` says which encoding a tensor gets, its format where it
-goes; `coverage` makes sure that nothing is lost.
+No I/O: headers in, Plan out. `encoding_choice` chooses a tensor's encoding, the target's format its
+place; `coverage` checks that no tensor is lost.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,18 +28,18 @@ _AVERAGE_KEY = "lingconv.average"
 
 
 def build_plan(model: Model, options: ConvertOptions) -> Plan:
-    """Return the plan that turns `model` into what `options` ask for.
+    """Return the plan that converts `model` as `options` ask.
 
-    Raises UsageError when the request does not fit the model, and CheckpointError with the list of
-    all faults when the checkpoint cannot be trusted.
+    Raises UsageError if the options do not fit the model, and CheckpointError with the list of all
+    faults if the checkpoint has any.
     """
     return build_average(Average((model,)), options)
 
 
 def build_average(average: Average, options: ConvertOptions) -> Plan:
-    """Return the plan that turns the average of checkpoints into what `options` ask for.
+    """Return the plan that converts the average of checkpoints as `options` ask.
 
-    Raises the same errors; that the checkpoints are those of one model is up to the caller.
+    Raises the same errors. The caller checks that all are checkpoints of one model.
     """
     _check(options, average.base.family)
     return _Planner(average, options).build()
@@ -91,18 +91,18 @@ class _Planner:
         )
 
     def _warnings(self) -> Iterator[str]:
-        """Yield what is odd about the checkpoints, the same oddity once."""
+        """Yield the warnings of all checkpoints, each text once."""
         odd = (str(f) for model in self.average.models for f in model.faults if not f.fatal)
         yield from dict.fromkeys(odd)
 
     def _config(self, transfers: list[Transfer]) -> dict[str, Any]:
-        """Return config.json; formats that are self-contained have none."""
+        """Return config.json; empty for self-contained formats, which have none."""
         if self.format.is_self_contained:
             return {}
         return target_config(self.model, self.layout, self.options, transfers)
 
     def _request(self, transfers: list[Transfer]) -> PlacementRequest:
-        """Return what the format has to place."""
+        """Return the transfers that the format has to place, and what it needs to know for that."""
         model = self.model
         return PlacementRequest(
             checkpoint=model.checkpoint,
@@ -118,17 +118,17 @@ class _Planner:
         )
 
     def _in_words(self) -> str:
-        """Return what is averaged, in words."""
+        """Return a text that names the weighting, and each checkpoint with its weight."""
         sources = (f"{s.weight:.9g} {s.uri} {s.revision}".strip() for s in self.average.sources())
         return f"{self.average.weighting}: {'; '.join(sources)}"
 
     def _side_files(self) -> dict[str, int]:
-        """Return the small files to carry over; a self-contained format has no place for them."""
+        """Return the small files to carry over, with sizes; none for a self-contained format."""
         if self.format.is_self_contained:
             return {}
         carried = {name: stat.size for name, stat in self.model.checkpoint.side_files.items()}
         if self.average.weighting:
-            carried.pop(CARD_NAME, None)  # a new one is made of it
+            carried.pop(CARD_NAME, None)  # a new model card is written
         return carried
 
     def _excused(self, model: Model, fault: Fault) -> bool:
@@ -163,13 +163,13 @@ class _Planner:
         return Transfer(stored, terms, scaling, copies)
 
     def _terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:
-        """Return what a tensor is made of: all checkpoints, or the base where it is excluded."""
+        """Return the terms of a tensor: of all checkpoints, or of the base alone if excluded."""
         if tensor.name in self.exclude:
             return self.sources.base_terms(tensor)
         return self.sources.terms(tensor)
 
     def _check_coverage(self, transfers: list[Transfer]) -> tuple[Dropped, ...]:
-        """Make sure that all is read or dropped, and return what is dropped."""
+        """Return the dropped tensors, after checking that all others are read."""
         check_targets(transfers)
         found: list[Dropped] = []
         for origin in self.sources:
@@ -179,7 +179,7 @@ class _Planner:
         return (*found, *self._excluded(transfers))
 
     def _excluded(self, transfers: list[Transfer]) -> Iterator[Dropped]:
-        """Yield what is not read because the base's is taken as it is."""
+        """Yield the tensors that are read from the base alone, as dropped from the others."""
         others = len(self.average.models) - 1
         for transfer in transfers if others else ():
             if not transfer.is_average:
@@ -189,7 +189,7 @@ class _Planner:
 
 
 def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, Any], Layout]:
-    """Return the target's symbols and layout: the source's model, but for what `--mtp` changes."""
+    """Return the target's symbols and layout: the source's, except for what `--mtp` changes."""
     if options.mtp == Mtp.KEEP and options.layout_name == model.layout.name:
         return model.symbols, model.layout
     overrides = {

@@ -1,4 +1,4 @@
-"""What a target is made of: a checkpoint, or several that are averaged."""
+"""The sources of a plan: a checkpoint, or several that are averaged."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +17,8 @@ from lingconv.plans.tensor_map import Locator
 class Average(NamedTuple):
     """Checkpoints of one model, oldest first, and their weights, which sum to one.
 
-    The last of them is the base: what is not averaged is its. `weighting` names how the weights
-    were chosen, and is empty where there is but one checkpoint.
+    The last one is the base: the target takes from it what is not averaged. `weighting` names how
+    the weights were chosen, and is empty if there is only one checkpoint.
     """
 
     models: tuple[Model, ...]
@@ -27,11 +27,11 @@ class Average(NamedTuple):
 
     @property
     def base(self) -> Model:
-        """The checkpoint that the target is called after."""
+        """The last checkpoint, whose config and small files the target gets."""
         return self.models[-1]
 
     def sources(self) -> tuple[Source, ...]:
-        """Return the checkpoints as a plan names them."""
+        """Return the checkpoints as the sources of a plan."""
         checkpoints = [model.checkpoint for model in self.models]
         return tuple(
             Source(
@@ -46,7 +46,7 @@ class Average(NamedTuple):
 
 
 class SourceModel(NamedTuple):
-    """Checkpoints next to each other that keep every tensor in the same place of the same file."""
+    """Consecutive checkpoints that store every tensor in the same place of the same file."""
 
     sources: tuple[int, ...]
     model: Model
@@ -54,7 +54,7 @@ class SourceModel(NamedTuple):
 
 
 class Sources:
-    """All checkpoints that are read, those that look alike seen as one."""
+    """All checkpoints that are read; consecutive ones with equal headers are one SourceModel."""
 
     def __init__(self, average: Average) -> None:
         numbered = list(enumerate(average.models))
@@ -67,11 +67,11 @@ class Sources:
         self.last = len(average.models) - 1
 
     def __iter__(self) -> Iterator[SourceModel]:
-        """Return each origin."""
+        """Return an iterator over the SourceModels."""
         return iter(self.all)
 
     def terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:
-        """Return what fills a tensor in each of the checkpoints."""
+        """Return the terms that fill a tensor, of all checkpoints."""
         cols = prod(tensor.shape[1:])
         return tuple(
             Term(origin.sources, origin.locator.window(tensor.rows, tensor.first_col, cols))
@@ -79,7 +79,7 @@ class Sources:
         )
 
     def base_terms(self, tensor: PhysicalTensor) -> tuple[Term, ...]:
-        """Return what fills a tensor in the base alone."""
+        """Return the terms that fill a tensor, of the base alone."""
         return (self.terms(tensor)[-1]._replace(sources=(self.last,)),)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a target: the source's, with what a conversion changes."""
+"""config.json of a target: the source's, with the keys that a conversion changes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ _DTYPES = {
 def target_config(
     model: Model, layout: Layout, options: ConvertOptions, transfers: Sequence[Transfer]
 ) -> dict[str, Any]:
-    """Return config.json for the target; unknown keys stay, in their order."""
+    """Return config.json for the target; unknown keys are kept, in their order."""
     config = dict(model.checkpoint.config)
     config.update(_mtp_keys(model, options))
     if options.dtype in _DTYPES:

@@ -1,1 +1,1 @@
-"""The plan as a value: output files, transfers, options; pure, with a digest and a JSON form."""
+"""The plan as a value: output files, transfers, options; with a digest and a JSON form, no I/O."""

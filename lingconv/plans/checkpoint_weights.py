@@ -1,8 +1,8 @@
-"""Weights of an average of checkpoints: what a decay of the learning rate would have done.
+"""Weights of an average of checkpoints, equivalent to a decay of the learning rate.
 
-Checkpoints n, n+1 ... n+k of a training run with a constant learning rate, averaged with weights
-c_0 ... c_k, are what a run would have reached whose learning rate had decayed to w_i of its peak
-between checkpoints n+i-1 and n+i (WSM, arXiv 2507.17634):
+Averaging checkpoints n, n+1 ... n+k of a run at constant learning rate with weights c_0 ... c_k
+gives the model that a decaying run would have reached, where w_i is the share of the peak learning
+rate between checkpoints n+i-1 and n+i (WSM, arXiv 2507.17634):
 
     w_i = c_i + ... + c_k        c_k = w_k,   c_j = w_j - w_(j+1),   c_0 = 1 - w_1
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lingconv.errors import UsageError
 
-# Weights that are written as decimals sum to one as far as this.
+# How far from 1 the sum of weights may be, for they are written as rounded decimals.
 _TOLERANCE = 1e-6
 
 
@@ -44,7 +44,7 @@ DEFAULT_EXPONENTIAL_END = 0.1
 
 
 class Weighting(NamedTuple):
-    """Weights of checkpoints, oldest first, the decay w_1 ... w_k they stand for, and its name."""
+    """Weights of checkpoints, oldest first, the equivalent decay w_1 ... w_k, and its name."""
 
     name: str
     weights: tuple[float, ...]
@@ -52,9 +52,9 @@ class Weighting(NamedTuple):
 
     @classmethod
     def of_decay(cls, name: str, decay: Sequence[float]) -> "Weighting":
-        """Return the weights of k+1 checkpoints by the decay w_1 ... w_k.
+        """Return the weights of k+1 checkpoints that are equivalent to the decay w_1 ... w_k.
 
-        Raises UsageError for what is no decay.
+        Raises UsageError unless 1 >= w_1 >= ... >= w_k >= 0.
         """
         ladder = (1.0, *decay, 0.0)
         for place, (before, after) in enumerate(pairwise(ladder), 1):
@@ -67,7 +67,7 @@ class Weighting(NamedTuple):
 
     @classmethod
     def of_weights(cls, name: str, weights: Sequence[float]) -> "Weighting":
-        """Return weights as they are given. Raises UsageError unless they sum to one."""
+        """Return the given weights. Raises UsageError unless they sum to one."""
         negative = [weight for weight in weights if not weight >= 0]
         total = math.fsum(weights)
         if negative:
@@ -81,7 +81,7 @@ class Weighting(NamedTuple):
 
 
 def decay_of(weights: Sequence[float]) -> tuple[float, ...]:
-    """Return the decay w_1 ... w_k that weights c_0 ... c_k stand for."""
+    """Return the decay w_1 ... w_k that is equivalent to weights c_0 ... c_k."""
     return tuple(math.fsum(weights[i:]) for i in range(1, len(weights)))
 
 
@@ -91,10 +91,10 @@ def mean(count: int) -> Weighting:
 
 
 def by_decay(name: str, count: int, end: float | None = None) -> Weighting:
-    """Return the weights of `count` checkpoints by a decay that falls to `end` of the peak.
+    """Return the weights of `count` checkpoints for a decay that falls to `end` of the peak.
 
-    That is 0 unless told otherwise, for the exponential one 0.1. Raises UsageError for a `name`
-    that is none of `Decay`, and for an `end` that is no share.
+    `end` defaults to 0, for the exponential decay to 0.1. Raises UsageError for a `name` that is
+    not in `Decay`, and for an `end` that is not a share.
     """
     if name not in list(Decay):
         raise UsageError(f"no decay is called `{name}`", hint=f"one of {', '.join(Decay)}")
@@ -117,9 +117,9 @@ def _value(decay: Decay, i: int, count: int, end: float) -> float:
 
 
 def by_file(path: Path, count: int) -> Weighting:
-    """Return the weights by a file of w_1 ... w_k, one number a line; `#` begins a remark.
+    """Return the weights for a file with w_1 ... w_k, one number per line; `#` begins a comment.
 
-    Raises UsageError when there is another number of them than k = count - 1, or no number.
+    Raises UsageError unless the file has k = count - 1 numbers.
     """
     lines = [line.partition("#")[0].strip() for line in _read(path).splitlines()]
     values = [_number(line, str(path)) for line in lines if line]
@@ -133,7 +133,7 @@ def by_file(path: Path, count: int) -> Weighting:
 
 
 def by_hand(text: str, count: int) -> Weighting:
-    """Return the weights that are spelled out: `0.25,0.75` or `1/3,2/3`."""
+    """Return the weights in a comma-separated text: `0.25,0.75` or `1/3,2/3`."""
     weights = [_number(word, "--weights") for word in text.split(",")]
     if len(weights) != count:
         raise UsageError(f"`--weights` has {len(weights)} numbers for {count} checkpoints")
@@ -143,10 +143,11 @@ def by_hand(text: str, count: int) -> Weighting:
 def best(
     names: Sequence[str], scores: Path, count: int, *, lower_is_better: bool = False
 ) -> list[int]:
-    """Return the places of the `count` checkpoints with the best validation scores, in order.
+    """Return the indices in `names` of the `count` checkpoints with the best scores, in order.
 
-    `scores` is a CSV file: checkpoint (its path or its last part), score; a first line may name
-    the columns. Of equal ones the later wins. Raises UsageError when a checkpoint has no score.
+    `scores` is a CSV file with the columns checkpoint (path, or last part of it) and score, with or
+    without a header. Of equal scores the later checkpoint wins. Raises UsageError for a checkpoint
+    without a score.
     """
     found = _read_scores(scores)
     values = []

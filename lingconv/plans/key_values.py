@@ -1,4 +1,4 @@
-"""key_values."""
+"""Typed key-values, as a GGUF file's metadata has them, with a JSON form."""
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class ValueType(IntEnum):
-    """`gguf_type`: what a value of a key is."""
+    """The type of a value, with the number that GGUF gives it (`gguf_metadata_value_type`)."""
 
     UINT8 = 0
     INT8 = 1
@@ -35,7 +35,7 @@ Metadata = Mapping[str, Value]
 
 
 def value_to_json(value: Value) -> list[Any]:
-    """Return a value as JSON."""
+    """Return a value as a JSON list: type, data, type of an array's items."""
     return [value.type, value.data, value.item]
 
 

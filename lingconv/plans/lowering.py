@@ -1,7 +1,7 @@
-"""Lowering: from a plan's transfers to the strips that are worked on one at a time.
+"""Lowering: a plan's transfers become strips, the units of work of the execution.
 
-A strip is a few whole rows of one matrix, so memory depends neither on the size of a tensor, nor of
-a shard, nor of the model. Pure, like the plan.
+A strip is a few whole rows of one matrix, about 4 MiB, so that memory depends neither on the size
+of a tensor, nor of a shard, nor of the model. No I/O, as in the plan.
 """
 
 from collections.abc import Iterator
@@ -17,34 +17,34 @@ from lingconv.plans.tensor_map import ByteRange, MatrixSlice, StoredMatrix
 # Large enough that calls cost nothing, small enough that a strip stays in the processor's cache.
 STRIP_BYTES = 4 << 20
 _F32_BYTES = 4
-_SUM_BYTES = 8  # averages are added in float64,
-_AT_ONCE = 8  # so many checkpoints at a time
+_SUM_BYTES = 8  # averages are added in float64
+_AT_ONCE = 8  # checkpoints that are added in one pass
 _SCATTERED = 8
 
 
 class _Move(NamedTuple):
-    """Bytes of a source, and where they go in the target's file."""
+    """A byte range of a source, and its offset in the target's file."""
 
     source: ByteRange
     offset: int
 
 
 class CopyStrip(NamedTuple):
-    """Bytes that are moved as they are: `sources`, one behind the other, to `offset`."""
+    """Bytes that are copied unchanged: `sources`, concatenated, to `offset`."""
 
     sources: tuple[ByteRange, ...]
     offset: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all sources."""
+        """Number of bytes in all sources."""
         return sum(source.nbytes for source in self.sources)
 
 
 class RowStrip(NamedTuple):
-    """Rows `first` to `last` of a target matrix, which `terms` hold.
+    """Rows `first` to `last` (excluded) of a target matrix, and the `terms` that fill them.
 
-    They are decoded and encoded, or put together as they are where the transfer copies.
+    They are decoded and encoded, or assembled unchanged if the transfer copies.
     """
 
     transfer: Transfer
@@ -54,12 +54,12 @@ class RowStrip(NamedTuple):
 
     @property
     def segments(self) -> tuple[MatrixSlice, ...]:
-        """What holds them in the last of its sources."""
+        """The segments that hold the rows in the last source."""
         return self.terms[-1].segments
 
     @property
     def offset(self) -> int:
-        """Where its elements begin in the target's file."""
+        """Offset of the strip's elements in the target's file."""
         return offset_of(self.transfer.target, 0, self.first, self.last - self.first)
 
 
@@ -67,7 +67,7 @@ Strip = CopyStrip | RowStrip
 
 
 def offset_of(stored: StoredMatrix, part: int, first: int, num_rows: int) -> int:
-    """Return where tensor `part` of a matrix has, in its file, what belongs to some rows."""
+    """Return the file offset of rows in tensor `part` of a matrix (0 elements, 1 scales)."""
     return rows_of(MatrixSlice(stored, first, num_rows, 0, stored.cols), part).offset
 
 
@@ -81,7 +81,7 @@ def lower(file: OutputFile) -> Iterator[Strip]:
 
 
 def _moves_bytes(transfer: Transfer) -> bool:
-    """Return whether what fills a matrix lies in its sources as it is to lie in the target."""
+    """Return whether a transfer is byte copies alone: whole rows, unchanged and not transposed."""
     by_columns = transfer.target.pitch or any(s.source.pitch for s in transfer.segments)
     return (
         transfer.copies
@@ -94,7 +94,7 @@ def _moves_bytes(transfer: Transfer) -> bool:
 
 
 def written_bytes(strip: Strip) -> int:
-    """Return the bytes that a strip fills, scales that are stored apart left out."""
+    """Return the number of bytes that a strip fills, without scales that are stored apart."""
     if isinstance(strip, CopyStrip):
         return strip.nbytes
     target = strip.transfer.target
@@ -102,7 +102,7 @@ def written_bytes(strip: Strip) -> int:
 
 
 def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
-    """Yield the strips of a transfer, each with the rows of the source that fill it."""
+    """Yield the strips of a transfer, each with the source rows that fill it."""
     rows = transfer.filled_rows
     if not transfer.target.stack and 0 < rows <= rows_per_strip(transfer):
         yield RowStrip(transfer, 0, rows, transfer.terms)
@@ -114,7 +114,7 @@ def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
 
 
 def _bounds(transfer: Transfer) -> Iterator[tuple[int, int]]:
-    """Yield where strips begin and end; where blocks would straddle stacked matrices, with them."""
+    """Yield first and last row of strips; they end with each stacked matrix if blocks would not."""
     target, step, rows = transfer.target, rows_per_strip(transfer), transfer.filled_rows
     straddles = target.encoding.row_multiple > 1 and target.height % target.encoding.row_multiple
     height = target.height if straddles else rows
@@ -125,7 +125,7 @@ def _bounds(transfer: Transfer) -> Iterator[tuple[int, int]]:
 
 
 def _moves(transfer: Transfer) -> Iterator[_Move]:
-    """Yield the byte moves of a transfer: elements, and scales where there are some."""
+    """Yield the byte moves of a transfer: elements, and scales if any."""
     for part, target in enumerate(transfer.target.extents):
         offset = target.offset
         for segment in transfer.segments:
@@ -151,8 +151,8 @@ def rows_of(segment: MatrixSlice, part: int) -> ByteRange:
 def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
     """Cut moves into strips that end at multiples of STRIP_BYTES of the target's file.
 
-    Neighbours in the target share a strip, so that what is written is large and aligned, however
-    small and scattered its sources are.
+    Neighbours in the target share a strip, so that writes are large and aligned, however small and
+    scattered the sources are.
     """
     sources: list[ByteRange] = []
     start = end = 0
@@ -176,7 +176,7 @@ def _cut(moves: list[_Move]) -> Iterator[CopyStrip]:
 
 
 def _append(sources: list[ByteRange], extent: ByteRange) -> None:
-    """Add an extent, or lengthen the last one if it goes on right behind."""
+    """Append an extent, or lengthen the last one if the two are adjacent."""
     last = sources[-1] if sources else None
     if last and last.file == extent.file and last.offset + last.nbytes == extent.offset:
         sources[-1] = last._replace(nbytes=last.nbytes + extent.nbytes)
@@ -185,18 +185,18 @@ def _append(sources: list[ByteRange], extent: ByteRange) -> None:
 
 
 def rows_per_strip(transfer: Transfer) -> int:
-    """Return how many rows a strip has: whole blocks, about STRIP_BYTES, at least one block."""
+    """Return the number of rows of a strip: whole blocks, about STRIP_BYTES, at least one block."""
     if transfer.target.pitch:
-        return transfer.target.pitch  # a matrix that is stored by columns is written at once
+        return transfer.target.pitch  # a transposed matrix is written at once
     multiple = transfer.target.encoding.row_multiple
     block_bytes = multiple * max(1, transfer.cols) * _widest(transfer)
-    # Rows of a matrix that is stored by columns cost the reading of all columns, every time.
+    # Reading any rows of a transposed matrix means reading all of its columns, for every strip.
     scattered = any(segment.source.pitch for segment in transfer.segments)
     return multiple * max(1, (_SCATTERED if scattered else 1) * STRIP_BYTES // block_bytes)
 
 
 def _widest(transfer: Transfer) -> int:
-    """Return the bytes of an element where it is widest: source, target or in between."""
+    """Return the largest size of an element in bytes: in a source, decoded, or in the target."""
     if transfer.copies:
         return transfer.target.encoding.element_bytes
     if transfer.is_average:
@@ -207,14 +207,14 @@ def _widest(transfer: Transfer) -> int:
 
 
 def works_in_f32(transfer: Transfer) -> bool:
-    """Return whether rows pass through float32; else BF16 is enough to lose nothing."""
+    """Return whether rows are decoded to float32; else to BF16, which is enough to lose nothing."""
     if transfer.is_average:
         return transfer.target.encoding != PLAIN[DType.BF16]
     return transfer.target.encoding.works_in_f32(set(_sources(transfer)))
 
 
 def strip_memory(strip: Strip) -> int:
-    """Return the bytes of buffers that a strip needs: read, worked on, written."""
+    """Return the buffer memory of a strip in bytes: as read, as decoded, as written."""
     if isinstance(strip, CopyStrip):
         return strip.nbytes
     transfer = strip.transfer
@@ -224,7 +224,7 @@ def strip_memory(strip: Strip) -> int:
     if not transfer.is_average:
         return 3 * (elements + columns) * _widest(transfer)
     bf16 = all(segment.source.encoding == PLAIN[DType.BF16] for segment in segments)
-    term_bytes = 2 if bf16 else 2 * _F32_BYTES  # with what they are decoded from
+    term_bytes = 2 if bf16 else 2 * _F32_BYTES  # float32 and the bytes that it is decoded from
     per_element = _AT_ONCE * term_bytes + _SUM_BYTES + 3 * _F32_BYTES
     return per_element * elements + columns * _F32_BYTES
 
@@ -241,9 +241,9 @@ def _transfer_memory(transfer: Transfer) -> int:
 
 
 def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]:
-    """Return how many jobs fit the budget, and the bytes of buffers that they take together.
+    """Return the number of jobs that fit the budget, and the buffer memory of all in bytes.
 
-    Raises ResourceError when the budget is too small for a single strip.
+    Raises ResourceError if the budget is too small for a single strip.
     """
     kinds = {
         (t.target.shape, t.target.encoding, t.copies, t.is_average, _sources(t)): t

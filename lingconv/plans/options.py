@@ -1,7 +1,7 @@
-"""What the user may ask of a conversion: one frozen value, checked once.
+"""The options of a conversion: one frozen value, checked once.
 
-Everything here changes the output; what a conversion is asked for is part of a run's identity.
-Threads, memory and progress do not, and live with the engine.
+Everything here changes the output, and is therefore part of a run's identity. Threads, memory and
+progress do not, and are options of the execution.
 """
 
 import re
@@ -23,7 +23,7 @@ DEFAULT_MERGED = "dfactory"
 
 
 class Target(StrEnum):
-    """`--to`: the layout to write, and with it the container."""
+    """`--to`: the layout to write, and with it the checkpoint format."""
 
     HF = "hf"
     HF_MERGED = "hf-merged"
@@ -33,7 +33,7 @@ class Target(StrEnum):
 
 
 class ExpertNames(StrEnum):
-    """How a rank's file names its experts."""
+    """How a legacy per-rank checkpoint names its experts."""
 
     GROUPED = "grouped"
     SEQUENTIAL = "sequential"
@@ -41,14 +41,14 @@ class ExpertNames(StrEnum):
 
 
 class Spec(StrEnum):
-    """`--spec`: which of Megatron's layers are to read the checkpoint."""
+    """`--spec`: the Megatron layer implementation that is to load the checkpoint."""
 
     TE = "te"
     LOCAL = "local"
 
 
 class TargetDType(StrEnum):
-    """`--dtype`: what the weights are to be stored in."""
+    """`--dtype`: the dtype in which weights are stored."""
 
     BF16 = "bf16"
     F16 = "f16"
@@ -57,14 +57,14 @@ class TargetDType(StrEnum):
 
 
 class Scheme(StrEnum):
-    """`--scheme`: how many weights share a scale."""
+    """`--scheme`: the weights that share a scale."""
 
     BLOCK = "block"
     CHANNEL = "channel"
 
 
 class Mtp(StrEnum):
-    """`--mtp`: what happens to multi-token-prediction layers."""
+    """`--mtp`: whether multi-token-prediction layers are kept, dropped, or written alone."""
 
     KEEP = "keep"
     DROP = "drop"
@@ -78,7 +78,7 @@ SCALE_DTYPES = {"f32": DType.F32, "bf16": DType.BF16, "e8m0": DType.F8_E8M0}
 
 @dataclass(frozen=True, slots=True)
 class Fp8Options:
-    """How weights are quantized; empty strings stand for the scheme's own default."""
+    """Options of FP8 quantization; an empty string means the scheme's default."""
 
     scheme: str = Scheme.BLOCK
     dialect: str = ""
@@ -94,12 +94,12 @@ class Fp8Options:
 
     @property
     def resolved_scale_dtype(self) -> DType:
-        """The dtype that scales are stored in: what each dialect's own tool writes."""
+        """The dtype of stored scales: by default the one that the dialect's own tool writes."""
         usual = "f32" if self.resolved_dialect == FP8 else "bf16"
         return SCALE_DTYPES[self.scale_dtype or usual]
 
     def check(self, policies: Iterable[str]) -> None:
-        """Raise UsageError for values or combinations that no runtime reads."""
+        """Raise UsageError for values or combinations that no runtime can read."""
         known = (SCALE_F32, SCALE_UE8M0, *policies)
         for policy in (self.scale, *(policy for _, policy in self.scale_rules)):
             if policy not in known:
@@ -123,10 +123,10 @@ class Fp8Options:
 
 @dataclass(frozen=True, slots=True)
 class GgufOptions:
-    """What goes into GGUF files; empty strings and 0 stand for what the model itself suggests.
+    """Options of GGUF files; an empty string or 0 means the value that the model suggests.
 
-    `tensor_types` are (regular expression, ggml type), the first one that is found in a name
-    counts; `metadata` are further texts under their keys; `stem` is the files' name without suffix.
+    `tensor_types` are pairs (regular expression, ggml type), of which the first match in a name
+    counts; `metadata` are further keys and texts; `stem` is the files' name without suffix.
     """
 
     outtype: str = AUTO
@@ -137,7 +137,7 @@ class GgufOptions:
     stem: str = ""
 
     def overrides(self) -> list[tuple[re.Pattern[str], GgmlType]]:
-        """Return `tensor_types` compiled, as llama-quantize spells and compares them."""
+        """Return `tensor_types` with compiled patterns, matched as llama-quantize matches them."""
         found = []
         known = [kind.lower() for kind in GgmlType if is_written(kind)]
         for pattern, word in self.tensor_types:
@@ -173,7 +173,7 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True)
 class MegatronOptions:
-    """What Megatron's formats leave open: the names of its layers, and how experts are stored."""
+    """Options of Megatron's formats: the names of its layers, and how experts are stored."""
 
     spec: str = Spec.TE
     singleton_experts: bool = False
@@ -182,7 +182,7 @@ class MegatronOptions:
 
     @property
     def rank_layout(self) -> str:
-        """The layout of the older files, where names are those of a rank's own modules."""
+        """The layout of legacy per-rank checkpoints, which name the modules of one rank."""
         modules = ["modules"] if self.spec == Spec.LOCAL else []
         return "+".join([Target.MEGATRON, self.experts, *modules])
 
@@ -194,7 +194,7 @@ class MegatronOptions:
         return "+".join([Target.MEGATRON, *local, *singleton])
 
     def check(self) -> None:
-        """Raise UsageError for words that mean nothing here."""
+        """Raise UsageError for unknown values or contradictory combinations."""
         _check_word("spec", self.spec, list(Spec))
         _check_word("experts", self.experts, list(ExpertNames))
         for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
@@ -206,11 +206,11 @@ class MegatronOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """A whole request. `dtype` empty keeps every encoding as it is found.
+    """All options of a conversion. An empty `dtype` keeps the encoding of every tensor.
 
-    `merged` is the name in the family file by which `hf-merged` keeps stacked experts; `exclude`
-    are tensors that an average takes from its last checkpoint.
-    `max_shard_bytes` None is the layout's own: 10 GB for safetensors, one file for GGUF.
+    `merged` is the family file's name for the layout of stacked experts that `hf-merged` writes;
+    `exclude` are tensors that an average takes from its last checkpoint.
+    `max_shard_bytes` None is the layout's default: 10 GB for safetensors, one file for GGUF.
     """
 
     layout: str = Target.HF
@@ -227,9 +227,10 @@ class ConvertOptions:
     allow_requantize: bool = False
 
     def check(self, policies: Iterable[str], merged: Iterable[str]) -> None:
-        """Raise UsageError for what cannot be carried out.
+        """Raise UsageError for options that contradict each other or that the family cannot do.
 
-        `policies` are the family's own, and so are the names that stacked experts go by, `merged`.
+        `policies` and `merged` are the family's quantization policies and layouts of stacked
+        experts, by name.
         """
         if self.layout == Target.HF_MERGED:
             _check_word("experts-as", self.merged, merged)
@@ -252,7 +253,7 @@ class ConvertOptions:
             )
 
     def refuse_unused(self, field_name: str) -> None:
-        """Raise UsageError when there are options for a format that is not the target.
+        """Raise UsageError if there are options of a format that is not the target's.
 
         `field_name` is the field that holds them.
         """
@@ -263,7 +264,7 @@ class ConvertOptions:
 
     @property
     def layout_name(self) -> str:
-        """The target's layout as the family file names it, refinements included."""
+        """The family file's name of the target's layout, refinements included."""
         if self.layout == Target.RANKS:
             return Target.MEGATRON
         if self.layout == Target.HF_MERGED:
@@ -299,7 +300,7 @@ class ConvertOptions:
         )
 
 
-# The options of a format as the command line spells them, what it is called, and how to ask for it.
+# For each field of format options: its command-line options, the format's name, its `--to`.
 _OPTIONS_OF = {
     "gguf": (
         "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and `--split-max-tensors`",

@@ -1,7 +1,7 @@
-"""The plan: every output file, every byte range, and the source ranges that fill it.
+"""The plan: every output file, every byte range in it, and the source ranges that fill it.
 
-A Plan is a frozen value that survives JSON and has a digest. It knows names, shapes and bytes; it
-holds no tensor data, opens no file, and imports neither torch nor numba. `planner.py` builds one.
+A Plan is a frozen value with a JSON form and a digest. It has names, shapes and byte ranges, but no
+tensor data; it opens no file, and imports neither torch nor numba. `planner/` builds one.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ SCHEMA = "lingconv.plan/4"
 class Source(NamedTuple):
     """A checkpoint that is read: its files, and its weight where several are averaged.
 
-    `revision` is what is known of its version, in words; `checksums` are what its files state of
-    ranges of their own bytes.
+    `revision` describes its version, as far as that is known; `checksums` are what its files state
+    of ranges of their own bytes.
     """
 
     uri: str
@@ -42,9 +42,9 @@ class Source(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What fills a matrix, from its first row to its last, in each of some sources.
+    """The segments that fill a matrix, from its first row to its last, in one or more sources.
 
-    `sources` are their numbers in the plan; all of them keep it in the same places.
+    `sources` are their numbers in the plan; the segments are the same in all of them.
     """
 
     sources: tuple[int, ...]
@@ -52,9 +52,9 @@ class Term(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One target matrix and what fills it: a source, or the average of all terms' sources.
+    """One target matrix and the terms that fill it: one source, or the average of all sources.
 
-    `copies` means that the bytes are moved as they are; otherwise rows are decoded and encoded.
+    `copies`: bytes are copied unchanged; otherwise rows are decoded and encoded.
     """
 
     target: StoredMatrix
@@ -69,28 +69,28 @@ class Transfer(NamedTuple):
 
     @property
     def segments(self) -> tuple[MatrixSlice, ...]:
-        """What fills it in the last of its sources."""
+        """The segments that fill the matrix in the last source."""
         return self.terms[-1].segments
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix."""
+        """Number of rows of the target matrix."""
         return self.target.rows
 
     @property
     def filled_rows(self) -> int:
-        """Rows that segments fill; what is behind them stays zeros (a padded vocabulary)."""
+        """Number of rows that segments fill; the rest are zeros (a padded vocabulary)."""
         elements = sum(segment.num_rows * segment.num_cols for segment in self.segments)
         return elements // self.cols
 
     @property
     def cols(self) -> int:
-        """Elements in a row."""
+        """Number of elements in a row."""
         return self.target.cols
 
 
 def in_term_runs(transfer: Transfer, counts: Sequence[int]) -> Iterator[tuple[Term, ...]]:
-    """Yield the terms of the first of `counts` rows of a transfer, of the next ones, and so on."""
+    """Yield the terms of consecutive runs of rows of a transfer, `counts` rows each."""
     runs = [in_runs(term.segments, transfer.cols, counts) for term in transfer.terms]
     for beside in zip(*runs, strict=True):
         yield tuple(
@@ -102,8 +102,8 @@ def in_term_runs(transfer: Transfer, counts: Sequence[int]) -> Iterator[tuple[Te
 class OutputFile(NamedTuple):
     """A weight file: its tensors in the order of their bytes, and the transfers that fill it.
 
-    `container` is the name of its format. `metadata` are the key-values of a GGUF file, `state`
-    what the file of a Megatron rank says besides its tensors; others have None.
+    `container` is the name of its format. `metadata` are the key-values of a GGUF file, `state` the
+    contents of a legacy per-rank file besides tensors; None for other formats.
     """
 
     name: str
@@ -116,7 +116,7 @@ class OutputFile(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A source tensor or file that has no place in the target, and why."""
+    """A source tensor or file that is not in the target, and the reason."""
 
     name: str
     nbytes: int
@@ -127,10 +127,10 @@ class Dropped(NamedTuple):
 class Plan:
     """A conversion as a value.
 
-    Of several `sources`, oldest first, the last one is the base: its config and small files are
-    the target's. `weighting` is how their weights were chosen.
-    `args` are the arguments that Megatron's formats carry, `states` the keys of the modules' states
-    in torch_dist, each with the number of its shards.
+    The last of several `sources` (oldest first) is the base: the target gets its config and small
+    files. `weighting` names how the weights were chosen.
+    `args` are the arguments in Megatron's formats, `states` the keys of the modules' states in
+    torch_dist, each with the number of its shards.
     """
 
     sources: tuple[Source, ...]
@@ -154,14 +154,14 @@ class Plan:
 
     @property
     def source(self) -> str:
-        """What is read, in words."""
+        """The sources, as text."""
         if self.weighting:
             return f"{self.weighting} of {len(self.sources)} checkpoints"
         return self.sources[-1].uri
 
     @property
     def source_files(self) -> dict[str, FileStat]:
-        """All files that are read; those of several sources with where they are."""
+        """All source files by name; with several sources, each name is prefixed with its URI."""
         if not self.weighting:
             return dict(self.sources[-1].files)
         return {
@@ -172,7 +172,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes; not over time stamps."""
+        """SHA-256 of everything that determines the output's bytes; time stamps are left out."""
         encodings = _Numbers()
         sha = hashlib.sha256()
         for file in self.files:
@@ -200,12 +200,12 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        """Bytes of all weight files and carried files."""
+        """Number of bytes of all weight files and carried-over files."""
         return sum(file.nbytes for file in self.files) + sum(self.side_files.values())
 
     @cached_property
     def read_bytes(self) -> int:
-        """Bytes read from the source's weight files."""
+        """Number of bytes read from the sources' weight files."""
         return sum(
             len(term.sources) * segment.nbytes
             for transfer in self.transfers()
@@ -215,7 +215,7 @@ class Plan:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all target tensors: the index's `total_size`."""
+        """Number of bytes of all target tensors: the index's `total_size`."""
         return sum(spec.nbytes for file in self.files for spec in file.tensors)
 
     def transfers(self) -> Iterator[Transfer]:
@@ -225,12 +225,12 @@ class Plan:
 
     @cached_property
     def encodings(self) -> dict[str, int]:
-        """Return how many target matrices have each encoding, by label."""
+        """Return the number of target matrices of each encoding, by label."""
         counts = Counter(transfer.target.encoding for transfer in self.transfers())
         return {encoding.label: count for encoding, count in counts.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values; shared parts are stored once and referred to."""
+        """Return the plan as JSON values; parts that repeat are stored once and referenced."""
         encodings = _Numbers()
         files = [_file_to_json(file, encodings) for file in self.files]
         return {
@@ -261,7 +261,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Plan":
-        """Build a plan from `to_json`'s value; raise UsageError for another schema."""
+        """Return the plan that `to_json` wrote; raises UsageError for another schema."""
         if value.get("schema") != SCHEMA:
             raise UsageError(f"not a plan of schema {SCHEMA}: {value.get('schema')!r}")
         encodings = [encoding_from_json(item) for item in value["encodings"]]
@@ -294,7 +294,7 @@ class Plan:
 
 
 class _Numbers:
-    """Numbers encodings in order of first use, so that each one is spelled out once."""
+    """Numbers of encodings in the order of first use, so that each is written in full once."""
 
     def __init__(self) -> None:
         self.seen: dict[Encoding, int] = {}

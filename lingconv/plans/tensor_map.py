@@ -1,6 +1,6 @@
-"""Where numbers are: encoded matrices in files, windows of them, and how these fill another matrix.
+"""Places of tensors: encoded matrices in files, windows of them, and how these fill a matrix.
 
-Pure: it knows names, shapes and byte ranges, and opens no file.
+No I/O: names, shapes and byte ranges only.
 """
 
 from bisect import bisect_right
@@ -24,12 +24,12 @@ class ByteRange(NamedTuple):
 
 
 class StoredMatrix(NamedTuple):
-    """An encoded matrix in its place: one extent for each tensor of its encoding.
+    """An encoded matrix in its files: one extent for each tensor of its encoding.
 
-    `shape` is that of the matrix of all rows; `stack` is 0, or how many matrices are stacked in it.
-    One that is cut into chunks has no extents, but `bands` of them, from its first row on. Where
-    there is a `pitch`, it is stored by columns that begin so many elements apart, each matrix of a
-    stack by itself; `stored_as` is the shape that its file states then.
+    `shape` is that of all rows; `stack` is 0, or the number of matrices that are stacked in it.
+    A matrix that is stored in chunks has no extents but `bands`, from its first row on. With a
+    `pitch` it is transposed: stored by columns that begin `pitch` elements apart, each matrix of a
+    stack by itself; `stored_as` is then the shape that its file states.
     """
 
     name: str
@@ -43,31 +43,31 @@ class StoredMatrix(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix; a vector has one element per row, a scalar is one row."""
+        """Number of rows; a vector has one element per row, a scalar is one row."""
         return self.shape[0] if self.shape else 1
 
     @property
     def cols(self) -> int:
-        """Elements in a row."""
+        """Number of elements in a row."""
         return prod(self.shape[1:])
 
     @property
     def height(self) -> int:
-        """Rows of one of the matrices that are stacked in it; of the matrix itself without."""
+        """Number of rows of one stacked matrix; without a stack, of the matrix itself."""
         return self.rows // (self.stack or 1)
 
     @property
     def first_extent(self) -> "ByteRange":
-        """The place of its first bytes."""
+        """The first byte range of its elements."""
         return self.bands[0].chunks[0].source.extents[0] if self.bands else self.extents[0]
 
     def specs(self) -> tuple[TensorSpec, ...]:
-        """Return the tensors that hold it, with their shapes as files state them."""
+        """Return the tensors that store the matrix, with the shapes that files state."""
         shape = self.stored_as or stacked_shape(self.shape, self.stack)
         return self.encoding.tensors(self.name, shape)
 
     def segments(self, first: int, num_rows: int) -> "tuple[MatrixSlice, ...]":
-        """Return where `num_rows` rows from `first` on are, in reading order."""
+        """Return the segments that hold `num_rows` rows from `first` on, in reading order."""
         if not self.bands:
             return (MatrixSlice(self, first, num_rows, 0, self.cols),)
         found = []
@@ -82,7 +82,7 @@ class StoredMatrix(NamedTuple):
 
 
 class ChunkBand(NamedTuple):
-    """Rows of a matrix from `start` on, and the windows of its chunks that hold them."""
+    """Rows of a matrix from `start` on, and the windows of chunks that hold them, left to right."""
 
     start: int
     num_rows: int
@@ -90,10 +90,10 @@ class ChunkBand(NamedTuple):
 
 
 class MatrixSlice(NamedTuple):
-    """A window of the stored matrix `source`: a run of its rows, and of the columns in them.
+    """A window of the stored matrix `source` (a segment): a run of rows, and of columns in them.
 
-    Segments fill a matrix in reading order. Those that are narrower than the matrix lie side by
-    side, all of the same height, until its width is reached (`side_by_side`).
+    Segments fill a matrix in reading order. Segments narrower than the matrix lie side by side, all
+    of the same height, until their widths add up to its width (`side_by_side`).
     """
 
     source: StoredMatrix
@@ -104,24 +104,24 @@ class MatrixSlice(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the window takes in its files, scales included."""
+        """Number of bytes of the window in its files, scales included."""
         held = sum(extent.nbytes for extent in self.source.extents)
         return held * self.num_rows * self.num_cols // (self.source.rows * self.source.cols)
 
     @property
     def is_whole_rows(self) -> bool:
-        """Whether it has all columns of its source."""
+        """Whether the window has all columns of its source."""
         return self.num_cols == self.source.cols
 
     def cut(self, first: int, num_rows: int) -> "MatrixSlice":
-        """Return `num_rows` of its rows, from its row `first` on."""
+        """Return the window's rows from `first` on, `num_rows` of them."""
         return self._replace(first_row=self.first_row + first, num_rows=num_rows)
 
 
 def in_runs(
     segments: Iterable[MatrixSlice], cols: int, counts: Iterable[int]
 ) -> Iterator[tuple[MatrixSlice, ...]]:
-    """Yield the segments of the first of `counts` rows of a matrix, of the next ones, and so on."""
+    """Yield the segments of consecutive runs of rows of a matrix, `counts` rows each."""
     rest = list(side_by_side(segments, cols))[::-1]
     for missing in counts:
         run: list[MatrixSlice] = []
@@ -150,7 +150,7 @@ def side_by_side(segments: Iterable[MatrixSlice], cols: int) -> Iterator[tuple[M
 
 @dataclass(frozen=True, slots=True)
 class Locator:
-    """Where each logical tensor of a checkpoint is stored."""
+    """Maps each logical tensor of a checkpoint to the segments that store it."""
 
     addresses: Mapping[LogicalName, tuple[Address, ...]]
     stored: Mapping[PhysicalName, StoredMatrix]
@@ -167,11 +167,11 @@ class Locator:
         return num_rows, self.stored[addresses[0].name].cols
 
     def whole(self, name: LogicalName) -> tuple[MatrixSlice, ...]:
-        """Return where all rows of a logical tensor are."""
+        """Return the segments that hold all rows of a logical tensor."""
         return self.segments([Rows(name, 0, self.shape(name)[0])])
 
     def window(self, wanted: Iterable[Rows], first_col: int, cols: int) -> tuple[MatrixSlice, ...]:
-        """Return where `cols` columns of logical rows are, in reading order."""
+        """Return the segments that hold `cols` columns of logical rows, in reading order."""
         wanted = list(wanted)
         whole = self.stored[self.addresses[wanted[0].logical][0].name].cols
         segments = self.segments(wanted)
@@ -181,7 +181,7 @@ class Locator:
         return tuple(cut for beside in bands for cut in _columns(beside, first_col, cols))
 
     def segments(self, wanted: Iterable[Rows]) -> tuple[MatrixSlice, ...]:
-        """Return where logical rows are, one behind the other; neighbours become one segment."""
+        """Return the segments that hold logical rows, in order; adjacent ones are joined."""
         segments: list[MatrixSlice] = []
         for rows in wanted:
             for address in within(self.addresses[rows.logical], rows.first, rows.num_rows):
@@ -191,7 +191,7 @@ class Locator:
 
 
 def _columns(beside: Iterable[MatrixSlice], first: int, cols: int) -> Iterator[MatrixSlice]:
-    """Yield the parts of segments that lie side by side which hold `cols` columns from `first`."""
+    """Yield the parts with columns from `first`, `cols` of them, of segments side by side."""
     left = 0
     for segment in beside:
         begin = max(first - left, 0)
@@ -202,7 +202,7 @@ def _columns(beside: Iterable[MatrixSlice], first: int, cols: int) -> Iterator[M
 
 
 def within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[Address]:
-    """Yield the parts of `addresses` that hold `num_rows` logical rows from `first` on."""
+    """Yield the parts of `addresses` with `num_rows` logical rows from `first` on."""
     top = 0
     for address in addresses:
         begin, end = max(first - top, 0), min(first + num_rows - top, address.num_rows)
@@ -214,7 +214,7 @@ def within(addresses: Iterable[Address], first: int, num_rows: int) -> Iterator[
 
 
 def _lengthen(segments: list[MatrixSlice], segment: MatrixSlice) -> None:
-    """Append a segment, or lengthen the last one where it goes on in the same matrix."""
+    """Append a segment, or lengthen the last one if the two are adjacent in the same matrix."""
     last = segments[-1] if segments else None
     if (
         last

@@ -1,4 +1,4 @@
-"""Reusable buffers: memory costs page faults when it is touched for the first time, so: once."""
+"""Reusable page-aligned buffers: the page faults of a fresh allocation are paid only once."""
 
 import mmap
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from lingconv.storage import BLOCK_BYTES
 
 Array = np.ndarray[Any, Any]
 
-_NOT_WRITTEN = -1  # the turn of what does not wait to be written
+_NOT_WRITTEN = -1  # the slot of buffers that are not written to a file
 
 
 def aligned_buffer(nbytes: int) -> Array:
-    """Return fresh bytes at a page boundary, in huge pages where the system gives them."""
+    """Return new bytes at a page boundary, in huge pages if the system has them."""
     pages = mmap.mmap(-1, max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE)
     with suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -26,25 +26,26 @@ def aligned_buffer(nbytes: int) -> Array:
 class Arena:
     """A worker's buffers, one for each purpose, page-aligned so that they suit direct I/O.
 
-    What is going to be written has one for each `turn`, so that it may wait while others fill.
+    Buffers that are written to a file exist once per `slot`, so that one may await its write while
+    another is filled.
     """
 
     def __init__(self, allocate: Callable[[int], Array] = aligned_buffer) -> None:
-        self.turn = 0
+        self.slot = 0
         self._allocate = allocate
         self._buffers: dict[tuple[str, int], Array] = {}
 
     def take(
         self, purpose: str, shape: tuple[int, ...], dtype: Any, like: int | None = None
     ) -> Array:
-        """Return an array for `purpose`; what it held before is gone.
+        """Return an array for `purpose`; its former content is overwritten.
 
-        Where it is for byte `like` of a file, it lies in its page as that lies in its disk block,
-        so that whole blocks of the two fall together.
+        `like` is the offset in a file at which the array is going to be written: the array then has
+        the same offset within its page as the file's byte in its block, as direct I/O requires.
         """
         nbytes = prod(shape) * np.dtype(dtype).itemsize
         first = (like or 0) % BLOCK_BYTES
-        key = purpose, _NOT_WRITTEN if like is None else self.turn
+        key = purpose, _NOT_WRITTEN if like is None else self.slot
         held = self._buffers.get(key)
         if held is None or held.size < first + nbytes:
             held = self._buffers[key] = self._allocate(BLOCK_BYTES + nbytes)

@@ -1,11 +1,11 @@
-"""Proof that two checkpoints are the same model: tensor by tensor, and in what they compute.
+"""Proof that two checkpoints are the same model: tensor by tensor, and by their forward passes.
 
-pairing     which rows of SRC ought to be in which stored tensor of DST; what is missing
-limits      how far apart numbers may be after what was done to them
-tensors     reads both, strip by strip
-scales      whether FP8 scales are what weights and labels call for
-diagnosis   where a wrong tensor's numbers come from
+pairing     the rows of SRC that belong in each stored tensor of DST; what is missing
+limits      the largest error that is allowed, by the encodings of both sides
+tensors     reads and compares both checkpoints, strip by strip
+scales      whether FP8 scales match the weights and the config's label
+diagnosis   the origin of a wrong tensor's numbers
 forward     both forward passes, side by side; logits has the metrics
-verdict     what was found, as a value
-report      the same to look at
+verdict     the result, as a value
+reports     the result, as HTML
 """

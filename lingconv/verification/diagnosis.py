@@ -1,7 +1,7 @@
-"""Where a wrong tensor's numbers come from: a name is worth more than an error of 141 %.
+"""Diagnosis of wrong tensors: one sentence on where their numbers come from.
 
-A few rows of the wrong tensor are looked for in SRC: at another size, in another tensor of the same
-shape, at other places of the same matrix, across it. What is found becomes one sentence.
+A few rows of the wrong tensor are searched in SRC: rescaled, in another tensor of the same shape,
+in other rows of the same matrix, transposed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,11 +22,11 @@ Array = np.ndarray[Any, Any]
 _SAME = 0.98  # cosine above which two rows are the same row, rounded
 _SAMPLE = 3
 _CHUNK_ELEMENTS = 1 << 20
-_MAX_TRANSPOSED = 1 << 24  # a square matrix that is read as a whole
+_MAX_TRANSPOSED = 1 << 24  # elements of a square matrix that is read as a whole
 
 
 class ErrorDiagnosis:
-    """Looks for the origin of wrong tensors; a context manager, because it opens files."""
+    """Finds the origin of wrong tensors; a context manager, because it opens files."""
 
     def __init__(self, source: Model, target: Model) -> None:
         self._source = _Rows(source)
@@ -40,7 +40,7 @@ class ErrorDiagnosis:
         self._target.close()
 
     def explain(self, name: LogicalName) -> str:
-        """Return a sentence on where the numbers of DST's tensor `name` come from, or ''."""
+        """Return a sentence on the origin of the numbers in DST's tensor `name`, or ''."""
         rows, _ = self._target.shape(name)
         places = sorted({rows // 4, rows // 2, rows - 1 - rows // 8})[:_SAMPLE]
         sample = self._target.read_at(name, places)
@@ -74,7 +74,7 @@ class ErrorDiagnosis:
         return ""
 
     def _reordered(self, name: LogicalName, places: Sequence[int], sample: Array) -> str:
-        """Look for the sampled rows anywhere in the stored matrix that the tensor is a part of."""
+        """Return '', or the row of the whole stored matrix in SRC that a sampled row equals."""
         if self._source.shape(name)[1] == 1:
             return ""
         found: dict[int, tuple[LogicalName, int]] = {}
@@ -127,7 +127,7 @@ class _Rows:
         return values
 
     def read_at(self, name: LogicalName, places: Iterable[int]) -> Array:
-        """Return some rows; of a vector all elements, as one row each would say nothing."""
+        """Return some rows; of a vector all elements, because single ones identify nothing."""
         rows, cols = self._shapes[name]
         if cols == 1:
             return self.read(name, 0, rows).reshape(1, -1)
@@ -155,9 +155,9 @@ class _Rows:
 
 
 def _cosine(left: Array, right: Array) -> float:
-    """Return the cosine of two sets of rows, taken as one long vector, without their means.
+    """Return the cosine of two sets of rows, each flattened and with its mean subtracted.
 
-    The mean counts for norms: they are all close to one, and therefore to each other.
+    Norms have elements close to one: with their means, all would look alike.
     """
     one, other = left - left.mean(dtype=np.float64), right - right.mean(dtype=np.float64)
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
@@ -165,6 +165,6 @@ def _cosine(left: Array, right: Array) -> float:
 
 
 def _unit(rows: Array) -> Array:
-    """Return rows of length one; rows of zeros stay."""
+    """Return rows scaled to length one; rows of zeros are kept."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(norms == 0, 1, norms))

@@ -1,4 +1,4 @@
-"""What differs between two folders of safetensors, as they are stored: no family, no meaning.
+"""Differences between two folders of safetensors, as stored: no model family is involved.
 
 Names, shapes, dtypes and values of tensors, keys of config.json, and the other files.
 """
@@ -28,7 +28,7 @@ _MISSING = object()
 
 
 class Difference(NamedTuple):
-    """One thing that differs.
+    """One difference.
 
     `kind` is only-in-a, only-in-b, shape, dtype, values, config or file.
     """
@@ -62,9 +62,9 @@ class Diff:
 
 
 def diff(a: Checkpoint, b: Checkpoint, *, values: bool, jobs: int, watcher: Watcher) -> Diff:
-    """Return what differs; with `values` every tensor that both have is read.
+    """Return all differences; with `values` every tensor that both have is read.
 
-    Raises CheckpointError when a shard cannot be read at all.
+    Raises CheckpointError if a shard cannot be read at all.
     """
     for checkpoint in (a, b):
         broken = [fault for fault in checkpoint.faults if fault.fatal]
@@ -82,7 +82,7 @@ def diff(a: Checkpoint, b: Checkpoint, *, values: bool, jobs: int, watcher: Watc
 
 
 def _headers(a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> Iterator[Difference]:
-    """Yield what the headers tell: names, shapes, dtypes."""
+    """Yield the differences between headers: names, shapes, dtypes."""
     for name in sorted(a.keys() | b.keys()):
         one, other = a.get(name), b.get(name)
         if one is None or other is None:
@@ -153,7 +153,7 @@ def _values(
 
 
 def _compare(one: StoredTensor, other: StoredTensor, left: Decoder, right: Decoder) -> str:
-    """Return how the values of two tensors of one shape differ, or ''."""
+    """Return a text on how the values of two tensors of one shape differ, or ''."""
     if one.dtype == other.dtype and _same_bytes(one, other, left, right):
         return ""
     if one.dtype not in FLOATS:
@@ -185,14 +185,14 @@ def _same_bytes(one: StoredTensor, other: StoredTensor, left: Decoder, right: De
 
 
 def _chunks(size: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of runs that are small enough to hold."""
+    """Yield (first, count) of runs that are small enough to be read at once."""
     step = _CHUNK_BYTES // itemsize
     for first in range(0, size, step):
         yield first, min(step, size - first)
 
 
 def _flat(tensor: StoredTensor) -> StoredMatrix:
-    """Return a tensor as a vector of plain numbers, or, for the bytes alone, of its blocks."""
+    """Return a tensor as a vector of plain numbers, or of blocks if only bytes are compared."""
     extent = ByteRange(tensor.file, tensor.offset, tensor.nbytes)
     size = tensor.nbytes // tensor.dtype.itemsize
     return StoredMatrix(tensor.name, (size,), encoding_of(tensor.dtype), (extent,))

@@ -23,10 +23,10 @@ def compare_forward(
     *,
     pin_routing: bool,
 ) -> ForwardFigures:
-    """Return how far apart the two models compute.
+    """Return the differences between the forward passes of two models, stage by stage.
 
-    With `pin_routing` the target's routers take the source's choices: then a token that changed its
-    experts does not hide what happened to the weights.
+    With `pin_routing` the target's routers take the source's choices, so that router flips do not
+    hide errors of the weights.
     """
     mtp = options.mtp and mtp_count(source) == mtp_count(target)
     options = replace(options, mtp=mtp)
@@ -65,7 +65,7 @@ def _compare_step(source: Step, target: Step) -> LayerFigures:
 
 
 def _flips(source: Step, target: Step) -> Mapping[str, float | None]:
-    """Return which share of the tokens, and of all choices, got other experts."""
+    """Return the share of tokens, and the share of choices, with different experts."""
     if source.routing is None or target.routing is None:
         return {"tokens": None, "experts": None}
     ours = source.routing.topk_BSA.flatten(0, 1)

@@ -1,7 +1,7 @@
-"""How far a number may be from what it was: decided by the two encodings, nothing else.
+"""Limits of the error of a tensor: they follow from its two encodings and nothing else.
 
-What only moved has to be equal, bit for bit. What was rounded may be off by that rounding: each
-encoding states it (`Encoding.error_limit`).
+Copied numbers have to be equal, bit for bit. Rounded ones may be off by that rounding, which each
+encoding states (`Encoding.error_limit`).
 
     to        from           relative     relative error of the whole tensor
     ---------------------------------------------------------------------------
@@ -24,23 +24,23 @@ from lingconv.encodings.base import EXACT, Limit
 from lingconv.verification.options import VerifyOptions
 from lingconv.verification.verdict import TensorFigures
 
-# A scale below F16's smallest step is lost, with a block of numbers up to 2^8 times as large.
+# A scale below F16's smallest step becomes zero, and with it numbers up to 2^8 times as large.
 HALF_STEP = 2.0**-17
 
 
 def limit_for(source: Encoding, target: Encoding, *, keep_dtype: bool) -> Limit:
-    """Return the limit for numbers that were `source` and are `target` now.
+    """Return the limit for numbers that were converted from `source` to `target`.
 
-    `keep_dtype`: the family says that this tensor is never rounded.
+    `keep_dtype`: the family file says that this tensor is never rounded.
     """
     return EXACT if keep_dtype else target.error_limit(source)
 
 
 class Thresholds(NamedTuple):
-    """What a whole checkpoint is held to, by what was done to it.
+    """The thresholds for a whole checkpoint, by the kind of its conversion.
 
-    `max_rel_error` replaces the limits of tensors that were rounded, where it is not None; the rest
-    is for the forward pass: the lowest mean cosine of any stage's hidden states, and the mean KLD.
+    `max_rel_error` replaces the limits of rounded tensors, unless it is None; the others are for
+    the forward pass: the lowest mean cosine of any stage's hidden states, and the mean KLD in nats.
     """
 
     kind: str
@@ -49,20 +49,20 @@ class Thresholds(NamedTuple):
     max_mean_kld: float
 
     def accepts(self, item: TensorFigures) -> bool:
-        """Return whether a tensor came through well enough."""
+        """Return whether a tensor is within its limit, or within `max_rel_error` if given."""
         if self.max_rel_error is None or item.allowed == 0.0:
             return item.ok
         return item.rel_error <= self.max_rel_error and not item.nonfinite
 
     def to_json(self) -> dict[str, float]:
-        """Return the numbers that a verdict was measured by."""
+        """Return the thresholds as JSON values."""
         numbers = self._asdict()
         numbers.pop("kind")
         return {name: value for name, value in numbers.items() if value is not None}
 
 
-# (free routing, pinned routing): a token whose experts changed is far off without any fault of the
-# weights, so that little can be asked of the free pass.
+# (free routing, pinned routing): router flips change a token's output even if all weights are
+# within their limits, so the thresholds of the free pass are loose.
 _FORWARD = {
     "relayout": ((1 - 1e-6, 1e-7), (1 - 1e-6, 1e-7)),
     "rounded": ((0.97, 0.02), (0.999, 0.001)),
@@ -71,12 +71,12 @@ _FORWARD = {
 }
 
 
-# By the largest relative error that any tensor is allowed.
+# Kinds of conversions, by the largest relative error that any tensor is allowed.
 _KINDS = {"relayout": 0.0, "rounded": 0.03, "fp8": 0.09, "few bits": math.inf}
 
 
 def thresholds_for(tensors: Iterable[TensorFigures], options: VerifyOptions) -> Thresholds:
-    """Return the defaults for what was done, with the user's own numbers in place of them."""
+    """Return the thresholds for the kind of conversion; the user's own numbers override them."""
     largest = max((item.allowed for item in tensors), default=0.0)
     kind = next(kind for kind, highest in _KINDS.items() if largest <= highest)
     cosine, kld = _FORWARD[kind][options.pin_routing]

@@ -1,8 +1,8 @@
-"""How far two sets of logits are apart, in the words and by the formulas of llama.cpp.
+"""Differences between two sets of logits, with the names and formulas of llama.cpp.
 
 Source: tools/perplexity/perplexity.cpp (`--kl-divergence`) in github.com/ggml-org/llama.cpp. KLD is
-sum p log(p / q) in nats, p from SRC and q from DST; dp is q - p of the token that really follows;
-"same top p" is the share of positions with the same likeliest token.
+sum p log(p / q) in nats, p from SRC and q from DST; dp is q - p of the actual next token; "same top
+p" is the share of positions with the same most likely token.
 """
 
 import torch
@@ -12,7 +12,7 @@ from lingconv.verification.verdict import LogitFigures
 
 
 def compare_logits(source_BSV: Tensor, target_BSV: Tensor, ids_BS: Tensor) -> LogitFigures:
-    """Return the figures over all positions; `ids_BS` are the tokens that the logits belong to."""
+    """Return the figures over all positions; `ids_BS` are the input tokens of the logits."""
     kld, dp, same = [], [], []
     for row in range(ids_BS.shape[0]):
         for position in range(ids_BS.shape[1]):

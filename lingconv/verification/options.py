@@ -1,4 +1,4 @@
-"""options."""
+"""Options of verifications and of forward passes: frozen values, checked once."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +22,7 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ForwardOptions:
-    """How a forward pass computes; all of it changes the result a little."""
+    """Options of a forward pass; each of them changes the result slightly."""
 
     compute: str = Compute.F32
     activations: str = Activations.PLAIN
@@ -30,7 +30,7 @@ class ForwardOptions:
     mtp: bool = True
 
     def check(self) -> None:
-        """Raise UsageError for words that mean nothing here."""
+        """Raise UsageError for unknown values."""
         _check_word("compute", self.compute, list(Compute))
         _check_word("activations", self.activations, list(Activations))
 
@@ -45,7 +45,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """How two checkpoints are compared; None and empty words stand for the documented defaults."""
+    """Options of a verification; None and empty strings mean the documented defaults."""
 
     level: str = ""
     forward: ForwardOptions = field(default_factory=ForwardOptions)
@@ -56,7 +56,7 @@ class VerifyOptions:
     max_mean_kld: float | None = None
 
     def check(self) -> None:
-        """Raise UsageError for what cannot be compared that way."""
+        """Raise UsageError for unknown values or contradictory combinations."""
         _check_word("level", self.level or Level.FORWARD, list(Level))
         _check_word("mtp", self.mtp or Mtp.KEEP, list(Mtp))
         self.forward.check()

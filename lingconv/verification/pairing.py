@@ -1,6 +1,6 @@
-"""Which rows of SRC ought to be in which stored tensor of DST, and what has no counterpart.
+"""Pairs of stored tensors in DST with the rows of SRC that belong in them; findings for the rest.
 
-Headers only. Both checkpoints are seen through their own layouts; logical names join them.
+Headers only. Each checkpoint is mapped to logical tensors by its own layout.
 """
 
 import json
@@ -18,7 +18,7 @@ from lingconv.plans.tensor_map import Locator, MatrixSlice, StoredMatrix
 from lingconv.storage.file_names import RECORD_NAME
 from lingconv.verification.verdict import Finding
 
-# What `--mtp` changes on purpose.
+# Symbols that `--mtp` changes on purpose.
 _MTP_SYMBOLS = {
     Mtp.KEEP: frozenset[str](),
     Mtp.DROP: frozenset({"mtp_layers", "all_layers"}),
@@ -37,14 +37,14 @@ class Pair(NamedTuple):
 
     @property
     def num_rows(self) -> dict[LogicalName, int]:
-        """How many rows of it each logical tensor has."""
+        """Number of rows of each logical tensor in the matrix."""
         return count_rows(self.rows)
 
 
 def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Finding]]:
-    """Return what can be compared, and a finding for everything that cannot.
+    """Return the pairs that can be compared, and a finding for every tensor that cannot.
 
-    `mtp` is what was done with the MTP layers on the way from `source` to `target`.
+    `mtp` is the `--mtp` of the conversion from `source` to `target`.
     """
     expected = _expected(source, mtp)
     findings = [*_config_findings(source, target, mtp), *_fault_findings(target)]
@@ -70,21 +70,21 @@ def pair_up(source: Model, target: Model, mtp: Mtp) -> tuple[list[Pair], list[Fi
 
 
 def recorded_mtp(recipe: Mapping[str, Any]) -> Mtp:
-    """Return what a recipe says was done with MTP layers; `keep` where it says nothing."""
+    """Return the `--mtp` that a recipe records; `keep` if it records none."""
     with suppress(ValueError):
         return Mtp(recipe.get("mtp", Mtp.KEEP))
     return Mtp.KEEP
 
 
 def recorded_drops(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the patterns of the tensors that a recipe left out."""
+    """Return the `--drop` patterns that a recipe records."""
     drop = recipe.get("drop")
     texts = drop if isinstance(drop, list) else []
     return [text for text in texts if isinstance(text, str)]
 
 
 def read_recipe(target: Model) -> Mapping[str, Any]:
-    """Return the options that DST was made with, from its lingconv.json; empty without one."""
+    """Return the options of the conversion that wrote DST, from lingconv.json; {} without one."""
     with suppress(LingconvError, ValueError):
         record = json.loads(target.checkpoint.storage.read(RECORD_NAME))
         if isinstance(record, dict) and isinstance(record.get("options"), dict):
@@ -101,7 +101,7 @@ def _logical_shapes(model: Model) -> dict[LogicalName, tuple[int, ...]]:
 
 
 def _expected(source: Model, mtp: Mtp) -> dict[LogicalName, tuple[int, ...]]:
-    """Return the logical tensors that DST has to hold, with their shapes."""
+    """Return the shapes of the logical tensors that DST must have, by name."""
     wanted = {Mtp.KEEP: (False, True), Mtp.DROP: (False,), Mtp.ONLY: (True,)}[mtp]
     return {
         name: shape
@@ -112,7 +112,7 @@ def _expected(source: Model, mtp: Mtp) -> dict[LogicalName, tuple[int, ...]]:
 
 
 def _config_findings(source: Model, target: Model, mtp: Mtp) -> Iterator[Finding]:
-    """Yield the numbers and switches that DST's config gives another value."""
+    """Yield the numbers and switches that differ in DST's config."""
     if source.family.name != target.family.name:
         yield Finding("config", "", f"SRC is {source.family.title}, DST is {target.family.title}")
     for symbol, value in source.symbols.items():
@@ -123,7 +123,7 @@ def _config_findings(source: Model, target: Model, mtp: Mtp) -> Iterator[Finding
 
 
 def _fault_findings(target: Model) -> Iterator[Finding]:
-    """Yield what is wrong with DST in itself, labels that contradict the data included."""
+    """Yield DST's own faults, including labels that contradict the data."""
     for fault in target.faults:
         if fault.fatal or fault.kind == "quantization config":
             tensor = target.tensor(fault.tensor)
@@ -156,7 +156,7 @@ def _name_findings(
 
 
 def _without_duplicates(findings: list[Finding]) -> list[Finding]:
-    """Keep the first finding of each tensor: what follows has the same cause."""
+    """Return the first finding of each tensor: later ones have the same cause."""
     seen: set[str] = set()
     kept = []
     for finding in findings:

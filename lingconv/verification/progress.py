@@ -1,20 +1,20 @@
-"""progress."""
+"""The interface through which a verification reports its progress."""
 
 from typing import Protocol
 
 
 class Watcher(Protocol):
-    """Hears how a proof goes on."""
+    """Callbacks for the progress of a verification."""
 
     def stage(self, name: str, nbytes: int = 0) -> None:
-        """A stage begins, in which `nbytes` are going to be read (0: unknown)."""
+        """Called when a stage begins, in which `nbytes` are going to be read (0: unknown)."""
 
     def advance(self, nbytes: int) -> None:
-        """Bytes of the stage were read."""
+        """Called when `nbytes` of the stage were read."""
 
 
 class Unwatched:
-    """A Watcher that ignores everything."""
+    """A Watcher that does nothing."""
 
     def stage(self, name: str, nbytes: int = 0) -> None:
         """Ignore."""

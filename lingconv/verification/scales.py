@@ -1,6 +1,6 @@
-"""Is every FP8 scale what its weights and its label call for?
+"""Check of FP8 scales: does each match its block's weights and the config's label?
 
-Rounding errors alone cannot tell: a checkpoint with scales of the wrong kind may be as close to its
+Rounding errors do not show it: a checkpoint with scales of the wrong kind may be as close to its
 source as a right one, and still be garbage in a runtime that trusts the label.
 """
 
@@ -22,7 +22,7 @@ _INFINITY = np.uint32(0x7F800000)
 
 
 class ScaleCounts(NamedTuple):
-    """Counts over some blocks, and the first bad one: (row, col of the grid, what is wrong)."""
+    """Counts over some blocks, and the first bad one: (row, col of the grid, description)."""
 
     blocks: int
     unfit: int
@@ -32,10 +32,10 @@ class ScaleCounts(NamedTuple):
 
 
 def check(scales: Array, peaks: Array | None, encoding: Encoding, first_row: int) -> ScaleCounts:
-    """Count the scales that are not what they ought to be.
+    """Return the counts of invalid, mislabelled and unfit scales.
 
     `scales` [rows, cols] are float32, `peaks` the largest magnitudes of the source's blocks, or
-    None where the source is rounded itself; `first_row` is the row of the grid that they start at.
+    None if the source is rounded itself; `first_row` is the row of the grid where they start.
     """
     bits = scales.view(np.uint32)
     invalid = bits - 1 >= _INFINITY - 1  # zero wraps around; signs, Inf and NaN are above
@@ -62,8 +62,8 @@ def check(scales: Array, peaks: Array | None, encoding: Encoding, first_row: int
 
 
 def _fits(scales: Array, peaks: Array, power_of_two: Array) -> Array:
-    """Return where a scale is amax / 448, or the power of two above it, or no block needs one."""
-    reach = scales.astype(np.float64) * E4M3_MAX  # like the peaks: nothing overflows
+    """Return a mask of scales that are amax / 448, or the power of two above it, or for zeros."""
+    reach = scales.astype(np.float64) * E4M3_MAX  # float64, like the peaks: nothing overflows
     slack = _FIT * peaks
     highest = np.where(power_of_two, 2.0, 1.0)
     fits = (reach >= peaks - slack) & (reach <= np.maximum(peaks + slack, _MIN_AMAX) * highest)
@@ -79,7 +79,7 @@ def _describe(what: str, scale: float, peak: float) -> str:
 
 
 def histogram(scales: Array) -> dict[int, int]:
-    """Return how many scales lie in each octave: floor(log2(scale)) -> count."""
+    """Return the number of scales in each octave: floor(log2(scale)) -> count."""
     exponents = (scales.view(np.uint32).reshape(-1) >> np.uint32(23)).astype(np.intp)
     counts = np.bincount(exponents, minlength=512)[1:255]  # positive and normal, finite
     return {int(place) - 126: int(counts[place]) for place in np.flatnonzero(counts)}

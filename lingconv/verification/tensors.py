@@ -1,8 +1,8 @@
-"""Reads both checkpoints strip by strip and adds up how far apart they are.
+"""Comparison of the tensors of two checkpoints, strip by strip.
 
 The unit of work is a few rows of a stored tensor of DST, and the rows of SRC that they come from.
-Where nothing may differ and both sides store the same bytes, bytes are compared; else both sides
-are decoded and `kernels/compare.py` looks at the numbers.
+If no difference is allowed and both sides store the same bytes, bytes are compared; else both sides
+are decoded and `kernels/compare.py` accumulates the differences of the numbers.
 """
 
 import threading
@@ -51,7 +51,7 @@ class _ComparedRows(NamedTuple):
 
 
 class Comparison:
-    """Compares pairs with several threads; afterwards `figures` and `scale_figures` tell."""
+    """Compares pairs with several threads; `figures` and `scale_figures` are the results."""
 
     def __init__(
         self, source: Model, target: Model, pairs: Sequence[Pair], *, only_exact: bool
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are going to be read, on both sides together."""
+        """Number of bytes that `run` reads, of both sides together."""
         return sum(_stored_bytes(self._pairs[number]) for number in self._judged)
 
     def run(self, jobs: int, watcher: Watcher) -> None:
@@ -91,7 +91,7 @@ class Comparison:
                 self._stop = True
 
     def figures(self) -> list[TensorFigures]:
-        """Return the figures of every logical tensor that was judged."""
+        """Return the figures of every logical tensor that was compared."""
         return [
             tensor_figures(self._pairs[number], name, total, self._limits[number])
             for number in self._judged
@@ -106,14 +106,14 @@ class Comparison:
         ]
 
     def _strips(self) -> Iterator[_ComparedRows]:
-        """Yield the work, in the order of DST's files."""
+        """Yield the strips to compare, in the order of DST's files."""
         for number in sorted(self._judged, key=lambda n: self._pairs[n].target.first_extent):
             target = self._pairs[number].target
             rows, cols = matrix(target)
             multiple = blocks(target)[0] if cols > 1 else 1
             step = multiple * max(1, STRIP_ELEMENTS // (multiple * cols))
             height = target.height if target.height % multiple else rows
-            for top in range(0, rows, height):  # blocks begin anew with each matrix of a stack
+            for top in range(0, rows, height):  # blocks start again with each matrix of a stack
                 bottom = min(top + height, rows)
                 for first in range(top, bottom, step):
                     yield _ComparedRows(number, first, min(first + step, bottom))
@@ -177,7 +177,7 @@ class Comparison:
     def _piece(
         self, strip: _ComparedRows, left: Array, right: Array, first_row: int, scale_grid: Array
     ) -> Array:
-        """Return the sums of one logical tensor's rows within a strip."""
+        """Return the sums [block rows, block cols, NUM_SUMS] of one logical tensor in a strip."""
         target, limit = self._pairs[strip.pair].target, self._limits[strip.pair]
         sums = kernel.new_sums(*scale_grid.shape)
         if left.shape[1] == 1:  # a vector: one line of blocks
@@ -193,7 +193,7 @@ class Comparison:
             scale_grid,
             sums,
         )
-        if limit.exact:  # a zero of the other sign is another number
+        if limit.exact:  # compared by bits: -0 differs from 0
             sums[:, :, kernel.BEYOND] = 0
             sums[0, 0, kernel.BEYOND] = kernel.count_different(left, right)
         return sums
@@ -201,14 +201,14 @@ class Comparison:
     def _check_scales(
         self, strip: _ComparedRows, stored: Array | None, peaks: Array | None
     ) -> None:
-        """Judge the scales of a strip by their label, and by the source's largest magnitudes."""
+        """Check the scales of a strip against their label and the source's largest magnitudes."""
         pair = self._pairs[strip.pair]
         encoding = pair.target.encoding
         if not encoding.has_scales or stored is None:
             return
         rounded = any(segment.source.encoding.has_scales for segment in pair.segments)
         if rounded or (peaks is not None and stored.shape != peaks.shape):
-            peaks = None  # nothing says what such a scale ought to be
+            peaks = None  # the right value of such a scale is unknown
         row, _ = encoding.part_rows(1, strip.first, strip.last - strip.first, pair.target.height)
         counts = scales.check(stored, peaks, encoding, row)
         octaves = scales.histogram(stored)
@@ -219,14 +219,14 @@ class Comparison:
 
 
 def _read_scales(pair: Pair, strip: _ComparedRows, target: Decoder) -> Array | None:
-    """Return the scales of a strip's rows as FP8 stores them, or None."""
+    """Return the stored FP8 scales of a strip's rows, or None without scales."""
     if not pair.target.encoding.has_scales:
         return None
     return target.scales(pair.target, strip.first, strip.last - strip.first).copy()
 
 
 def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None) -> Array:
-    """Return a scale for each block of a strip: 1 where the encoding has none."""
+    """Return a scale for each block of a strip: 1 if the encoding has none."""
     if stored is not None and target.encoding.has_block_scales:
         return stored
     rows, cols = matrix(target)
@@ -237,14 +237,14 @@ def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None)
 
 
 def _peaks(values: Array, width: int, limit: Limit) -> Array:
-    """Return the largest magnitude of each block, raised by what an F16 scale cannot express."""
+    """Return the largest magnitude of each block, plus the error of the smallest F16 scales."""
     in_blocks = np.abs(values).reshape(values.shape[0], -1, width)
     peaks: Array = in_blocks.max(axis=2) + np.float32(HALF_STEP / limit.floor)
     return peaks
 
 
 def _limit(pair: Pair, *, only_exact: bool) -> Limit:
-    """Return the most lenient limit among the rows that a tensor is made of."""
+    """Return the most lenient limit among the source encodings of a tensor's rows."""
     if only_exact and _rounds_to_bf16(pair):
         return EXACT
     encoding = pair.target.encoding
@@ -256,7 +256,7 @@ def _limit(pair: Pair, *, only_exact: bool) -> Limit:
 
 
 def _rounds_to_bf16(pair: Pair) -> bool:
-    """Return whether every right conversion writes the same bits: FP8 x scale, rounded to BF16."""
+    """Return whether a right conversion has only one result: FP8 x scale, rounded to BF16."""
     intended = {segment.source.encoding.intended_dtype for segment in pair.segments}
     return intended == {DType.BF16} and pair.target.encoding == PLAIN[DType.BF16]
 
@@ -271,7 +271,7 @@ def _decoded(encoding: Encoding) -> np.dtype[Any]:
 
 
 def _working(pair: Pair) -> np.dtype[Any]:
-    """Return what SRC is decoded to: BF16 where it is, or where DST is its rounding to BF16."""
+    """Return the dtype to decode SRC to: BF16 if SRC is, or if DST is its rounding to BF16."""
     if _rounds_to_bf16(pair):
         return BF16_BITS
     if pair.target.encoding.encodes_from_f32:
@@ -283,9 +283,9 @@ def _working(pair: Pair) -> np.dtype[Any]:
 def _same_bytes(
     pair: Pair, strip: _ComparedRows, arena: Arena, source: Decoder, target: Decoder
 ) -> bool:
-    """Return whether both sides hold the strip in the same bytes; False where that is no question.
+    """Return whether both sides store the strip in the same bytes; False if that is not decided.
 
-    Only for rows that lie in one piece in SRC: others are compared as numbers.
+    Bytes are compared only if the rows are one piece in SRC; others are compared as numbers.
     """
     encoding, (segment, *others) = pair.target.encoding, pair.segments
     unit = encoding.row_multiple

@@ -1,6 +1,6 @@
-"""What is added up while strips are compared, and the figures that come of it.
+"""Sums over the strips of a comparison, and the figures that are computed from them.
 
-Figures are kept for blocks: those of the target's encoding, or 128 x 128.
+Sums are kept per block: the blocks of the target's encoding, or 128 x 128.
 """
 
 import math
@@ -31,13 +31,13 @@ def matrix(stored: StoredMatrix) -> tuple[int, int]:
 
 
 def blocks(stored: StoredMatrix) -> tuple[int, int]:
-    """Return rows and columns of the blocks that figures are kept for."""
+    """Return rows and columns of the blocks for which sums are kept."""
     return stored.encoding.blocks(stored.height, matrix(stored)[1])
 
 
 @dataclass(slots=True)
 class Total:
-    """What is known of one logical tensor so far."""
+    """The sums of one logical tensor so far, and its worst block."""
 
     sums: Array = field(default_factory=lambda: np.zeros(kernel.NUM_SUMS, np.float64))
     worst: WorstBlock | None = None
@@ -53,7 +53,7 @@ class Total:
 
 
 def worst_block(target: StoredMatrix, first: int, sums: Array) -> WorstBlock | None:
-    """Return the block with the largest relative error, or None when nothing differs."""
+    """Return the block with the largest relative error, or None if nothing differs."""
     noise, signal = sums[:, :, kernel.NOISE], sums[:, :, kernel.SIGNAL]
     if not noise.any():
         return None

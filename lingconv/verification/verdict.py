@@ -1,4 +1,4 @@
-"""What a verification found: plain values, for people, programs and the report."""
+"""The result of a verification: plain values, for the terminal, programs and the report."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,7 @@ SCHEMA = "lingconv.verify/1"
 
 
 class Finding(NamedTuple):
-    """One reason to say no. `kind` groups findings; `tensor` is a logical name, or empty."""
+    """One reason for a negative verdict. `tensor` is a logical name, or empty."""
 
     kind: str
     tensor: str
@@ -32,12 +32,12 @@ class WorstBlock(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorFigures:
-    """How one logical tensor came through.
+    """The errors of one logical tensor.
 
     `rel_error` is |difference| / |source| in the Frobenius norm, `snr_db` the same in decibels
-    (infinite when nothing differs). Counts are of elements: `beyond` what a single element may
-    deviate by, `zeroed` in DST only, `saturated` above what FP8 reaches at their scale, `nonfinite`
-    NaN or Inf on one side only.
+    (infinite if nothing differs). Counts are of elements: `beyond` the limit of a single element,
+    `zeroed` in DST only, `saturated` above FP8's range at their scale, `nonfinite` NaN or Inf on
+    one side only.
     """
 
     name: str
@@ -59,12 +59,12 @@ class TensorFigures:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs at all."""
+        """Whether the tensor has no difference at all."""
         return self.rel_error == 0 and not self.beyond and not self.nonfinite
 
 
 class EncodingFigures(NamedTuple):
-    """All tensors that went from one encoding to another: how many, how many equal, the worst."""
+    """All tensors with one pair of encodings: their number, the number equal, the worst one."""
 
     source: str
     target: str
@@ -75,7 +75,7 @@ class EncodingFigures(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScaleFigures:
-    """The scales of one stored FP8 tensor: how many are not what they ought to be, and the first.
+    """The scales of one stored FP8 tensor: the numbers of wrong ones, and the first of these.
 
     `unfit` to the weights of their blocks, `mislabelled` (no powers of two although the config says
     `ue8m0`), `invalid` (zero, negative, NaN or Inf).
@@ -91,7 +91,7 @@ class ScaleFigures:
 
 @dataclass(frozen=True, slots=True)
 class LogitFigures:
-    """The difference between two sets of logits, in llama.cpp's words; KLD in nats.
+    """The difference between two sets of logits, with llama.cpp's names; KLD in nats.
 
     `per_position` is the KLD at each position, averaged over rows.
     """
@@ -123,7 +123,7 @@ class LayerFigures:
 
 @dataclass(frozen=True, slots=True)
 class ForwardFigures:
-    """Both forward passes over the same tokens."""
+    """The differences between both forward passes over the same tokens."""
 
     tokens: int
     pinned: bool
@@ -134,7 +134,7 @@ class ForwardFigures:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer, and everything that it rests on."""
+    """The answer of a verification, with all figures and findings behind it."""
 
     source: str
     target: str
@@ -153,7 +153,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether DST is what SRC became, within the thresholds."""
+        """Whether DST matches SRC within the thresholds."""
         return not self.findings
 
     def by_encoding(self) -> list[EncodingFigures]:
@@ -172,7 +172,7 @@ class Verdict:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the verdict as JSON values; what is infinite or NaN becomes null."""
+        """Return the verdict as JSON values; infinite numbers and NaN become null."""
         value = {name: getattr(self, name) for name in self.__slots__}
         value["findings"] = [finding._asdict() for finding in self.findings]
         value["tensors"] = [_figures(item) for item in self.tensors]
@@ -191,7 +191,7 @@ def _figures(item: TensorFigures) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return JSON values without Infinity and NaN, which JSON does not have."""
+    """Return a value with null in place of Infinity and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

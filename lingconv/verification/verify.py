@@ -1,4 +1,4 @@
-"""A whole verification: pair up, compare, run both, explain, decide."""
+"""A whole verification: pair tensors, compare them, run both models, diagnose, decide."""
 
 import re
 import time
@@ -28,7 +28,7 @@ from lingconv.verification.verdict import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Below this, both forward passes take a few minutes at most on a small machine.
+# Bytes of a checkpoint below which both forward passes take a few minutes on a small machine.
 FORWARD_BYTES = 100_000_000_000
 _EXPLAINED = 12
 _ORDER = ("config", "label", "quantization config", "missing tensor", "extra tensor", "shape")
@@ -43,10 +43,10 @@ def verify(
     jobs: int,
     watcher: Watcher,
 ) -> Verdict:
-    """Return whether `target` is what `source` became.
+    """Return the verdict on whether `target` is a right conversion of `source`.
 
     `ids_BS` are the tokens of both forward passes, needed at level `forward` alone.
-    Raises CheckpointError when `source` itself cannot be trusted.
+    Raises CheckpointError if `source` itself has fatal faults.
     """
     started = time.monotonic()
     recipe = read_recipe(target)
@@ -86,13 +86,13 @@ def verify(
 def _level_reached(
     options: VerifyOptions, forward: ForwardFigures | None, findings: Sequence[Finding]
 ) -> str:
-    """Return the level that was asked for, or `tensors` where there was no decoder to run."""
+    """Return the level that was asked for, or `tensors` if there was no decoder to run."""
     skipped = options.level == Level.FORWARD and forward is None and not findings
     return Level.TENSORS if skipped else options.level
 
 
 def _without(source: Model, mtp: Mtp, drops: Iterable[str]) -> Model:
-    """Return SRC without the faults of tensors that DST was made without."""
+    """Return SRC without the faults of tensors that the conversion left out."""
     extra = {fault.tensor for fault in source.faults if fault.kind == "extra tensor"}
     dropped = select(drops, extra).names
 
@@ -106,7 +106,7 @@ def _without(source: Model, mtp: Mtp, drops: Iterable[str]) -> Model:
 
 
 def default_level(source: Model, target: Model) -> Level:
-    """Return `forward` where both passes fit a few minutes, else `tensors`."""
+    """Return `forward` if both passes take a few minutes at most, else `tensors`."""
     nbytes = sum(
         tensor.nbytes for model in (source, target) for tensor in model.checkpoint.tensors.values()
     )
@@ -130,7 +130,7 @@ def _value_findings(tensors: Iterable[TensorFigures], thresholds: Thresholds) ->
 
 
 def _describe(item: TensorFigures) -> str:
-    """Say how a tensor is wrong."""
+    """Return a text on how a tensor exceeds its limit."""
     if item.nonfinite:
         return f"{item.nonfinite:,} of {item.elements:,} elements are NaN or Inf on one side only"
     where = ""
@@ -149,7 +149,7 @@ def _describe(item: TensorFigures) -> str:
 
 
 def _explain(findings: Sequence[Finding], source: Model, target: Model) -> list[Finding]:
-    """Add to the first findings of each kind of tensor where the numbers come from."""
+    """Return the findings, the first ones of each kind of tensor with a diagnosis."""
     explained = []
     seen: dict[str, int] = {}
     with ErrorDiagnosis(source, target) as detective:
@@ -173,7 +173,7 @@ def _forward(
     watcher: Watcher,
     findings: Sequence[Finding],
 ) -> tuple[ForwardFigures | None, list[Finding]]:
-    """Run both models, unless DST lacks what it takes; what stops it is a finding."""
+    """Return the figures of both forward passes, and findings; no figures if DST cannot be run."""
     from lingconv.verification.forward import compare_forward
 
     if any(finding.kind not in _LAST for finding in findings) or mtp == Mtp.ONLY:
@@ -211,6 +211,6 @@ def _forward_findings(forward: ForwardFigures | None, thresholds: Thresholds) ->
 
 
 def _rank(finding: Finding) -> int:
-    """Return where a finding belongs: causes before what follows from them, broken files first."""
+    """Return the sort key of a finding: broken files first, causes before their consequences."""
     order = (*_ORDER, *_LAST)
     return order.index(finding.kind) if finding.kind in order else -1

@@ -1,1 +1,1 @@
-"""The Codec of each encoding: stored bytes to numbers and back, by the loops in `kernels/`."""
+"""The Codec of each encoding: stored bytes to numbers and back, with the loops in `kernels/`."""

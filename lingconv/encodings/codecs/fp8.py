@@ -1,4 +1,4 @@
-"""FP8: codes of e4m3 times the scale of their block."""
+"""The codec of FP8: e4m3 codes times the scale of their block."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Fp8Codec:
         self._encoding = encoding
 
     def decode(self, rows: StoredRows, first: int, values: Array) -> bool:
-        """Fill `values` with code x scale, in float32 or rounded to BF16."""
+        """Fill `values` with code x scale, as float32 or rounded to BF16."""
         encoding = self._encoding
         codes = rows.buffers.take("read", values.shape, np.uint8)
         rows.read_rows(first, codes)
@@ -45,7 +45,7 @@ class Fp8Codec:
         *,
         allow_nonfinite: bool,
     ) -> Encoded:
-        """Return codes and scales: amax / 448 of each block, rounded as it is stored."""
+        """Return codes and scales; a scale is amax / 448 of its block, rounded to its dtype."""
         encoding = self._encoding
         block_rows, block_cols = encoding.block(place.height, place.cols)
         codes = buffers.take("write", values.shape, np.uint8, like=place.offset)
@@ -65,7 +65,7 @@ class Fp8Codec:
         return Encoded([codes, encode_scales(scales, encoding.scale_dtype)], bad_row)
 
     def scales(self, rows: StoredRows, first: int, num_rows: int) -> Array:
-        """Return the scales of the blocks that rows lie in, as float32 [block rows, cols]."""
+        """Return the scales of the blocks that contain rows, float32 [block rows, block cols]."""
         encoding = self._encoding
         top, bottom = encoding.scale_rows(first, num_rows, rows.height)
         width = encoding.grid(rows.height, rows.cols)[1]
@@ -76,13 +76,13 @@ class Fp8Codec:
 
 
 def scale_grid(encoding: Fp8, place: RowRange) -> tuple[int, int]:
-    """Return how many blocks rows have each way."""
+    """Return the numbers of blocks of rows: down and across."""
     block_rows, block_cols = encoding.block(place.height, place.cols)
     return -(-place.num_rows // block_rows), -(-place.cols // block_cols)
 
 
 def scale_rounding(encoding: Fp8, scaling: Scaling) -> int:
-    """Return how scales have to be rounded, so that storing them changes nothing."""
+    """Return the kernel's rounding mode for scales, so that storing them is exact."""
     if scaling.power_of_two:
         return fp8_encode.SCALE_UE8M0
     is_bf16 = encoding.scale_dtype == DType.BF16
@@ -102,7 +102,7 @@ def decode_scales(raw: Array, dtype: DType) -> Array:
 
 
 def encode_scales(scales: Array, dtype: DType) -> Array:
-    """Return float32 scales, rounded for `dtype` already, in their stored form."""
+    """Return float32 scales, already rounded to `dtype`, in their stored form."""
     bits = scales.view(np.uint32)
     if dtype == DType.BF16:
         return (bits >> 16).astype(np.uint16)

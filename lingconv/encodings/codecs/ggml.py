@@ -1,4 +1,4 @@
-"""ggml's blocks, by the kernels that equal ggml's own bits."""
+"""The codec of ggml's blocks; its kernels equal ggml bit for bit."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from lingconv.encodings.ggml import Ggml
 from lingconv.encodings.kernels import ggml_decode, ggml_encode, numeric
 from lingconv.encodings.scaling import Scaling
 
-# From 2^17 on, the squared sums of ggml's searches leave float32, and a block may end up as zeros.
+# From 2^17 on, sums of squares in ggml's searches overflow float32, and a block may become zeros.
 _SQUARES_OVERFLOW = 17
 _ANY_EXPONENT = 128
 
@@ -36,7 +36,7 @@ class GgmlCodec:
         *,
         allow_nonfinite: bool,
     ) -> Encoded:
-        """Return the blocks; a row is bad with numbers, or F16 scales, beyond measure."""
+        """Return the blocks; rows with numbers or F16 scales out of range are bad."""
         wide = _widened(values, buffers)
         bad_row = _first_untamed(wide)
         kind = self._type
@@ -65,7 +65,7 @@ def _widened(values: Array, buffers: Buffers) -> Array:
 
 
 def _first_untamed(wide: Array) -> int:
-    """Return the first row with a number that would spoil its block, NaN or huge; or -1."""
+    """Return the first row with a NaN, Inf or a number of at least 2^17, or -1."""
     if not numeric.count_beyond(wide.reshape(-1), _SQUARES_OVERFLOW):
         return -1
     tame = np.abs(wide) < 2.0**_SQUARES_OVERFLOW

@@ -13,7 +13,7 @@ from lingconv.encodings.plain import Plain
 from lingconv.encodings.scaling import Scaling
 
 Tensor = torch.Tensor
-# Returns a tensor on the device for a purpose; what it held before is gone.
+# Returns a tensor on the device for a purpose; its former content is overwritten.
 Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
@@ -25,7 +25,7 @@ def upload(raw: Array, tensor: Tensor) -> None:
 
 
 class PlainGpuCodec:
-    """BF16, F16 and F32, converted to one another."""
+    """GPU codec of BF16, F16 and F32."""
 
     def __init__(self, encoding: Plain) -> None:
         self._dtype = TORCH_DTYPES.get(encoding.dtype)
@@ -39,7 +39,7 @@ class PlainGpuCodec:
         return self._dtype is not None
 
     def scale_grid(self, place: RowRange) -> tuple[int, int]:
-        """Return that there are no scales."""
+        """Return (0, 0): there are no scales."""
         return 0, 0
 
     def decode(
@@ -51,7 +51,7 @@ class PlainGpuCodec:
         flag: Tensor,
         take: Take,
     ) -> None:
-        """Queue the copy of stored numbers, and their conversion where it takes one."""
+        """Queue the upload of stored numbers, and their conversion if dtypes differ."""
         if self._dtype == values.dtype:
             upload(stored, values)
             return
@@ -68,7 +68,7 @@ class PlainGpuCodec:
         flag: Tensor,
         take: Take,
     ) -> Tensor:
-        """Return the values, or queue their rounding."""
+        """Return the values themselves, or a tensor of them rounded."""
         if values.dtype == self._dtype:
             return values
         rounded = take("encoded", values.shape, self._float)
@@ -87,7 +87,7 @@ class PlainGpuCodec:
 
 
 class Fp8GpuCodec:
-    """E4M3 with scales in a tensor of their own."""
+    """GPU codec of e4m3 with scales in a tensor of their own."""
 
     def __init__(self, encoding: Fp8) -> None:
         self._encoding = encoding
@@ -97,11 +97,11 @@ class Fp8GpuCodec:
         return cuda.can_dequantize(self._encoding.block(height, cols)[1], cols)
 
     def can_encode(self, height: int, cols: int) -> bool:
-        """Return whether a program of the kernel can hold a block."""
+        """Return whether a block fits a program of the kernel."""
         return cuda.can_quantize(*self._encoding.block(height, cols))
 
     def scale_grid(self, place: RowRange) -> tuple[int, int]:
-        """Return how many blocks rows have each way."""
+        """Return the numbers of blocks of rows: down and across."""
         return scale_grid(self._encoding, place)
 
     def decode(
@@ -113,7 +113,7 @@ class Fp8GpuCodec:
         flag: Tensor,
         take: Take,
     ) -> None:
-        """Queue code x scale, matrix by matrix of a stack."""
+        """Queue the decoding to code x scale, matrix by matrix of a stack."""
         if scales is None:
             raise AssertionError("FP8 has scales")
         encoding = self._encoding
@@ -138,7 +138,7 @@ class Fp8GpuCodec:
         flag: Tensor,
         take: Take,
     ) -> Tensor:
-        """Queue the quantization of rows; `scales` are filled."""
+        """Queue the quantization of rows, which fills `scales`; return the codes."""
         codes = take("encoded", values.shape, torch.uint8)
         block = self._encoding.block(place.height, place.cols)
         rounding = scale_rounding(self._encoding, scaling)
@@ -146,5 +146,5 @@ class Fp8GpuCodec:
         return codes
 
     def stored_parts(self, elements: Array, scales: Array) -> list[Array]:
-        """Return the codes, and the scales as they are stored."""
+        """Return the codes, and the scales in their stored dtype."""
         return [elements, encode_scales(scales, self._encoding.scale_dtype)]

@@ -1,4 +1,4 @@
-"""Numbers without scales: copied, widened or rounded."""
+"""The codec of plain numbers: copied, widened or rounded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ class PlainCodec:
         self._dtype = encoding.dtype
 
     def decode(self, rows: StoredRows, first: int, values: Array) -> bool:
-        """Fill `values`: as they are stored, or widened to float32."""
+        """Fill `values` with the stored numbers, unchanged or widened to float32."""
         return _DECODERS[self._dtype, values.dtype](rows, first, values)
 
     def encode(
@@ -49,7 +49,7 @@ class PlainCodec:
 
 def _read(rows: StoredRows, first: int, values: Array) -> bool:
     rows.read_rows(first, values)
-    return False  # nobody has to look at the values to read them
+    return False  # a plain read does not look at the values
 
 
 def _bf16_to_f32(rows: StoredRows, first: int, values: Array) -> bool:
@@ -97,7 +97,7 @@ _DECODERS: dict[tuple[DType, np.dtype[Any]], Callable[[StoredRows, int, Array], 
 
 
 def _as_they_are(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
-    return Encoded([values])  # whoever decoded them has looked
+    return Encoded([values])  # decoding has checked them
 
 
 def _f32_to_bf16(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
@@ -115,7 +115,7 @@ def _f32_to_f16(values: Array, place: RowRange, buffers: Buffers) -> Encoded:
 
 
 def _first_infinite(rounded: Array, infinity: int) -> int:
-    """Return the first row with NaN or Inf, all of whose exponent bits are set."""
+    """Return the first row with a NaN or Inf (all exponent bits set); there must be one."""
     bad = (rounded.view(np.uint16) & infinity) == infinity
     return int(bad.any(axis=1).argmax())
 

@@ -1,10 +1,10 @@
-"""Compiled kernels that come with the package.
+"""Ahead-of-time compiled kernels, which are part of wheels.
 
-    prebuilt/manifest.json     what they were made with, and of which sources
-    prebuilt/x86-64-v3/NAME    numba's own form of one kernel for some types
+    prebuilt/manifest.json     versions that compiled them, and the digest of their sources
+    prebuilt/x86-64-v3/NAME    numba's serialized form of one kernel for some types
 
-They are made when a wheel is built (`hatch_build.py`), and are used only by the Python and the
-numba that made them, for the very sources that lie beside them.
+They are compiled when a wheel is built (`hatch_build.py`), and used only if Python, numba and the
+digest of the kernels' sources are the same.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _OTHERS: Final = (
     "aot_build",
     "fp8_triton",
     "hatch_build",
-)  # modules that have nothing for numba
+)  # modules without kernels
 
 
 @dataclass(frozen=True, slots=True)
 class CpuLevel:
-    """A kind of processors as LLVM names it, what they all have, and how to compile for them."""
+    """A level of CPUs: LLVM's name, the features that all of them have, and LLVM's tuning."""
 
     cpu: str
     features: tuple[str, ...]
@@ -40,7 +40,7 @@ class CpuLevel:
 
 _V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse4.2")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-_VBMI = (*_V4, "avx512vbmi")  # Ice Lake, Zen 4 and what came after them: see octaves.py
+_VBMI = (*_V4, "avx512vbmi")  # Ice Lake, Zen 4 and later: see fp8_table.py
 # The best one first. Levels of the x86-64 psABI: https://gitlab.com/x86-psABIs/x86-64-ABI
 LEVELS: Final[Mapping[str, tuple[CpuLevel, ...]]] = {
     "x86_64": (CpuLevel("x86-64-v4", _VBMI, "-prefer-256-bit"), CpuLevel("x86-64-v3", _V3)),
@@ -49,13 +49,13 @@ LEVELS: Final[Mapping[str, tuple[CpuLevel, ...]]] = {
 
 
 class ShippedKernels:
-    """The compiled kernels for one level of processors."""
+    """The compiled kernels for one level of CPUs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, function: Callable[..., Any], types: Any) -> Any:
-        """Return what numba makes a compiled function of, or None where it is not there."""
+        """Return the data from which numba restores a compiled function, or None if missing."""
         try:
             return pickle.loads((self._folder / _file_name(function, types)).read_bytes())
         except FileNotFoundError:
@@ -69,7 +69,7 @@ def _file_name(function: Callable[..., Any], types: Any) -> str:
 
 @cache
 def shipped_for_this_machine() -> ShippedKernels | None:
-    """Return the compiled kernels that this processor, Python and numba can use, or None."""
+    """Return the compiled kernels for this CPU, Python and numba, or None."""
     try:
         if json.loads((_SHIPPED / _MANIFEST).read_text()) != _manifest():
             return None
@@ -86,7 +86,7 @@ def shipped_for_this_machine() -> ShippedKernels | None:
 
 @cache
 def sources_digest() -> str:
-    """Return a digest of all that kernels are compiled from."""
+    """Return the digest of all sources of the kernels."""
     sources = hashlib.sha256()
     for path in sorted(_SOURCES.glob("*.py")):
         sources.update(path.read_bytes())

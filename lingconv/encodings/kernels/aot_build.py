@@ -1,4 +1,4 @@
-"""aot_build."""
+"""Ahead-of-time compilation of all kernels, when a wheel is built."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from lingconv.encodings.kernels.aot import (
 
 
 def build(folder: Path) -> None:
-    """Compile all kernels into `folder`, for every level of this machine's kind of processors.
+    """Compile all kernels into `folder`, for every level of this machine's CPU architecture.
 
-    Raises CalledProcessError when numba could not compile one.
+    Raises CalledProcessError if numba fails to compile one.
     """
     folder.mkdir(parents=True)
     levels = LEVELS.get(platform.machine(), ())
@@ -35,7 +35,7 @@ def build(folder: Path) -> None:
 
 
 def _start(level: CpuLevel, folder: Path) -> "subprocess.Popen[bytes]":
-    """Begin to compile for one level, in a process because numba knows one processor in each."""
+    """Return a process that compiles for one level; numba has one target CPU per process."""
     features = [*(f"+{name}" for name in level.features), *filter(None, [level.tuning])]
     target = {"NUMBA_CPU_NAME": level.cpu, "NUMBA_CPU_FEATURES": ",".join(features)}
     command = [
@@ -48,7 +48,7 @@ def _start(level: CpuLevel, folder: Path) -> "subprocess.Popen[bytes]":
 
 
 def _build_level(folder: Path) -> None:
-    """Compile every kernel for the processor that numba's environment names."""
+    """Compile every kernel for the CPU in numba's environment variables."""
     from lingconv.encodings.kernels.jit import kernels
 
     for path in _SOURCES.glob("*.py"):

@@ -1,14 +1,14 @@
-"""How far two matrices are apart, block by block, compiled by numba.
+"""Differences between two matrices, block by block, compiled by numba.
 
 Shapes: matrices are M x N, of BF16 (as uint16), float32, or, on the right, e4m3 (as uint8) to be
-multiplied by a scale for each block; in blocks of BM x BN. Per block the
-kernel adds up `NUM_SUMS` numbers (the names below), so that a tensor's figures and its worst block
-come out of one pass. Elements that are NaN or Inf on either side are left out of the sums.
+multiplied by a scale for each block; in blocks of BM x BN. Per block the kernel accumulates
+`NUM_SUMS` numbers (the names below), so that one pass gives a tensor's figures and its worst block.
+Elements that are NaN or Inf on either side are left out of the sums.
 
-The loop over a line of a block knows only sums and maxima, which stay in SIMD lanes: whatever they
-say about the line (something is not finite, zero, or too large) is looked into by a second, slower
-loop, which good checkpoints hardly ever need. Products are summed in float32 within a line and in
-float64 beyond it; `reassoc` allows lanes, and which bits the sums end with does not matter here.
+The loop over a line of a block accumulates sums and maxima only, which stay in SIMD lanes. If they
+show that an element is not finite, zero or too large, a second, slower loop counts these; good
+checkpoints hardly ever need it. Products are summed in float32 within a line and in float64 across
+lines; `reassoc` allows SIMD lanes, because the last bits of the sums do not matter here.
 """
 
 from typing import Any, Final
@@ -38,7 +38,7 @@ _COMPARE: Final = INT, INT, INT, FLOAT, FLOAT, FLOAT, F32, types.float64[:, :, :
 
 
 def _scaled(value: Any, scale: Any) -> Any:
-    """Return the number that an element of the right matrix stands for."""
+    """Return the number of an element of the right matrix, with the scale applied to e4m3."""
 
 
 @overload(_scaled)
@@ -70,10 +70,10 @@ def compare(
     scales: Array,
     sums: Array,
 ) -> None:
-    """Add what two matrices have in common and apart to `sums` [rows, cols of blocks, NUM_SUMS].
+    """Add the sums over two matrices to `sums` [block rows, block cols, NUM_SUMS].
 
     The matrices start `first_row` rows below the top of the first row of blocks; `scales` (float32)
-    has a number for each block, in whose units `floor` and `ceiling` are.
+    has a number for each block, which is the unit of `floor` and `ceiling`.
     """
     rows, cols = left.shape
     slope = float32(relative)
@@ -118,11 +118,11 @@ def compare(
                 sums[block_row, block_col, PEAK] = top
 
 
-# Slices handed to a function would cost more than the whole line: hence `where`, a place in both
-# matrices and in the grid of blocks (row, first and last column, row and column of the block).
+# Passing slices to a function would cost more than the whole line: hence `where`, a position in
+# both matrices and in the grid of blocks (row, first and last column, row and column of the block).
 @helper
 def _count_extremes(left: Array, right: Array, where: Any, highest: Any, sums: Array) -> None:
-    """Count what became zero, and what was cut off."""
+    """Count the elements that are zero on the right only, and those above `highest`."""
     row, begin, end, block_row, block_col = where
     for col in range(begin, end):
         size = abs(load(left[row, col]))
@@ -143,7 +143,7 @@ def _look_closely(
     scale: Any,
     sums: Array,
 ) -> None:
-    """Add up a line in which something is NaN or Inf, one element after the other."""
+    """Add the sums of a line that contains NaN or Inf, element by element."""
     row, begin, end, block_row, block_col = where
     total = sums[block_row, block_col]
     for col in range(begin, end):
@@ -168,7 +168,7 @@ def _look_closely(
 
 @kernel(*((left, right) for left in (BF16, F32) for right in (BF16, F32)))
 def count_different(left: Array, right: Array) -> int:
-    """Return how many elements differ in their bits as float32: -0 from 0, one NaN from another."""
+    """Return the number of elements whose float32 bits differ: -0 from 0, one NaN from another."""
     rows, cols = left.shape
     different = 0
     for row in range(rows):

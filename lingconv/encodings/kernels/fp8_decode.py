@@ -1,7 +1,8 @@
-"""FP8 e4m3 with scales to matrices of BF16 or float32, compiled by numba.
+"""Decoding of FP8 e4m3 with scales to BF16 or float32, compiled by numba.
 
-Shapes as in `fp8.py`. Rounding is to nearest, ties to even. Almost every row is made of whole
-chunks (`chunks.py`), has no NaN and scales of a common size; the long way has all the answers.
+Shapes as in `fp8_encode.py`. Rounding is to nearest, ties to even. The fast path is for rows of
+whole chunks (`tiles.py`) without NaN and with scales of ordinary size, which are almost all; the
+slow path handles everything.
 """
 
 from typing import Any, Final
@@ -26,8 +27,8 @@ from lingconv.encodings.kernels.tiles import CHUNK, LINE, PAIRS, chunks_of_block
 _EXPONENT: Final = 0x7F800000
 _MAGNITUDE: Final = 0x7FFFFFFF
 _NAN_CODE: Final = 0x7F
-_BIAS: Final = 2.0**120  # what e4m3 is too small by, with its bits in the places of float32's
-_MOST_SCALE: Final = 2.0**7  # leaves room for it
+_BIAS: Final = 2.0**120  # the factor by which an e4m3 code, placed in float32's bits, is too small
+_MOST_SCALE: Final = 2.0**7  # so that scale x 2^120 stays finite
 
 
 @kernel((BYTES, F32, BF16, INT, INT, INT), (BYTES, F32, F32, INT, INT, INT))
@@ -39,10 +40,10 @@ def dequantize(
     block_cols: int,
     first_row: int,
 ) -> int:
-    """Write float32(q) * scale, rounded once to BF16 (uint16) or kept as float32.
+    """Fill `target` with float32(q) * scale, rounded once to BF16 (uint16) or kept as float32.
 
     `source` (uint8, M x N) starts `first_row` rows below the top of the first row of `scales`.
-    Returns how many rows have a product that is not finite.
+    Returns the number of rows with a product that is not finite.
     """
     rows, cols = source.shape
     chunks = cols // CHUNK if has_chunks(cols, block_cols) else 0
@@ -64,7 +65,7 @@ def dequantize(
 def _decode_chunks(
     source: Any, target: Any, row: Any, scales: Any, scale_row: Any, block_cols: Any
 ) -> Any:
-    """Decode a row of whole chunks without a NaN; fetch the next one."""
+    """Decode a row of whole chunks without NaN; prefetch the next one."""
 
 
 @overload(_decode_chunks, inline="always")
@@ -106,13 +107,13 @@ def _decode_chunks_overload(
 
 @helper
 def _small_float(bits: Any) -> Any:
-    """Return the float32 that a sign-extended e4m3 code is in the place of; 2^120 too small."""
+    """Return the float32 with a sign-extended e4m3 code in its bits; it is 2^120 too small."""
     return float_of(uint32(uint32(bits) & uint32(0x87F00000)))
 
 
 @helper
 def _pair_of_numbers(codes: Any, factor: Any) -> Any:
-    """Decode two e4m3 in a word to two BF16."""
+    """Return two BF16, decoded from two e4m3 in a word."""
     word = int32(codes)
     low = float_bits(_small_float(int32(word << int32(24)) >> int32(4)) * factor)
     high = float_bits(_small_float(word << int32(12)) * factor)
@@ -122,7 +123,7 @@ def _pair_of_numbers(codes: Any, factor: Any) -> Any:
 
 @helper
 def _rounded(bits: Any) -> Any:
-    """Return the bits of a finite float32 with those of its BF16 in the upper half."""
+    """Return the bits of a finite float32, rounded so that the upper half is its BF16."""
     odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
     return uint32(uint32(bits + uint32(0x7FFF)) + odd)
 

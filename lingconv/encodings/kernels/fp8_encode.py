@@ -1,12 +1,12 @@
-"""Matrices of BF16 or float32 to FP8 e4m3 with scales, compiled by numba.
+"""Encoding of BF16 or float32 to FP8 e4m3 with scales, compiled by numba.
 
 Shapes: a matrix is M x N, in blocks of BM x BN, with scales of ceil(M/BM) x ceil(N/BN); edge blocks
-are smaller. BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always.
+are smaller. BF16 is passed as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always.
 Every kernel equals torch bit for bit (tests/test_kernels.py).
 
-The kernel goes through whole rows of all blocks side by side, as memory likes it. Almost everything
-takes the short way: blocks of whole chunks (`chunks.py`), numbers that are finite, scales that are
-neither huge nor tiny. The long way has all the answers.
+The kernel processes whole rows across all blocks, which is memory order. The fast path is for
+blocks of whole chunks (`tiles.py`) with finite numbers and scales that are neither huge nor tiny,
+which are almost all; the slow path handles everything.
 """
 
 from typing import Any, Final
@@ -30,7 +30,7 @@ from lingconv.encodings.kernels.jit import BF16, BOOL, BYTES, F32, FLOAT, INT, h
 from lingconv.encodings.kernels.numeric import Array, bf16_from_bits, float_bits, float_of, load
 from lingconv.encodings.kernels.tiles import CHUNK, LINE, PAIRS, chunks_of_block, has_chunks, spread
 
-# How `quantize` rounds a scale before it is used.
+# Rounding modes of `quantize` for scales, which are rounded before they are used.
 SCALE_F32: Final = 0
 SCALE_BF16: Final = 1
 SCALE_UE8M0: Final = 2
@@ -46,7 +46,7 @@ _SUBNORMAL_MAGIC_BITS: Final = 0x46800000
 _MIN_UE8M0_BITS: Final = 0x00400000  # 2^-127
 _MAX_FINITE_POWER_BITS: Final = 0x7F000000  # 2^127
 
-# Scales between these leave room for the factors below and for every product and quotient.
+# With scales between these, the factors below and all products and quotients stay in range.
 _LEAST_SCALE: Final = 2.0**-90
 _MOST_SCALE: Final = 2.0**90
 _ONES: Final = 0x7FFFFF  # a mantissa of ones, see `_quotient`
@@ -58,7 +58,7 @@ _WORTH_A_TABLE: Final = 8  # rows
 
 @helper
 def _e4m3(value: Any) -> Any:
-    """Round a float32 to e4m3fn: saturates at 448, keeps the sign of zero, NaN stays NaN."""
+    """Return the e4m3fn code of a float32: saturates at 448, keeps -0 and NaN."""
     bits = float_bits(value)
     sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
     magnitude = uint32(bits & uint32(_MAGNITUDE))
@@ -76,7 +76,7 @@ def _e4m3(value: Any) -> Any:
 
 @helper
 def _round_scale(scale: Any, rounding: Any) -> Any:
-    """Round a scale (>= 0, finite) as it is going to be stored; zero becomes one."""
+    """Return a scale (>= 0, finite) rounded to its stored dtype; zero becomes one."""
     bits = float_bits(scale)
     if rounding == SCALE_BF16:
         bits = uint32(uint32(bf16_from_bits(bits)) << uint32(16))
@@ -91,13 +91,13 @@ def _round_scale(scale: Any, rounding: Any) -> Any:
     return float32(1.0) if rounded == float32(0.0) else rounded
 
 
-# An element is BF16 (uint16 bits) or float32: numba picks the body by its type.
+# An element is BF16 (uint16 bits) or float32: numba selects the overload by type.
 def _magnitude(value: Any) -> Any:
     """Return the element's bits without the sign, in its own width; they order like |value|."""
 
 
 def _from_magnitude(magnitude: Any) -> Any:
-    """Return the float32 that `_magnitude` came from, without its sign."""
+    """Return the absolute value, as float32, of a `_magnitude`."""
 
 
 def _is_nonfinite(magnitude: Any) -> Any:
@@ -105,7 +105,7 @@ def _is_nonfinite(magnitude: Any) -> Any:
 
 
 def _new_magnitudes(line: Any) -> Any:
-    """Return room for a magnitude of each element of a line."""
+    """Return an array for the magnitudes of a line's elements."""
 
 
 @overload(_magnitude)
@@ -169,8 +169,8 @@ def quantize(
     """Quantize a matrix (BF16 as uint16, or float32) into `target` (uint8) and `scales` (float32).
 
     Per block: scale = max(amax, min_amax) / 448, rounded as `rounding` says; element = w / scale.
-    Returns -1, or the first row of the first block with a NaN or Inf unless those are allowed; then
-    amax ignores them, Inf saturates and NaN stays NaN.
+    Returns -1, or the first row of the first block with a NaN or Inf; if those are allowed, amax
+    ignores them, Inf saturates and NaN stays NaN.
     """
     rows, cols = source.shape
     peaks = _new_magnitudes(source[0])
@@ -212,7 +212,7 @@ def _is_plain_scale(scale: Any) -> Any:
 
 @helper
 def _set_reciprocals(scales: Array, into: Array) -> None:
-    """Give each block the two halves of the reciprocal of its lowered scale."""
+    """Fill `into` [blocks, 2] with 1 / (scale / 2^7), as a float32 and its remainder."""
     for block in range(scales.size):
         scale = scales[block] * float32(1 / _LIFT)
         reciprocal = float32(1) / scale
@@ -222,7 +222,7 @@ def _set_reciprocals(scales: Array, into: Array) -> None:
 
 @helper
 def _find_peaks(source: Array, first: int, last: int, peaks: Array) -> None:
-    """Raise each column's peak to its largest magnitude in some rows, four of them at a time."""
+    """Update each column's largest magnitude with rows `first` to `last`, four rows at a time."""
     fours = first + (last - first) // 4 * 4
     for row in range(first, fours, 4):
         for col in range(peaks.size):
@@ -263,11 +263,11 @@ def _encode_long(line: Array, out: Array, divisors: Array) -> None:
 
 @helper
 def _quotient(value: Any, reciprocal: Any, rest: Any) -> Any:
-    """Return BF16 value / scale, rounded once, for the two halves of the reciprocal of a scale.
+    """Return BF16 value / scale, rounded once, from the scale's reciprocal and its remainder.
 
-    The product is off by some 2^-47 before it is rounded. Of all pairs of mantissas, eleven are
-    rounded to the wrong neighbour, one of them where e4m3 notices: 1 / (a mantissa of ones), for
-    which reason such a scale is not a plain one. tests/test_kernels.py tries all of them.
+    The product has an error of about 2^-47 before it is rounded. Of all pairs of mantissas, eleven
+    are rounded to the wrong neighbour, and one of these changes the e4m3 code: 1 / (a mantissa of
+    ones). Scales with such a mantissa take the slow path. tests/test_kernels.py tries all pairs.
     """
     return fused(value, reciprocal, value * rest)
 
@@ -277,9 +277,9 @@ def _short_code(quotient: Any) -> Any:
     """Return the e4m3 code of |w| / scale, at most 464, in the low byte; `quotient` is lifted.
 
     Adding 2^(e + 20) to a number of exponent e rounds it to e4m3's three bits of mantissa, and
-    leaves them, with the one before them, in the low bits of the sum, whose exponent says e. Here
-    the number is lowered by 2^20 instead. The lift by 2^7 makes exponent and mantissa, added, the
-    code without a constant more.
+    leaves them, with the leading one, in the low bits of the sum, whose exponent field gives e.
+    Here the number is divided by 2^20 instead. The lift (a factor of 2^7) makes the sum of exponent
+    and mantissa equal to the code, without another constant.
     """
     exponent = max(uint32(float_bits(quotient) & uint32(_EXPONENT)), uint32(_LEAST_LIFTED))
     bits = float_bits(fused(quotient, float32(2.0**-20), float_of(exponent)))
@@ -288,7 +288,7 @@ def _short_code(quotient: Any) -> Any:
 
 @helper
 def room_for(blocks: int) -> Any:
-    """Return what encoding a row of blocks works with: reciprocals, octaves, least normals."""
+    """Return the work arrays for a row of blocks: reciprocals, octaves, least normals."""
     return (
         np.empty((blocks, 2), np.float32),
         np.empty((blocks, MANTISSAS), np.uint8),
@@ -301,12 +301,11 @@ def _encode_chunks(
 ) -> Any:
     """Encode rows `first` to `last`, one row of blocks, finite and of whole chunks.
 
-    Processors read ahead where they are read from; what is read next lies behind these rows, and is
-    asked for here.
+    CPUs prefetch within the rows on their own; the next row of blocks is prefetched here.
     """
 
 
-# Indices instead of slices: numba counts each slice, which takes longer than some of the rows.
+# Indices instead of slices: numba counts references of slices, which takes longer than some rows.
 @overload(_encode_chunks)
 def _encode_chunks_overload(
     source: Any, target: Any, first: Any, last: Any, scales: Any, block_cols: Any, room: Any
@@ -353,7 +352,7 @@ def encode_bf16_by_product(
     block_cols: int,
     room: Any,
 ) -> None:
-    """Encode rows of BF16, two in a word, with the reciprocals of their scales."""
+    """Encode rows of BF16, two numbers per word, with the reciprocals of their scales."""
     rows, chunks = source.shape[0], source.shape[1] // CHUNK
     words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
     codes = target.view(np.uint16).reshape(rows, chunks, PAIRS)
@@ -382,7 +381,7 @@ def encode_bf16_by_table(
     block_cols: int,
     room: Any,
 ) -> None:
-    """Encode rows of BF16, 64 at once, with an octave of their block; small ones by product."""
+    """Encode rows of BF16, 64 numbers at once, by their block's table; small ones by product."""
     rows, chunks = source.shape[0], source.shape[1] // CHUNK
     numbers, bytes_of_codes = source.reshape(-1), target.reshape(-1)
     words = source.view(np.uint32).reshape(rows, chunks, PAIRS)
@@ -419,7 +418,7 @@ def _code_of(number: Any, scale: Any) -> Any:
 
 @helper
 def _pair_of_codes(word: Any, reciprocal: Any, rest: Any) -> Any:
-    """Encode two BF16 in a word: neighbours need no shuffling that way."""
+    """Return the codes of two BF16 in a word; adjacent numbers need no shuffles that way."""
     left = float_of(uint32(uint32(word << uint32(16)) & uint32(_MAGNITUDE)))
     right = float_of(uint32(word & uint32(0x7FFF0000)))
     low = _short_code(_quotient(left, reciprocal, rest))

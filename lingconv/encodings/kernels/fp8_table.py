@@ -1,8 +1,8 @@
-"""BF16 to e4m3 by table, where a processor looks up 64 bytes at once.
+"""BF16 to e4m3 by table, for CPUs that look up 64 bytes at once (AVX512-VBMI).
 
-What a quotient is rounded to depends on its mantissa, and its exponent counts in eights: from one
-octave to the next, the code grows by 8. So an octave of a block, which has 128 BF16 mantissas, says
-it for all numbers that become normal e4m3. The few that are smaller are left to others.
+The code of a quotient depends on its mantissa, plus 8 times its exponent: from one octave (power of
+two) to the next, the code grows by 8. A block's table of one octave, with its 128 BF16 mantissas,
+therefore gives the code of every number that becomes a normal e4m3. The caller encodes the others.
 """
 
 from typing import Any, Final
@@ -32,16 +32,16 @@ _LOOK_UP = "llvm.x86.avx512.vpermi2var.qi.512"  # VPERMI2B: two registers are th
 
 
 def can_look_up() -> bool:
-    """Return whether the processor that numba compiles for has the instruction (AVX512-VBMI)."""
+    """Return whether numba's target CPU has the instruction (AVX512-VBMI)."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return "+avx512vbmi," in f"{features},"
 
 
 @helper
 def fill_octave(scale: Any, code_of: Any, into: Array) -> None:
-    """Fill a table [128] with the codes of the octave that the scale is in, for exponent 0.
+    """Fill a table [128] with the codes of the scale's octave, reduced to exponent 0.
 
-    `code_of` rounds a float32 to e4m3; bytes carry over.
+    `code_of` rounds a float32 to e4m3; bytes wrap around.
     """
     octave = uint32(float_bits(scale) & uint32(_EXPONENT))
     eights = uint32(octave >> uint32(20))
@@ -73,8 +73,8 @@ def encode_64(
 ) -> Any:
     """Encode 64 BF16 with the table of their block; return whether any was below `least`.
 
-    `numbers` (uint16) and `codes` (uint8) are lines, `at` the place in both; `tables` is
-    [blocks, 128]. Codes of what was below are to be written again.
+    `numbers` (uint16) and `codes` (uint8) are lines, `at` the index in both; `tables` is
+    [blocks, 128]. The caller has to encode numbers below `least` again.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -92,7 +92,7 @@ def encode_64(
             return [builder.load(place, align=_ALIGNED_TO) for place in places]
 
         def bytes_of(words: list[Any], first: int) -> Any:
-            """Return every second byte of words."""
+            """Return every second byte of `words`."""
             low, high = (builder.bitcast(word, _BYTES) for word in words)
             return builder.shuffle_vector(low, high, in_order(range(first, 2 * ENCODED, 2)))
 

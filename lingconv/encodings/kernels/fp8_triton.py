@@ -1,9 +1,9 @@
-"""The kernels of `fp8.py` and `numeric.py` for CUDA devices, in Triton: the same bits.
+"""The kernels of `fp8_encode.py`, `fp8_decode.py` and `numeric.py` in Triton, with the same bits.
 
 Tensors are contiguous and on one device: BF16, F16 and F32 under torch's dtypes, e4m3 codes as
-uint8, scales as float32. Whoever calls makes the device and the stream current. What is not finite
-is only noted, in `odd` (int32 [1], zero before): then the results are not to be used, and the CPU's
-kernels tell what it was, or what is to become of it.
+uint8, scales as float32. The caller makes the device and the stream current. A number that is not
+finite only sets `odd` (int32 [1], zero before): the results must then not be used, and the caller
+runs the CPU's kernels, which report or handle it.
 
 Quotients, products and roundings are IEEE's, to nearest, ties to even. Each element is read once
 and written once.
@@ -25,10 +25,10 @@ _MAGNITUDE: Final = tl.constexpr(0x7FFFFFFF)
 _E4M3_MAX: Final = tl.constexpr(E4M3_MAX)
 _BF16_SCALE: Final = tl.constexpr(SCALE_BF16)
 _UE8M0_SCALE: Final = tl.constexpr(SCALE_UE8M0)
-# Scales between these leave room for every product and quotient.
+# With scales between these, all products and quotients stay in range.
 _LEAST_SCALE: Final = tl.constexpr(2.0**-90)
 _MOST_SCALE: Final = tl.constexpr(2.0**90)
-# A program of `quantize` holds a block; larger ones, and odd ones, are left to the processor.
+# Most elements in a block of a program of `quantize`; the CPU encodes other blocks.
 _LARGEST_BLOCK: Final = 1 << 15
 _LONGEST_ROW: Final = 1 << 15
 _TILE: Final = 1 << 13
@@ -37,7 +37,7 @@ _WARPS: Final = 8
 
 
 def can_quantize(block_rows: int, block_cols: int) -> bool:
-    """Return whether `quantize` takes blocks of this size; a row of whatever length is one."""
+    """Return whether `quantize` supports blocks of this size: powers of two, or single rows."""
     if block_rows == 1:
         return block_cols <= _LONGEST_ROW
     powers = all(size & (size - 1) == 0 for size in (block_rows, block_cols))
@@ -45,7 +45,7 @@ def can_quantize(block_rows: int, block_cols: int) -> bool:
 
 
 def can_dequantize(block_cols: int, cols: int) -> bool:
-    """Return whether `dequantize` takes blocks that are so many columns wide."""
+    """Return whether `dequantize` supports blocks of `block_cols` columns."""
     return block_cols >= cols or _power_of_two_in(block_cols) >= _NARROWEST
 
 
@@ -62,7 +62,7 @@ def quantize(
     min_amax: float,
     rounding: int,
 ) -> None:
-    """Quantize `source` [M, N] into `codes` [M, N] and `scales`, as `fp8.quantize` does."""
+    """Quantize `source` [M, N] into `codes` [M, N] and `scales`, as `fp8_encode.quantize` does."""
     rows, cols = source.shape
     block_rows, block_cols = block
     grid = (scales.shape[0], scales.shape[1])
@@ -90,7 +90,7 @@ def dequantize(
     block: tuple[int, int],
     first_row: int,
 ) -> None:
-    """Write code x scale to `target` [M, N], as `fp8_decode.dequantize` does."""
+    """Fill `target` [M, N] with code x scale, as `fp8_decode.dequantize` does."""
     rows, cols = codes.shape
     block_rows, block_cols = block
     whole = 1024 if block_cols >= cols else _power_of_two_in(block_cols)
@@ -115,7 +115,7 @@ def dequantize(
 
 
 def convert(source: Tensor, target: Tensor, odd: Tensor) -> None:
-    """Round or widen BF16, F16 and F32 to one another."""
+    """Fill `target` with `source`, rounded or widened between BF16, F16 and F32."""
     count = source.numel()
     _convert[(triton.cdiv(count, _TILE),)](source, target, odd, count, TILE=_TILE, num_warps=_WARPS)
 
@@ -129,7 +129,7 @@ def _note_nonfinite(values, odd):
 
 @triton.jit
 def _round_scale(scale, ROUNDING: tl.constexpr):
-    """Round a scale (>= 0, finite) as it is going to be stored; zero becomes one."""
+    """Return a scale (>= 0, finite) rounded to its stored dtype; zero becomes one."""
     bits = scale.to(tl.int32, bitcast=True)
     if ROUNDING == _BF16_SCALE:
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0x7FFF0000
@@ -161,7 +161,7 @@ def _quantize(
     inside = (row < rows) & (col < cols) & (inner < BLOCK_COLS)
     place = row.to(tl.int64) * cols + col
     values = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
-    # Magnitudes order as their bits do, NaN above all.
+    # Magnitudes have the order of their bits; NaN is the largest.
     peak_bits = tl.max(tl.ravel(values.to(tl.int32, bitcast=True) & _MAGNITUDE), axis=0)
     if peak_bits >= _EXPONENT:
         tl.store(odd, 1)
@@ -179,10 +179,10 @@ def _quantize(
 
 @triton.jit
 def _divide_bf16(values, divisor):
-    """Divide BF16 numbers by scales as IEEE does, where that changes a code of e4m3.
+    """Return BF16 numbers divided by scales, with the same e4m3 codes as IEEE division.
 
-    One correction of a product with the reciprocal is right to the last bit for the quotients that
-    a block of BF16 can have: tests/test_cuda.py tries them all. It loses the sign of a zero.
+    One correction of the product with the reciprocal is exact to the last bit for all quotients in
+    a block of BF16: tests/test_cuda.py tries them all. It loses the sign of a zero.
     """
     inverse = tl.div_rn(1.0, divisor)
     near = values * inverse

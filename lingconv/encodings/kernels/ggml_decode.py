@@ -1,4 +1,4 @@
-"""ggml's quantized blocks -> float32, compiled by numba, equal to gguf-py's numbers bit for bit.
+"""Decoding of ggml's quantized blocks to float32, compiled by numba, equal to gguf-py bit for bit.
 
 Every `dequantize_*` takes `blocks` [blocks, bytes] (uint8) and fills `values` [blocks, elements]
 (float32). Layouts: ggml/src/ggml-common.h in github.com/ggml-org/llama.cpp at 0c1e5709; order of
@@ -66,7 +66,7 @@ def dequantize_q4_1(blocks: Array, values: Array) -> None:
 
 @helper
 def _fifth_bits(block: Array, place: Any) -> Any:
-    """Return the 32 bits at byte `place`: bit i belongs to element i."""
+    """Return the 32 bits at byte `place`: bit i is the fifth bit of element i."""
     bits = uint32(0)
     for index in range(4):
         bits |= uint32(block[place + index]) << uint32(8 * index)
@@ -287,9 +287,9 @@ def dequantize_tq2_0(blocks: Array, values: Array) -> None:
 
 
 def dequantize(kind: GgmlType, blocks: Array, values: Array) -> None:
-    """Decode `blocks` [blocks, bytes] of any type that gguf-py knows.
+    """Decode `blocks` [blocks, bytes] of any type that gguf-py supports.
 
-    The types that are only ever read (IQ1, IQ2, IQ3) are left to gguf-py, which is slower.
+    The types that are only read (IQ1, IQ2, IQ3) are decoded by gguf-py, which is slower.
     """
     decode = DEQUANTIZERS.get(kind)
     if decode is not None:
@@ -297,7 +297,7 @@ def dequantize(kind: GgmlType, blocks: Array, values: Array) -> None:
         return
     import gguf
 
-    with np.errstate(invalid="ignore", over="ignore"):  # whoever asked looks for NaN and Inf
+    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for NaN and Inf
         values[:] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.id))
 
 

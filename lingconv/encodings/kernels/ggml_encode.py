@@ -1,8 +1,8 @@
-"""ggml's quantized blocks: float32 rows -> bytes, compiled by numba, equal to ggml's bit for bit.
+"""Encoding of float32 as ggml's quantized blocks, compiled by numba, equal to ggml bit for bit.
 
 Every `quantize_*` takes `values` [blocks, elements] (float32) and fills `out` [blocks, bytes]
-(uint8), the elements and bytes of one block as ggml/src/ggml-common.h in
-github.com/ggml-org/llama.cpp at 0c1e5709 lays them out. Numbers are little-endian, scales F16.
+(uint8), with the block layouts of ggml/src/ggml-common.h in github.com/ggml-org/llama.cpp at
+0c1e5709. Numbers are little-endian, scales F16.
 Algorithms: ggml/src/ggml-quants.c there. Values must be finite.
 """
 
@@ -45,7 +45,7 @@ _FP4_MIDDLES: Final = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
 
 @helper
 def half_bits(value: Any) -> Any:
-    """Round a float32 to F16, to nearest, ties to even; return the bits."""
+    """Return the bits of a float32 rounded to F16, to nearest, ties to even."""
     bits = float_bits(value)
     sign = uint32(uint32(bits >> uint32(16)) & uint32(0x8000))
     magnitude = uint32(bits & uint32(0x7FFFFFFF))
@@ -80,7 +80,7 @@ def half_value(bits: Any) -> Any:
 
 @helper
 def _put_half(out: Array, block: int, at: int, value: Any) -> Any:
-    """Store a number as F16; return what was stored."""
+    """Store a number as F16; return the stored number."""
     bits = half_bits(value)
     out[block, at] = uint8(bits & uint16(0xFF))
     out[block, at + 1] = uint8(bits >> uint16(8))
@@ -113,7 +113,7 @@ def _extreme(values: Array, block: int) -> Any:
 
 @helper
 def _round_half_away(value: Any) -> Any:
-    """Round as C's roundf does: halves away from zero."""
+    """Return a number rounded as by C's roundf: halves away from zero."""
     magnitude = abs(value)
     whole = float32(np.floor(magnitude))
     whole += float32(1) if magnitude - whole >= float32(0.5) else float32(0)
@@ -150,7 +150,7 @@ def quantize_q4_0(values: Array, out: Array) -> None:
 
 @helper
 def _half(values: Array) -> Any:
-    """Return 16, so that LLVM does not know it: a loop of 16 is unrolled before it becomes SIMD."""
+    """Return 16, hidden from LLVM: it would unroll a constant loop instead of using SIMD."""
     return values.shape[1] // 2
 
 
@@ -182,7 +182,7 @@ def _put_five_bits(
 
 @helper
 def _ordered(value: Any) -> Any:
-    """Return an integer for a finite float32, in the same order: SIMD finds its least and most."""
+    """Return an integer with the order of finite float32: SIMD finds its minimum and maximum."""
     bits = int32(float_bits(value))
     return int32(bits ^ int32(int32(bits >> int32(31)) & int32(0x7FFFFFFF)))
 
@@ -200,7 +200,7 @@ def _put_range(values: Array, out: Array, block: int, levels: int) -> tuple[Any,
         key = _ordered(values[block, i])
         least, most = min(least, key), max(most, key)
     low, high = _from_ordered(least), _from_ordered(most)
-    if low == float32(0):  # of zeros of both signs, the first one
+    if low == float32(0):  # -0.0 and 0.0 compare equal: keep the first one, as ggml does
         for i in range(values.shape[1] - 1, -1, -1):
             low = values[block, i] if values[block, i] == low else low
     scale = (high - low) / float32(levels)
@@ -252,9 +252,9 @@ def quantize_mxfp4(values: Array, out: Array) -> None:
 
 @helper
 def _fp4_index(value: Any, scale: Any) -> Any:
-    """Return the index of the nearest e2m1 number, of two the one nearer to zero, which has one.
+    """Return the index of the nearest e2m1 number; of two, that nearer to zero; 0 for both zeros.
 
-    Near a middle both distances are exact, so that nothing but the middle decides, as in ggml.
+    Near a midpoint both distances are exact in float32, so comparing with it gives ggml's result.
     """
     magnitude = abs(value)
     index = int32(0)
@@ -332,7 +332,7 @@ def _largest(scales: Array, first: int, count: int) -> Any:
 
 @helper
 def _levels_of(values: Array, block: int, steps: Array, low: int, high: int, levels: Array) -> None:
-    """Find the levels of a block of 256, counted from `low`; each x has its own step."""
+    """Fill `levels` for a block of 256, counted from `low`; `steps` has the step of each x."""
     for i in range(256):
         levels[i] = uint8(clamped(values[block, i] / steps[i], low, high) - int32(low))
 
@@ -370,7 +370,7 @@ def quantize_q6_k(values: Array, out: Array) -> None:
 def _keep_q6_levels(
     values: Array, block: int, part: int, state: Array, lane: int, levels: Array
 ) -> None:
-    """Take the levels that the search found, where the rounded scale is 0."""
+    """Fill `levels` with those of the search, for a part whose rounded scale is 0."""
     for i in range(16 * part, 16 * part + 16):
         level = clamped(state[WON_ISCALE + lane] * values[block, i], -32, 31) + 32
         levels[i] = uint8(0 if state[PEAK + lane] < TINY else level)
@@ -388,8 +388,8 @@ def _put_q6_levels(levels: Array, out: Array, block: int) -> None:
             out[block, 128 + 32 * part + i] = uint8(pairs)
 
 
-# Blocks whose sixteen sub-blocks are searched together: enough that those which take longer than
-# the others fill lanes of their own.
+# Number of blocks whose sixteen sub-blocks are searched together: enough that the sub-blocks which
+# take more rounds than the others fill SIMD lanes of their own.
 _Q3_BLOCKS: Final = 256
 
 
@@ -418,7 +418,7 @@ def quantize_q3_k(values: Array, out: Array) -> None:
 def _put_q3_scales(
     scales: Array, first: int, out: Array, block: int, codes: Array, steps: Array
 ) -> None:
-    """Store the scale of scales and 16 scales of 6 bits; fill `steps` with what they come to."""
+    """Store the scale of scales and 16 scales of 6 bits; fill `steps` with their products."""
     own = scales[first : first + 16]
     largest = _largest(own, 0, 16)
     inverse = float32(-32) / largest
@@ -440,7 +440,7 @@ def _put_q3_scales(
 
 @helper
 def _keep_q3_levels(sub_block: Array, state: Array, part: int, levels: Array) -> None:
-    """Search a sub-block again for the levels themselves, where the rounded scale is 0."""
+    """Fill `levels` with those of a repeated search, for a sub-block whose rounded scale is 0."""
     load_lanes(sub_block, 0, 16, state)
     search_scale_moving(state, 16, 4)
     for i in range(16):
@@ -520,7 +520,7 @@ def _put_levels(
     lane: int,
     levels: Array,
 ) -> None:
-    """Find the levels of a sub-block for its rounded scale, or keep the search's where it is 0."""
+    """Fill `levels` for a sub-block's rounded scale; if that is 0, with the search's levels."""
     begin = size * part
     if step != float32(0):
         for i in range(size):
@@ -553,7 +553,7 @@ def _search_k4(parts: Array, first: int, state: Array, top: int, start: Any, ste
 def _put_k4(
     values: Array, block: int, state: Array, lane: int, top: int, out: Array, levels: Array
 ) -> None:
-    """Store F16 scales of scales and minima and eight pairs of 6 bits; find all levels."""
+    """Store F16 scales of scales and minima, and eight pairs of 6 bits; fill `levels`."""
     top_scale, top_min = _largest_two(state, lane, 8)
     to_scale = float32(63) / top_scale if top_scale > float32(0) else float32(0)
     to_min = float32(63) / top_min if top_min > float32(0) else float32(0)
@@ -627,7 +627,7 @@ def quantize_tq1_0(values: Array, out: Array) -> None:
 
 @helper
 def _trits(values: Array, block: int, at: int, step: int, count: int, inverse: Any) -> Any:
-    """Pack `count` levels into a byte: a fraction of 3^5, so that multiplying by 3 unpacks it."""
+    """Return `count` levels in a byte, as a fraction of 3^5: multiplying by 3 unpacks them."""
     packed = 0
     for n in range(5):
         level = 0
@@ -679,7 +679,7 @@ QUANTIZERS: Final = {
     GgmlType.TQ1_0: quantize_tq1_0,
     GgmlType.TQ2_0: quantize_tq2_0,
 }
-# Where a block's F16 scales are, in bytes from its begin.
+# Offsets of a block's F16 scales in bytes.
 SCALES_AT: Final = {
     GgmlType.Q4_0: (0,),
     GgmlType.Q4_1: (0, 2),

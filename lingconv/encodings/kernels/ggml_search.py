@@ -1,16 +1,16 @@
-"""The searches for scales behind ggml's K-quants and IQ4, side by side, compiled by numba.
+"""Scale searches of ggml's K-quants and IQ4, one sub-block per SIMD lane, compiled by numba.
 
-ggml looks for the scale (and the minimum) of 16 or 32 weights by trying some twenty candidates; the
-loops over one such sub-block are chains of float32 sums, whose order decides the bits. Sub-blocks
-do not know each other, though: so each SIMD lane takes one, and every lane keeps ggml's order.
+ggml finds the scale (and the minimum) of 16 or 32 weights by trying about twenty candidates; the
+loops over such a sub-block are chains of float32 sums, whose order decides the bits. Sub-blocks are
+independent, so each SIMD lane has one, and every lane keeps ggml's order.
 Algorithms: ggml/src/ggml-quants.c in github.com/ggml-org/llama.cpp at 0c1e5709 (make_qkx2_quants,
 make_qx_quants, make_q3_quants, quantize_row_iq4_nl_impl). No fast-math: it would change bits.
 
 All state is one flat float32 array, in rows of LANES numbers: at X the weights of the sub-blocks
-(row i holds element i of every lane), at W how much each one counts, at LEVELS the levels that are
-tried, behind them one row for each quantity below. One array with constant places is what lets
-LLVM prove that the rows do not overlap. What a lane may keep is read before the choice: LLVM makes
-no SIMD of a loop where loads depend on one.
+(row i has element i of every lane), at W their importance in the error, at LEVELS the levels of the
+candidate, then one row for each quantity below. One array with constant offsets lets LLVM prove
+that rows do not overlap. Values that a lane may keep are loaded before the choice: LLVM does not
+vectorize loops with conditional loads.
 """
 
 from typing import Any, Final
@@ -29,8 +29,8 @@ X: Final = 0
 W: Final = X + MAX_SIZE * LANES
 LEVELS: Final = W + MAX_SIZE * LANES
 _ROWS: Final = LEVELS + MAX_SIZE * LANES
-SCALE: Final = _ROWS  # result: what a level is multiplied by
-MIN: Final = _ROWS + 1 * LANES  # result of search_scale_min: what is added to it
+SCALE: Final = _ROWS  # result: the factor of a level
+MIN: Final = _ROWS + 1 * LANES  # result of search_scale_min: the offset
 WON_ISCALE: Final = _ROWS + 2 * LANES  # the inverse scale and ...
 WON_MIN: Final = _ROWS + 3 * LANES  # ... the minimum that the winning levels were found with
 PEAK: Final = _ROWS + 4 * LANES  # largest |x|, or largest x for search_scale_min
@@ -48,13 +48,13 @@ _ERROR: Final = _ROWS + 15 * LANES
 _FLAT: Final = _ROWS + 16 * LANES
 STATE_SIZE: Final = _ROWS + 17 * LANES
 
-# Elements of a lane that are worked on at once, so that sums stay in registers meanwhile.
+# Elements of a lane that are processed together, so that sums stay in registers.
 _UNROLLED: Final = 4
-_STAGES: Final = (1, 2, 5)  # rounds after which sub-blocks at rest are left out
+_STAGES: Final = (1, 2, 5)  # rounds after which converged sub-blocks are dropped
 TINY: Final = float32(1e-15)  # GROUP_MAX_EPS: sub-blocks below it are zero
 _ROUNDER: Final = float32(12582912.0)  # 1.5 x 2^23: adding it leaves a rounded integer in the bits
 
-# The sixteen values of IQ4 (kvalues_iq4nl), and where the nearer one changes: half-way.
+# The sixteen values of IQ4 (kvalues_iq4nl), and the midpoints between them.
 IQ4_VALUES: Final = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
@@ -64,7 +64,7 @@ IQ4_STEPS: Final = IQ4_VALUES[1:] - IQ4_VALUES[:-1]
 
 @helper
 def nearest_int(value: Any) -> Any:
-    """Round to the nearest integer, ties to even; the bits decide, so NaN and Inf have results."""
+    """Return the nearest integer, ties to even, from the bits: NaN and Inf have results too."""
     bits = float32(value + _ROUNDER).view(np.int32)
     return int32(int32(bits & int32(0x7FFFFF)) - int32(0x400000))
 
@@ -84,9 +84,9 @@ def rounded(value: Any, low: Any, high: Any) -> Any:
 
 @helper
 def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
-    """Put sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
+    """Load sub-blocks `first`, first + 1, ... of `values` [sub-blocks, size] into the lanes.
 
-    `size` is a multiple of 16. Lanes without a sub-block hold zeros.
+    `size` is a multiple of 16. Lanes without a sub-block are zeros.
     """
     numbers = np.arange(first, min(first + LANES, values.shape[0]))
     gather_lanes(values, numbers, 0, size, state)
@@ -94,7 +94,7 @@ def load_lanes(values: Array, first: int, size: int, state: Array) -> None:
 
 @helper
 def gather_lanes(values: Array, numbers: Array, first: int, size: int, state: Array) -> None:
-    """Put those sub-blocks into the lanes that `numbers` names from its item `first` on."""
+    """Load the sub-blocks whose numbers are in `numbers`, from its item `first` on, into lanes."""
     count = min(LANES, numbers.size - first)
     whole = count // 16 * 16
     for k in range(0, whole, 16):
@@ -112,7 +112,7 @@ def search_scale_min(
     """Find scale and minimum such that scale x level + minimum is near x, level in 0 ... levels.
 
     Weights are at W. Candidates are the inverse scales (start + step x n + levels) / (max - min)
-    for n = 0 ... steps, min being the best one so far; the error is absolute or squared.
+    for n = 0 ... steps, with the best min so far; the error is absolute or squared.
     """
     _begin_scale_min(state, size)
     top = float32(levels)
@@ -169,9 +169,9 @@ def _begin_scale_min(state: Array, size: int) -> None:
 
 @helper
 def _try_levels(state: Array, size: int, levels: int) -> None:
-    """Find the levels that the candidate inverse scale gives, and their sums.
+    """Find the levels of the candidate inverse scale, and their sums.
 
-    An infinite inverse scale gives only zeros: the bits of Inf and NaN round to that in ggml.
+    An infinite inverse scale gives only zeros, as ggml's rounding of the bits of Inf and NaN does.
     """
     top = float32(levels)
     for k in range(LANES):
@@ -260,7 +260,7 @@ def _find_extreme(state: Array, size: int) -> None:
 
 @helper
 def search_scale(state: Array, size: int, half: int) -> None:
-    """Find the scale of levels -half ... half - 1 (Q6_K); each x counts as much as its square.
+    """Find the scale of levels -half ... half - 1 (Q6_K); each x is weighted by its square.
 
     Candidates are the inverse scales -(half + n / 10) / extreme for n = -9 ... 9.
     """
@@ -269,7 +269,7 @@ def search_scale(state: Array, size: int, half: int) -> None:
     _fit_levels(state, size, half)
     _keep_first(state)
     for n in range(-9, 10):
-        if n != 0:  # which ggml begins with
+        if n != 0:  # ggml tries 0 first: done above
             _begin_candidate(state, -float32(float32(half) + float32(float32(0.1) * float32(n))))
             _fit_levels(state, size, half)
             _keep_steeper(state)
@@ -303,7 +303,7 @@ def _fit_levels(state: Array, size: int, half: int) -> None:
 
 @helper
 def _keep_first(state: Array) -> None:
-    """Keep the first candidate, whatever it is worth."""
+    """Keep the first candidate, whatever its error."""
     for k in range(LANES):
         sum_xl, sum_l2, iscale = state[_SUM_XL + k], state[_SUM_L2 + k], state[_ISCALE + k]
         scale = sum_xl / sum_l2
@@ -335,9 +335,9 @@ def _zero_tiny(state: Array) -> None:
 
 @helper
 def search_scale_moving(state: Array, size: int, half: int) -> None:
-    """Find the scale of levels -half ... half - 1 (Q3_K): levels move one by one while that helps.
+    """Find the scale of levels -half ... half - 1 (Q3_K), moving single levels while that helps.
 
-    The final levels stay at LEVELS.
+    The final levels are at LEVELS.
     """
     _begin_moving(state, size, half)
     _go_on_moving(state, size, half, 5)
@@ -345,10 +345,10 @@ def search_scale_moving(state: Array, size: int, half: int) -> None:
 
 @helper
 def search_scales_moving(parts: Array, size: int, half: int, state: Array, scales: Array) -> None:
-    """Fill `scales` with what `search_scale_moving` finds for each sub-block of `parts`.
+    """Fill `scales` with the result of `search_scale_moving` for each sub-block of `parts`.
 
-    Four of five come to rest after the first round. The others are begun again, among themselves:
-    that takes less time than to carry lanes about.
+    Four of five sub-blocks converge in the first round. The others are restarted together, which
+    takes less time than to move the contents of lanes.
     """
     numbers = np.arange(parts.shape[0])
     for rounds in _STAGES:
@@ -367,7 +367,7 @@ def search_scales_moving(parts: Array, size: int, half: int, state: Array, scale
 
 @helper
 def _begin_moving(state: Array, size: int, half: int) -> None:
-    """Find the levels that the largest |x| calls for, and their sums."""
+    """Find the levels for the scale of the largest |x|, and their sums."""
     _find_extreme(state, size)
     _begin_candidate(state, float32(-half))
     low, high = float32(-half), float32(half - 1)
@@ -387,7 +387,7 @@ def _begin_moving(state: Array, size: int, half: int) -> None:
 
 @helper
 def _go_on_moving(state: Array, size: int, half: int, rounds: int) -> None:
-    """Move levels for some rounds, or until all are at rest; then find the scales."""
+    """Move levels for `rounds` rounds, or until all converge; then compute the scales."""
     for _ in range(rounds):
         if not _move_levels(state, size, half):
             break
@@ -404,9 +404,9 @@ def _end_moving(state: Array) -> None:
 
 @helper
 def _move_levels(state: Array, size: int, half: int) -> bool:
-    """Let each level move where that makes the fit better; return whether any one did.
+    """Move each level if that improves the fit; return whether any level moved.
 
-    Every move makes (sum x l)^2 / (sum l^2) larger, so the sums tell whether there was one.
+    Every move increases (sum x l)^2 / (sum l^2), so a change of the sums shows a move.
     """
     for k in range(LANES):
         state[_SUM_X + k] = state[_SUM_XL + k]
@@ -437,7 +437,7 @@ def _move_levels(state: Array, size: int, half: int) -> bool:
 
 @helper
 def search_scale_iq4(state: Array, size: int) -> None:
-    """Find the scale of IQ4's sixteen values; each x counts as much as its square.
+    """Find the scale of IQ4's sixteen values; each x is weighted by its square.
 
     Candidates are the inverse scales (n - 127) / extreme for n = -7 ... 7.
     """
@@ -468,7 +468,7 @@ def search_scale_iq4(state: Array, size: int) -> None:
 
 @helper
 def iq4_index(scaled: Any) -> Any:
-    """Return which of IQ4's values is nearest, the upper one of two; the last one for NaN."""
+    """Return the index of the nearest of IQ4's values; of two the upper one, for NaN the last."""
     index = 15
     for step in range(15):
         index -= scaled < IQ4_MIDDLES[step]

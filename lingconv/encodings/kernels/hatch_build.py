@@ -1,4 +1,4 @@
-"""The step of building a wheel that compiles the kernels; hatchling runs it, lingconv never."""
+"""The build hook that compiles the kernels for a wheel; only hatchling runs it."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CompileKernels(BuildHookInterface[Any]):
-    """Puts compiled kernels into wheels. A checkout compiles what it calls, when it calls it."""
+    """Adds compiled kernels to wheels. In a checkout, kernels are compiled on their first call."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and say that the wheel is for the Python and the machine that build it."""
+        """Compile the kernels, and tag the wheel for this Python and machine."""
         if version == "editable":
             return
         sys.path.insert(0, self.root)
-        # Whoever compiles is a process of its own, and has to see what this one was given.
+        # The compiling process needs the import path of this one.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         from lingconv.encodings.kernels.aot_build import build
 
@@ -31,6 +31,6 @@ class CompileKernels(BuildHookInterface[Any]):
         build_data["infer_tag"] = True
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Remove what is in the wheel now."""
+        """Remove the compiled kernels, which are in the wheel now."""
         if version != "editable":
             shutil.rmtree(self._folder.parent)

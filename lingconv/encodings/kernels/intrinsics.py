@@ -1,6 +1,6 @@
-"""Instructions of processors that numba has no word for.
+"""Intrinsics for CPU instructions that numba does not expose.
 
-Where a processor has no fused multiply-add, a library computes it.
+On CPUs without fused multiply-add, a library function computes it.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _LANE = ir.IntType(32)
 _INDEX = ir.IntType(64)
 _SIXTEEN = ir.VectorType(ir.FloatType(), 16)
 _NOTHING = ir.Constant(_SIXTEEN, ir.Undefined)
-_FOR_READING, _INTO_ALL_CACHES, _DATA = 0, 3, 1  # as llvm.prefetch counts
+_FOR_READING, _INTO_ALL_CACHES, _DATA = 0, 3, 1  # arguments of llvm.prefetch
 
 
 @_intrinsic
@@ -33,7 +33,7 @@ def fused(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @_intrinsic
 def prefetch(typing_context: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
-    """Ask for the memory around an element of a contiguous array of three axes."""
+    """Prefetch the cache line of an element of a contiguous array of three axes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -51,14 +51,14 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
 
 
 def in_order(lanes: Any) -> Any:
-    """Return the constant that says which lanes a shuffle takes, one after the other."""
+    """Return the constant mask of a shuffle, with the source lane of each of its lanes."""
     numbers = list(lanes)
     return ir.Constant(ir.VectorType(_LANE, len(numbers)), numbers)
 
 
 @_intrinsic
 def repeat_16(typing_context: Any, line: Any, first: Any, value: Any) -> Any:
-    """Store a float32 sixteen times. Of a loop that does so, LLVM makes scattered stores."""
+    """Store a float32 sixteen times. LLVM compiles such a loop to scattered stores."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -84,8 +84,8 @@ def transpose_16(
 ) -> Any:
     """Store 16 x 16 float32 of a contiguous matrix, transposed, in rows `stride` apart.
 
-    They begin at `col` of the rows that `numbers` names from its item `at` on. Sixteen rows are
-    interleaved four times, each of the upper half with its partner in the lower.
+    They start at column `col` of the rows in `numbers`, from its item `at` on. Sixteen rows are
+    interleaved four times, each row of the upper half with its partner in the lower half.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -1,12 +1,12 @@
-"""How kernels are compiled, and where compiled ones are kept.
+"""JIT compilation of kernels, and the cache of compiled ones.
 
-numba compiles a kernel for the types that it is called with. Those that a run calls it with are its
-`signatures`: a wheel is built with their code for common processors (`prebuilt.py`), so that the
-first command of a fresh install, which may be read-only, does not wait for a compiler. What is not
-there, because numba or Python is another one, say, is compiled when it is called, and numba keeps
-that beside the module or in the user's cache, if it can.
+numba compiles a kernel for the types of a call. The types that runs use are a kernel's
+`signatures`: wheels contain their code for common CPUs (`aot.py`), so that the first command of a
+fresh install, which may be read-only, does not wait for a compiler. Any other combination of types,
+numba and Python is compiled on the first call, and numba caches it beside the module or in the
+user's cache, if it can.
 
-A helper is a function that kernels call; it becomes a part of them.
+A helper is a function that kernels call; it is compiled into them.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from lingconv.encodings.kernels.aot import ShippedKernels, shipped_for_this_mach
 Function = TypeVar("Function", bound=Callable[..., Any])
 Signature = tuple[Any, ...]
 
-# Contiguous arrays, by dtype and number of axes: what signatures are made of, with numba's numbers.
+# Types for signatures: contiguous arrays by dtype and number of axes, and numba's numbers.
 BYTES: Final = types.uint8[:, ::1]
 BF16: Final = types.uint16[:, ::1]  # its bits
 F32: Final = types.float32[:, ::1]
@@ -33,7 +33,7 @@ INT: Final = types.int64
 FLOAT: Final = types.float64
 BOOL: Final = types.boolean
 
-# A division by zero is an infinity, as in C: looking for it would cost the SIMD lanes.
+# A division by zero gives an infinity, as in C: a check for it would prevent SIMD.
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
 
 _njit: Any = numba.njit
@@ -44,7 +44,7 @@ _kernels: list[tuple[Any, tuple[Signature, ...]]] = []
 
 
 class _Shelf:
-    """What came with the package, before numba's own cache of a function."""
+    """A function's cache for numba: shipped kernels first, then numba's own cache."""
 
     def __init__(self, function: Callable[..., Any], shipped: ShippedKernels, behind: Any) -> None:
         self._function = function
@@ -65,13 +65,13 @@ class _Shelf:
 
 
 def kernel(*signatures: Signature, **options: Any) -> Callable[[Function], Function]:
-    """Decorate an entry point; `signatures` are the types that it is compiled for in advance."""
+    """Return a decorator for an entry point; `signatures` are compiled ahead of time."""
 
     def decorate(function: Function) -> Function:
         dispatcher = _njit(**(_OPTIONS | options))(function)
-        with suppress(RuntimeError):  # there is no folder to keep anything in
+        with suppress(RuntimeError):  # no folder is writable for a cache
             dispatcher.enable_caching()
-            # numba looks at the kernel's own module for changes; its helpers are in others.
+            # numba checks only the kernel's own module for changes; its helpers are in others.
             dispatcher._cache._cache_file._source_stamp = sources_digest()
         shipped = shipped_for_this_machine()
         if shipped is not None:
@@ -83,7 +83,7 @@ def kernel(*signatures: Signature, **options: Any) -> Callable[[Function], Funct
 
 
 def kernels() -> Iterator[tuple[Any, Signature]]:
-    """Yield every kernel that was imported, once for each of its signatures."""
+    """Yield every imported kernel, once for each of its signatures."""
     for dispatcher, signatures in _kernels:
         for signature in signatures:
             yield dispatcher, signature

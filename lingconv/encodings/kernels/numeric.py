@@ -1,11 +1,11 @@
-"""The arithmetic of BF16, F32 and FP8 e4m3 that all kernels share, compiled by numba.
+"""Arithmetic of BF16, F32 and FP8 e4m3 that all kernels share, compiled by numba.
 
-BF16 travels as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always. Every kernel
-equals torch bit for bit (tests/test_kernels.py) and returns whether it met NaN or Inf.
+BF16 is passed as uint16, e4m3 as uint8. Rounding is to nearest, ties to even, always. Every kernel
+equals torch bit for bit (tests/test_kernels.py) and returns whether it found NaN or Inf.
 
-Everything is branch-free integer and float32 arithmetic, so that LLVM turns the inner loops into
-SIMD; no fast-math, which would change bits. numba widens uint32 arithmetic to 64 bits, which would
-halve the lanes: hence the uint32() around each step.
+Everything is branch-free integer and float32 arithmetic, so that LLVM vectorizes the inner loops;
+no fast-math, which would change bits. numba widens uint32 arithmetic to 64 bits, which would halve
+the number of SIMD lanes: hence the uint32() around each step.
 """
 
 from typing import Any, Final
@@ -42,7 +42,7 @@ def _load_bf16(value: Any) -> Any:
 
 @helper
 def bf16_from_bits(bits: Any) -> Any:
-    """Round float32 bits to BF16; a NaN stays a (quiet) NaN."""
+    """Return float32 bits rounded to BF16; a NaN stays a (quiet) NaN."""
     odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
     rounded = uint32(uint32(uint32(bits + uint32(0x7FFF)) + odd) >> uint32(16))
     is_nan = uint32(bits & uint32(_MAGNITUDE)) > uint32(_EXPONENT)
@@ -66,7 +66,7 @@ def sign_of_e4m3(code: Any) -> Any:
     return uint32(uint32(uint32(code) & uint32(0x80)) << uint32(24))
 
 
-# An element is BF16 (uint16 bits), e4m3 (uint8 codes) or float32: numba picks the body by its type.
+# An element is BF16 (uint16 bits), e4m3 (uint8 codes) or float32: numba selects overloads by type.
 def load(value: Any) -> Any:
     """Return the element as float32."""
 
@@ -108,7 +108,7 @@ def _store_f32_body(out: Any, index: Any, bits: Any) -> Any:
 
 @kernel((BF16_LINE, F32_LINE))
 def bf16_to_f32(source: Array, target: Array) -> int:
-    """Widen BF16 (uint16) to float32; return 1 when any element is NaN or Inf."""
+    """Widen BF16 (uint16) to float32; return 1 if any element is NaN or Inf, else 0."""
     worst = uint16(0)
     for i in range(source.size):
         worst = max(worst, uint16(source[i] & uint16(0x7FFF)))
@@ -118,7 +118,7 @@ def bf16_to_f32(source: Array, target: Array) -> int:
 
 @kernel((F32_LINE, INT))
 def count_beyond(values: Array, exponent: int) -> int:
-    """Return how many float32 values are NaN, Inf or at least 2^exponent in magnitude."""
+    """Return the number of float32 values that are NaN, Inf or at least 2^exponent in magnitude."""
     count = 0
     bits = values.view(np.uint32)
     least = np.uint32((127 + exponent) << 23)
@@ -129,7 +129,7 @@ def count_beyond(values: Array, exponent: int) -> int:
 
 @kernel((F32_LINE, BF16_LINE))
 def f32_to_bf16(source: Array, target: Array) -> int:
-    """Round float32 to BF16 (uint16); return 1 when any result is NaN or Inf."""
+    """Round float32 to BF16 (uint16); return 1 if any result is NaN or Inf, else 0."""
     bits = source.view(np.uint32)
     worst = uint16(0)
     for i in range(source.size):

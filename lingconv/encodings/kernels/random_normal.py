@@ -1,6 +1,6 @@
-"""Pseudo-random weights by position: the same bytes for the same seed, whatever reads them when.
+"""Pseudo-random weights by position: a seed gives the same bytes, in whatever order they are read.
 
-Each element is a function of (seed, row, column) alone. A 32-bit hash of the position picks a
+Each element is a function of (seed, row, column) alone. A 32-bit hash of the position selects a
 normal quantile from a table, so that the loop is one gather and a few integer operations.
 """
 
@@ -33,7 +33,7 @@ def normal_table() -> Array:
 
 @helper
 def _mix32(value: Any) -> Any:
-    """Finalizer of MurmurHash3 (public domain, Austin Appleby): every bit affects every bit."""
+    """Return MurmurHash3's finalizer (public domain, Austin Appleby): each bit affects all bits."""
     value = uint32(value ^ uint32(value >> uint32(16)))
     value = uint32(value * uint32(0x85EBCA6B))
     value = uint32(value ^ uint32(value >> uint32(13)))

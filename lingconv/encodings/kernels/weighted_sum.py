@@ -1,7 +1,7 @@
 """Weighted sums of checkpoints in float64, rounded once.
 
-Every element's sum starts at 0.0 and takes its terms in the order of the checkpoints, each product
-and each sum rounded to float64: no threads, no lanes and no fast-math change a bit of it.
+Every element's sum starts at 0.0 and adds its terms in the order of the checkpoints, each product
+and each sum rounded to float64: the bits depend neither on threads nor on SIMD; no fast-math.
 """
 
 from typing import Any, Final
@@ -27,15 +27,15 @@ from lingconv.encodings.kernels.numeric import float_bits, load
 
 Array = np.ndarray[Any, Any]
 
-# So many checkpoints are added at once, while a sum is in a register.
+# Numbers of checkpoints that are added at once, while a sum is in a register.
 WIDTHS: Final = (8, 4, 2, 1)
 _EXPONENT: Final = 0x7F800000
-# Sums that are rounded at once stay in the processor's first cache.
+# Number of sums that are rounded at once: they stay in the L1 cache.
 _BLOCK: Final = 1024
-# So many elements of each of the checkpoints that are added at once stay in its second one.
+# Number of elements of each checkpoint that are read at once: they stay in the L2 cache.
 READ_ELEMENTS: Final = 64 << 10
 UNREADABLE: Final = -1
-_RARE: Final = 2  # a block that takes the long way: it has results that are subnormal
+_RARE: Final = 2  # a block with subnormal results, which takes the slow path
 _LEAST_NORMAL: Final = ((1023 - 126) << 53) - 1  # 2^-126, as `_magnitude_below_zero` has it
 
 # ssize_t pread(int fd, void *buf, size_t count, off_t offset), POSIX
@@ -70,10 +70,11 @@ def _add(terms: Array, first: int, weights: Array, sums: Array, begin: bool) -> 
 
 @helper
 def _to_odd(value: Any) -> Any:
-    """Return the bits of float32 next to a float64 towards zero, or whose last bit is odd.
+    """Return the float32 bits of a float64 rounded to odd.
 
-    What is rounded that way first can be rounded to fewer bits as if it came from the float64
-    itself (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+    That is towards zero, with the last bit set if inexact. Rounding the result to fewer bits equals
+    rounding the float64 itself (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded
+    sums").
     """
     near = float32(value)
     bits = float_bits(near)
@@ -108,7 +109,7 @@ def _round_f32(sums: Array, target: Array, to_odd: bool) -> int:
 
 
 def add(terms: Array, weights: Array, sums: Array, *, begin: bool) -> None:
-    """Add weights[j] * terms[j] to `sums`, or set `sums` to that where they `begin`.
+    """Add weights[j] * terms[j] to `sums`; with `begin`, sums start at zero.
 
     `terms` [J, N] are BF16 (uint16) or float32, J one of WIDTHS; `sums` [N] are float64.
     """
@@ -116,7 +117,7 @@ def add(terms: Array, weights: Array, sums: Array, *, begin: bool) -> None:
 
 
 def _round(sums: Any, target: Any, to_odd: Any) -> Any:
-    """Round to BF16 or float32, as the type of the target says."""
+    """Fill `target` with sums rounded to its dtype, BF16 or float32."""
 
 
 @overload(_round)
@@ -132,7 +133,7 @@ def _round_of(sums: Any, target: Any, to_odd: Any) -> Any:
 
 @inlined
 def _bf16_in_f32(value: Any) -> Any:
-    """Return the bits of the float32 that is `value` rounded to BF16; not for subnormal results."""
+    """Return the float32 bits of `value` rounded to BF16; not for subnormal results."""
     bits = float64(value).view(np.uint64)
     odd = uint64(uint64(bits >> uint64(45)) & uint64(1))
     rounded = uint64(uint64(bits + uint64(0x0FFFFFFFFFFF)) + odd)
@@ -142,15 +143,15 @@ def _bf16_in_f32(value: Any) -> Any:
 
 @inlined
 def _magnitude_below_zero(value: Any) -> Any:
-    """Return float64 bits that order like |value|, but for zeros, which come last."""
+    """Return float64 bits with the order of |value|, except that zeros are the largest."""
     return uint64(uint64(float64(value).view(np.uint64) << uint64(1)) - uint64(1))
 
 
 @inlined
 def _pairs(terms: Any, weights: Any, target: Any, width: Any) -> Any:
-    """Add and round elements, two of them in a word: neighbours need no shuffling that way.
+    """Add and round elements, two per word: adjacent elements need no shuffles that way.
 
-    Returns the largest magnitude of the results, as BF16 bits, and the least one of the sums.
+    Returns the largest magnitude of the results, as BF16 bits, and the smallest one of the sums.
     """
     worst, least = uint32(0), uint64(0xFFFFFFFFFFFFFFFF)
     for i in range(target.size):
@@ -169,7 +170,7 @@ def _pairs(terms: Any, weights: Any, target: Any, width: Any) -> Any:
 
 @helper
 def _finish_pairs(terms: Array, weights: Array, target: Array) -> int:
-    """Add and round BF16, two in a word; return as `finish` does, or _RARE."""
+    """Add and round BF16, two per word; return the result of `finish`, or _RARE."""
     if len(weights) == 8:
         worst, least = _pairs(terms, weights, target, 8)
     elif len(weights) == 4:
@@ -184,7 +185,7 @@ def _finish_pairs(terms: Array, weights: Array, target: Array) -> int:
 
 
 def _at_once(terms: Any, weights: Any, target: Any) -> Any:
-    """Add and round everything at once where BF16 becomes BF16; else return _RARE."""
+    """Add and round all elements at once if terms and target are BF16; else return _RARE."""
 
 
 @overload(_at_once)
@@ -214,8 +215,8 @@ def finish(
 ) -> int:
     """Add the last terms, as `add` does, and round: to BF16 (a uint16 `target`) or to float32.
 
-    Ties go to even; with `to_odd` a float32 is to be rounded again, to fewer bits. Returns 1 when
-    any result is NaN or Inf. `sums` are only read, and not even that where they `begin`.
+    Ties go to even; `to_odd` is for a float32 that will be rounded again, to fewer bits. Returns 1
+    if any result is NaN or Inf, else 0. `sums` are only read, and with `begin` not even that.
     """
     met = _at_once(terms, weights, target) if begin else _RARE
     if met != _RARE:
@@ -234,7 +235,7 @@ def finish(
 
 @helper
 def _read(fd: int, into: Array, offset: int) -> bool:
-    """Fill a contiguous array from byte `offset` of an open file; return whether that worked."""
+    """Fill a contiguous array from byte `offset` of an open file; return whether it succeeded."""
     nbytes = into.size * into.itemsize
     done = 0
     while done < nbytes:
@@ -255,13 +256,13 @@ def _read(fd: int, into: Array, offset: int) -> bool:
 def average_files(
     fds: Array, offsets: Array, weights: Array, terms: Array, target: Array, to_odd: bool
 ) -> int:
-    """Read checkpoints from open files, add and round them, in one call that needs no GIL.
+    """Fill `target` [N] with the rounded sums of checkpoints in open files, without the GIL.
 
     Checkpoint j has N elements of the dtype of `terms` (BF16 as uint16, or float32) from byte
-    `offsets[j]` of file `fds[j]` on. `terms` [WIDTHS[0] * READ_ELEMENTS] is room for what is read,
-    `target` [N] is rounded as `finish` does. Returns what `finish` returns, or UNREADABLE.
+    `offsets[j]` of file `fds[j]` on. `terms` [WIDTHS[0] * READ_ELEMENTS] is a read buffer. Rounding
+    and result are those of `finish`, or the result is UNREADABLE.
     """
-    held = np.empty(READ_ELEMENTS, np.float64)  # touched only where there are several runs
+    held = np.empty(READ_ELEMENTS, np.float64)  # used only with several runs
     nonfinite = 0
     for first in range(0, target.size, READ_ELEMENTS):
         count = min(READ_ELEMENTS, target.size - first)

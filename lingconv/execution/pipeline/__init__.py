@@ -1,1 +1,1 @@
-"""The stages that a strip passes: prefetch, decode, encode, write behind; by a pool of threads."""
+"""The stages of a strip: prefetch, decode, encode, write-behind; run by a pool of threads."""

@@ -1,4 +1,4 @@
-"""One strip of an average: rows of every checkpoint, weighed and added in float64."""
+"""Strips of an average: the rows of every checkpoint, weighted and added in float64."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -24,7 +24,7 @@ class Averager:
         self._weights = np.array(weights, np.float64)
 
     def fill(self, strip: RowStrip, values: Array) -> int:
-        """Fill `values` (BF16 bits or float32) with a strip; return whether NaN or Inf came of it.
+        """Fill `values` (BF16 bits or float32) with a strip; return 1 if any is NaN or Inf, else 0.
 
         The checkpoints are added in their order, a few at a time.
         """
@@ -45,10 +45,10 @@ class Averager:
         return kernel.finish(flat, weights, sums, begin, values.reshape(-1), to_odd)
 
     def _fill_from_files(self, strip: RowStrip, values: Array) -> int:
-        """Fill `values` in one call, where all checkpoints are runs of numbers in open files.
+        """Fill `values` in one call if each checkpoint's rows are one run of bytes in an open file.
 
         Handing the GIL from thread to thread for every read takes longer than reading. Returns
-        UNREADABLE where they are not, and where reading fails, so that it is tried the usual way.
+        UNREADABLE if they are not, and if a read fails: `fill` then decodes them one by one.
         """
         dtypes = {_working(term) for term in strip.terms}
         runs = [self._decoders[n].run_in_file(t.segments) for t in strip.terms for n in t.sources]
@@ -80,13 +80,13 @@ class Averager:
 
 
 def _working(term: Term) -> np.dtype[Any]:
-    """Return what the rows of checkpoints are added as: BF16 where they are, else float32."""
+    """Return the dtype in which rows are read: BF16 bits if all are stored so, else float32."""
     encodings = {segment.source.encoding for segment in term.segments}
     return BF16_BITS if encodings == {PLAIN[DType.BF16]} else F32
 
 
 def _in_widths(sources: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Yield the sources in runs that there are kernels for."""
+    """Yield the sources in runs whose lengths the kernel supports (`kernel.WIDTHS`)."""
     done = 0
     while done < len(sources):
         width = next(width for width in kernel.WIDTHS if width <= len(sources) - done)

@@ -1,11 +1,11 @@
-"""One strip by way of a GPU: rows go up, are decoded and encoded there, and come back.
+"""Strips transcoded on a GPU: rows are uploaded, decoded and encoded there, and downloaded.
 
-    read -> pinned -> up -> decode -> encode -> down -> pinned      queued by the worker
-                                             wait -> write          by whoever writes the file
+    read -> pinned -> upload -> decode -> encode -> download -> pinned   queued by the worker
+                                                     wait -> write       by the file's writer thread
 
-Every turn has a stream and buffers of its own, so that the next strip is read and goes up while
-this one comes down. The bytes are the processor's, and whatever it would say more about (a number
-that is not finite, a scale beyond all measure), it says: it does such a strip again.
+Every slot has a stream and buffers of its own, so that the next strip is read and uploaded while
+this one is downloaded. The result equals the CPU's byte for byte; a strip in which a number is not
+finite or a scale is out of range is transcoded again on the CPU, which reports the fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from lingconv.storage.local_output import WritableBlob
 
 
 class _Lane:
-    """What one turn has on the GPU: a stream, and tensors that are made once."""
+    """One slot's stream and tensors on the GPU; tensors are allocated once and reused."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ class _Lane:
         self._held: dict[str, torch.Tensor] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor for `purpose`; what it held before is gone."""
+        """Return a tensor for `purpose`; its former content is overwritten."""
         count = prod(shape)
         held = self._held.get(purpose)
         if held is None or held.dtype != dtype or held.numel() < count:
@@ -47,7 +47,7 @@ class _Lane:
 
 
 class _PendingCopy(NamedTuple):
-    """What is on its way down, as bytes: elements, and whether to look closer before the scales."""
+    """Bytes being downloaded: elements; `notes` are an int32 flag, then a `grid` of F32 scales."""
 
     elements: Array
     notes: Array
@@ -82,12 +82,12 @@ class GpuTranscoder:
         decodes = all(_can_decode(segment, transfer.cols) for segment in strip.segments)
         return decodes and gpu.can_encode(target.height, target.cols)
 
-    def run(self, strip: RowStrip, filled: PendingWrites, turn: int) -> None:
-        """Queue what fills a strip; `filled` waits for it."""
-        self._arena.turn = turn
-        if turn not in self._lanes:
-            self._lanes[turn] = _Lane(self._device)
-        lane = self._lanes[turn]
+    def run(self, strip: RowStrip, pending: PendingWrites, slot: int) -> None:
+        """Queue the transcoding of a strip; `pending.parts()` waits for its result."""
+        self._arena.slot = slot
+        if slot not in self._lanes:
+            self._lanes[slot] = _Lane(self._device)
+        lane = self._lanes[slot]
         with torch.cuda.stream(lane.stream):
             target = strip.transfer.target
             gpu, place = _gpu_codec(target.encoding), row_range(strip)
@@ -100,10 +100,10 @@ class GpuTranscoder:
             elements = self._down("write", encoded, strip.offset)
             coming = _PendingCopy(elements, self._down("notes", notes, 0), grid)
             lane.done.record()
-        filled.later(lambda output: self._finish(strip, lane, coming, output))
+        pending.later(lambda output: self._finish(strip, lane, coming, output))
 
     def _decode(self, strip: RowStrip, lane: _Lane, odd: torch.Tensor) -> torch.Tensor:
-        """Queue the reading of a strip's rows; return them as they are going to be, as numbers."""
+        """Queue upload and decoding of a strip's rows; return the tensor that will hold them."""
         cols = strip.transfer.cols
         dtype = torch.float32 if works_in_f32(strip.transfer) else torch.bfloat16
         values = lane.take("values", (strip.last - strip.first, cols), dtype)
@@ -123,7 +123,7 @@ class GpuTranscoder:
         return values
 
     def _grids(self, strip: RowStrip) -> list[Array]:
-        """Return the scales of all segments, in one buffer that lasts as long as the turn."""
+        """Return the scales of each segment, in one pinned buffer of the slot."""
         found = [
             self._decoder.scales(s.source, s.first_row, s.num_rows).copy()
             if s.source.encoding.has_scales
@@ -140,7 +140,7 @@ class GpuTranscoder:
         return held
 
     def _down(self, purpose: str, tensor: torch.Tensor, like: int) -> Array:
-        """Queue a copy to this machine's memory; return the bytes that are going to be there."""
+        """Queue a copy of a tensor to pinned memory; return the bytes that it is copied to."""
         held = self._arena.take(purpose, (tensor.nbytes,), np.uint8, like=like)
         torch.from_numpy(held).copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
         return held
@@ -148,7 +148,7 @@ class GpuTranscoder:
     def _finish(
         self, strip: RowStrip, lane: _Lane, coming: _PendingCopy, output: WritableBlob
     ) -> None:
-        """Wait for what comes down, and write it."""
+        """Wait for the download of a strip, and write it."""
         lane.done.synchronize()
         if coming.notes[:4].any():
             self._do_again(strip, output)
@@ -160,7 +160,7 @@ class GpuTranscoder:
         write_others(strip, others, output)
 
     def _do_again(self, strip: RowStrip, output: WritableBlob) -> None:
-        """Have the processor fill a strip, or say what is wrong with it."""
+        """Transcode a strip on the CPU; raises CheckpointError for NaN or Inf unless allowed."""
         allowed = self._allow_nonfinite
         alone = Transcoder(Arena(), self._opened, self._sources, allow_nonfinite=allowed)
         alone.run(strip, output)
@@ -182,6 +182,6 @@ def _gpu_codec(encoding: Encoding) -> GpuCodec:
 
 
 def _pinned_buffer(nbytes: int) -> Array:
-    """Return fresh bytes, at a page boundary, that a GPU reads and writes by itself."""
+    """Return new page-aligned, page-locked memory, which a GPU accesses by DMA."""
     buffer: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
     return buffer

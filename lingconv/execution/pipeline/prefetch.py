@@ -1,8 +1,8 @@
-"""What strips read, seen from its sources: announced before it is read, given up after.
+"""Prefetch of remote sources: byte ranges are announced before they are read, files released after.
 
-A disk of this machine does not care. Over a network an answer takes as long as a hundred strips
-are worked on, so that many have to be on their way; and files that were fetched whole take up disk
-until nobody needs them any more.
+Local sources need neither. Over a network one answer takes as long as the work on a hundred strips,
+so that many requests have to be in flight; and files that were downloaded whole take up disk until
+the last output file that needs them is written.
 """
 
 import threading
@@ -20,7 +20,7 @@ _Key = tuple[int, str]  # a source's number, and a file of it
 
 
 class Prefetcher:
-    """The sources of a run, as long as any of them is far away; else it does nothing."""
+    """Announces and releases the sources of a run; does nothing if all of them are local."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class Prefetcher:
         self._lock = threading.Lock()
 
     def begin(self, files: Iterable[OutputFile]) -> None:
-        """Hear which files are going to be written."""
+        """Called once, with all files that are going to be written."""
         if self._is_far:
             for file in files:
                 self._files_left.update(sources_of(file))
 
     def open(self, file: OutputFile, strips: Callable[[], Iterable[Strip]]) -> None:
-        """Hear that a file is begun, and that `strips` are what is to be written of it."""
+        """Called when a file is opened for writing; `strips` returns those still to be written."""
         if self._is_far:
             left = Counter(key for strip in strips() for key in self._keys(strip))
             with self._lock:
@@ -52,13 +52,13 @@ class Prefetcher:
                 self._give_up(key)
 
     def ahead(self, tasks: Iterator[T], strip_of: Callable[[T], Strip]) -> Iterator[T]:
-        """Return `tasks` in their order; what they read is announced some time before."""
+        """Return `tasks` in their order; the bytes that each reads are announced beforehand."""
         if not self._is_far:
             return tasks
         return announced(tasks, lambda task: self._announce(strip_of(task)), self._window_bytes)
 
     def done(self, file: str, strip: Strip) -> None:
-        """Hear that a strip of a file is written."""
+        """Called when a strip of a file is written."""
         if not self._is_far:
             return
         for key in self._keys(strip):
@@ -70,7 +70,7 @@ class Prefetcher:
                 self._give_up(key)
 
     def _give_up(self, key: _Key) -> None:
-        """Note that an output file needs a source file no more; let it go when it was the last."""
+        """Note that an output file no longer needs a source file; release that after the last."""
         with self._lock:
             self._files_left[key] -= 1
             is_last = not self._files_left[key]
@@ -89,7 +89,7 @@ class Prefetcher:
         return {(number, extent.file) for number, extent in self._needs(strip)}
 
     def _needs(self, strip: Strip) -> Iterator[tuple[int, ByteRange]]:
-        """Yield what a strip reads; bytes that are copied are always those of the last source."""
+        """Yield the byte ranges that a strip reads; copied bytes come from the last source."""
         if isinstance(strip, CopyStrip):
             for extent in strip.sources:
                 yield len(self._storages) - 1, extent
@@ -97,7 +97,7 @@ class Prefetcher:
         for term in strip.terms:
             for number in term.sources:
                 for segment in term.segments:
-                    # Of a matrix that is stored by columns, no run of bytes is a run of rows.
+                    # In a matrix stored by columns (transposed), rows are no run of bytes.
                     extents = segment.source.extents
                     parts = range(0 if segment.source.pitch else len(extents))
                     yield from ((number, rows_of(segment, part)) for part in parts)
@@ -106,12 +106,12 @@ class Prefetcher:
 
 
 def sources_of(file: OutputFile) -> set[_Key]:
-    """Return the files that an output file is made of, each with its source's number."""
+    """Return the source files that an output file reads, each with its source's number."""
     return {(number, extent.file) for number, extent in extents_of(file)}
 
 
 def extents_of(file: OutputFile) -> Iterator[tuple[int, ByteRange]]:
-    """Yield the extents that an output file is made of, each with its source's number."""
+    """Yield the byte ranges that an output file reads, each with its source's number."""
     for transfer in file.transfers:
         for term in transfer.terms:
             for number in term.sources:
@@ -120,10 +120,10 @@ def extents_of(file: OutputFile) -> Iterator[tuple[int, ByteRange]]:
 
 
 def announced(tasks: Iterable[T], announce: Callable[[T], int], window_bytes: int) -> Iterator[T]:
-    """Yield `tasks` in their order, after having announced those that follow.
+    """Yield `tasks` in their order, each after it and those that follow have been announced.
 
-    `announce` returns the bytes that a task reads. About `window_bytes` are announced and not yet
-    due; they are filled up when half of them are, so that neighbours are announced together.
+    `announce` returns the bytes that a task reads. About `window_bytes` are kept announced; the
+    window is refilled when it is half empty, so that neighbouring ranges are announced together.
     """
     rest = iter(tasks)
     waiting: deque[tuple[T, int]] = deque()

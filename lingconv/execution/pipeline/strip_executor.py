@@ -1,4 +1,4 @@
-"""One strip: bytes moved, rows put together, or rows transcoded."""
+"""Execution of one strip: bytes copied or cloned, rows assembled, or rows transcoded."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StripExecutor:
-    """Fills strips one at a time; one per thread. numba is loaded by the first transcoding."""
+    """Executes strips one at a time; one StripExecutor per thread. Transcoding imports numba."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class StripExecutor:
     ) -> None:
         self._opened = opened
         self._sources = sources
-        # Bytes that are copied are always those of the last source: others are only averaged.
+        # Copied bytes always come from the last source; the others are only averaged.
         self._blobs = opened[-1]
         self._allow_nonfinite = allow_nonfinite
         self._arena = Arena()
@@ -46,22 +46,22 @@ class StripExecutor:
         )
 
     @cached_property
-    def _offload(self) -> "GpuTranscoder":
+    def _gpu_transcoder(self) -> "GpuTranscoder":
         from lingconv.execution.pipeline.gpu_transcoder import GpuTranscoder
 
         return GpuTranscoder(
             self._gpu, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
         )
 
-    def fill(self, strip: Strip, output: PendingWrites, turn: int) -> None:
-        """Fill one strip of `output`. What other turns wrote may still be in use."""
-        self._arena.turn = turn
+    def fill(self, strip: Strip, output: PendingWrites, slot: int) -> None:
+        """Fill one strip of `output` with the buffers of `slot`; other slots may await writing."""
+        self._arena.slot = slot
         if isinstance(strip, CopyStrip):
             self._copy(strip, output)
         elif strip.transfer.copies:
             self._assemble(strip, output)
-        elif self._gpu and self._offload.takes(strip):
-            self._offload.run(strip, output, turn)
+        elif self._gpu and self._gpu_transcoder.takes(strip):
+            self._gpu_transcoder.run(strip, output, slot)
         else:
             self._transcoder.run(strip, output)
 
@@ -77,7 +77,7 @@ class StripExecutor:
         output.write(data, strip.offset)
 
     def _clones(self, strip: CopyStrip) -> list[BlockClone]:
-        """Return what of a strip lies in files of this machine, and where it is to go."""
+        """Return the clones that fill a strip; none unless all its sources are local files."""
         clones, offset = [], strip.offset
         for source in strip.sources:
             descriptor = self._blobs[source.file].descriptor
@@ -88,7 +88,7 @@ class StripExecutor:
         return clones
 
     def _assemble(self, strip: RowStrip, output: WritableBlob) -> None:
-        """Put rows together from windows of others, as bytes."""
+        """Assemble rows from windows of stored matrices, as bytes."""
         cols = strip.transfer.cols
         target = strip.transfer.target
         dtype = f"u{target.encoding.row_bytes(1)}"

@@ -1,6 +1,7 @@
-"""One strip of rows: decode, encode, write.
+"""Transcoding of one strip of rows: decode, encode, write.
 
-Rows travel as BF16 bits (uint16) where that loses nothing, else as float32 (`strips.works_in_f32`).
+Between the two, rows are BF16 bits (uint16) if that loses nothing, else float32
+(`lowering.works_in_f32`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ _NARROW = (PLAIN[DType.BF16], PLAIN[DType.F16])
 
 
 class Transcoder:
-    """Fills strips of rows, one at a time; one Transcoder per thread."""
+    """Transcodes strips of rows, one at a time; one Transcoder per thread."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Transcoder:
         return self._write_rows(strip, self._decode_rows(strip), output)
 
     def _decode_rows(self, strip: RowStrip) -> Array:
-        """Return the strip's rows as numbers."""
+        """Return the strip's rows [rows, cols], decoded to BF16 bits or float32."""
         transfer = strip.transfer
         dtype = F32 if works_in_f32(transfer) else BF16_BITS
         shape = strip.last - strip.first, transfer.cols
@@ -56,7 +57,7 @@ class Transcoder:
         return values
 
     def _refuse(self, met: Nonfinite | None, number: int = -1) -> None:
-        """Raise CheckpointError for what was met in source `number`, unless that is allowed."""
+        """Raise CheckpointError for NaN or Inf in source `number`, unless that is allowed."""
         if met is not None and not self._allow_nonfinite:
             uri = self._sources[number].uri
             raise CheckpointError(
@@ -86,14 +87,14 @@ def _source_of(strip: RowStrip, row: int) -> Nonfinite:
 
 
 def row_range(strip: RowStrip) -> RowRange:
-    """Return the rows of a strip's target, as its codec asks for them."""
+    """Return the rows of a strip as the RowRange that its target's codec takes."""
     target = strip.transfer.target
     count = strip.last - strip.first
     return RowRange(strip.first, count, target.height, target.cols, strip.offset)
 
 
 def write_others(strip: RowStrip, parts: Sequence[Array], output: WritableBlob) -> int:
-    """Write the tensors that lie beside a strip's elements; return how many bytes they are."""
+    """Write a strip's further tensors (its scales); return the number of bytes written."""
     target, count = strip.transfer.target, strip.last - strip.first
     return sum(
         output.write(as_bytes(data), offset_of(target, number, strip.first, count))

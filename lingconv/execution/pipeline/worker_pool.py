@@ -1,8 +1,8 @@
-"""The threads of a run: each takes strips, and the last one to finish a file gives it its name.
+"""The worker pool of a run: each thread takes strips, and the last one of a file finishes the file.
 
 Each worker keeps to one output file, because writers of one file wait for each other in the file
-system; when no file is left to begin, it helps with another's. A file is made durable piece by
-piece, so that even one of a terabyte goes on where a kill left it.
+system; when no file is left to open, it takes strips of another worker's. A file is synced piece by
+piece, so that a run resumes within a file, even one of a terabyte, after a kill.
 """
 
 import threading
@@ -33,9 +33,9 @@ from lingconv.storage.stated_sums import StatedSum
 def check_unchanged(
     plan: Plan, storages: Sequence[Storage], files: Collection[tuple[int, str]]
 ) -> None:
-    """Raise CheckpointError when a file is not what it was when the plan was made.
+    """Raise CheckpointError if a source file has changed since the plan was made.
 
-    `files` are numbers of sources, each with a file's name.
+    `files` are pairs of a source's number and the name of one of its files.
     """
     for number, name in sorted(files):
         source = plan.sources[number]
@@ -46,19 +46,19 @@ def check_unchanged(
             )
 
 
-# What a kill may cost of a file, and how often a worker waits for the disk.
+# Bytes between two syncs of a file: as many may have to be written again after a kill.
 PIECE_BYTES = 256 << 20
 
 
 class _Task(NamedTuple):
-    """A strip, and the number of the piece of its file that it belongs to."""
+    """A strip, and the number of the piece of the file to which it belongs."""
 
     strip: Strip
     piece: int
 
 
 def _tasks(file: OutputFile) -> Iterator[_Task]:
-    """Yield the strips of a file, each with its piece."""
+    """Yield the strips of a file, each with the number of its piece."""
     position = 0
     for strip in lower(file):
         yield _Task(strip, position // PIECE_BYTES)
@@ -66,7 +66,7 @@ def _tasks(file: OutputFile) -> Iterator[_Task]:
 
 
 def _sealed(frames: Iterable[FileBytes], seals: Iterable[FileBytes]) -> Iterator[FileBytes]:
-    """Yield frames with the seals in their places."""
+    """Yield the frames of a file with its seals (checksums) filled in."""
     waiting = sorted(seals, reverse=True)
     for frame in frames:
         data, end = bytearray(frame.data), frame.offset + len(frame.data)
@@ -78,10 +78,10 @@ def _sealed(frames: Iterable[FileBytes], seals: Iterable[FileBytes]) -> Iterator
 
 
 class _OpenFile:
-    """An output file being filled: its strips, and how many are taken but not yet written.
+    """An output file that is being written: strips not yet taken, and the number in flight.
 
-    A piece is a run of strips that write about PIECE_BYTES; those in `done` are left out. The lock
-    is the file's own, so that workers with other files do not meet here.
+    A piece is a run of strips that write about PIECE_BYTES; pieces in `done` are left out. The lock
+    is the file's own, so that workers on other files do not contend for it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class _OpenFile:
         output: "LocalOutput | ComparedOutput",
         file_id: str,
         done: Collection[int],
-        feed: Prefetcher,
+        prefetcher: Prefetcher,
     ) -> None:
         self.file = file
         self.started = time.monotonic()
@@ -100,8 +100,8 @@ class _OpenFile:
         self.output = output
         self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
-        feed.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
-        self._tasks = feed.ahead(self._missing(done), lambda task: task.strip)
+        prefetcher.open(file, lambda: (t.strip for t in _tasks(file) if t.piece not in done))
+        self._tasks = prefetcher.ahead(self._missing(done), lambda task: task.strip)
         self._next = next(self._tasks, None)
         self._format = format_of(file)
         try:
@@ -112,12 +112,12 @@ class _OpenFile:
             raise
 
     def seal(self) -> None:
-        """Write the checksums of what has been written, where the format states them."""
+        """Write the checksums of the written bytes, if the format states any."""
         sums = self.output.checksums
         seals = self._format.seals(self.file, sums.of) if sums is not None else ()
         if isinstance(self.output, LocalOutput):
             self._write(seals)
-        else:  # checksums stand in the midst of frames
+        else:  # frames are compared whole, so the checksums within them have to be filled in
             self._write(_sealed(self._format.frames(self.file), seals))
 
     def _write(self, parts: Iterable[FileBytes]) -> None:
@@ -126,16 +126,16 @@ class _OpenFile:
 
     @cached_property
     def sources(self) -> set[tuple[int, str]]:
-        """Return the files that this one is made of, each with its source's number."""
+        """Return the source files that this file reads, each with its source's number."""
         return sources_of(self.file)
 
     @property
     def has_strips(self) -> bool:
-        """Whether there are strips that nobody has taken."""
+        """Whether there are strips that no worker has taken."""
         return self._next is not None
 
     def _missing(self, done: Collection[int]) -> Iterator[_Task]:
-        """Yield the strips of all pieces but those in `done`."""
+        """Yield the strips of all pieces except those in `done`."""
         for task in _tasks(self.file):
             if task.piece in done:
                 self.held_bytes += written_bytes(task.strip)
@@ -151,7 +151,7 @@ class _OpenFile:
             return task
 
     def release(self, piece: int) -> tuple[bool, bool]:
-        """Note that a strip is written; return whether its piece is whole now, and the file."""
+        """Note that a strip is written; return whether that completes its piece, and the file."""
         with self._lock:
             self._in_flight[piece] -= 1
             if self._in_flight[piece] or (self._next is not None and self._next.piece == piece):
@@ -160,13 +160,16 @@ class _OpenFile:
             return True, self._next is None and not self._in_flight
 
     def close(self) -> None:
-        """Close the file, which may be the last thing that its thread does."""
+        """Close the file and end its writer thread, which may itself be the caller."""
         self.writer.end()
         self.output.close()
 
 
 class WorkerPool:
-    """The threads of one execution, and what they share: its lock is for whole files only."""
+    """The threads of one execution and their shared state; its lock is taken once a file or piece.
+
+    A strip is taken, filled, pending in a slot, written, released (`_take` ... `_release`).
+    """
 
     def __init__(
         self,
@@ -198,11 +201,11 @@ class WorkerPool:
             for storage, source in zip(storages, plan.sources, strict=True)
         ]
         self._ranges_left: Counter[tuple[int, str, StatedSum]] = Counter()
-        self._feed = Prefetcher(storages, self._opened, ahead_bytes)
+        self._prefetcher = Prefetcher(storages, self._opened, ahead_bytes)
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
-        """Fill `files` with `jobs` threads, half of which write what the others filled.
+        """Fill `files` with `jobs` threads, half of which write the strips that the others fill.
 
         Raises the first error that any of them met.
         """
@@ -210,7 +213,7 @@ class WorkerPool:
             for each in files:
                 self._ranges_left.update(self._ranges_of(each))
         self._waiting.extend(files)
-        self._feed.begin(files)
+        self._prefetcher.begin(files)
         with ExitStack() as stack:
             for opened in self._opened:
                 stack.enter_context(opened)
@@ -223,7 +226,7 @@ class WorkerPool:
                 else:
                     self._work_in_threads(jobs)
             finally:
-                for file in [*self._open]:  # what its thread is at may be its last
+                for file in [*self._open]:  # a copy: a writer thread may finish its file meanwhile
                     file.writer.stop()
                 for file in self._open:
                     file.close()
@@ -239,73 +242,73 @@ class WorkerPool:
         waiting = list(threads)
         while waiting:
             try:
-                waiting[-1].join(0.1)  # with a time-out, so that signals are heard
+                waiting[-1].join(0.1)  # with a time-out, so that signals are handled
                 if not waiting[-1].is_alive():
                     waiting.pop()
             except KeyboardInterrupt as exc:
                 self.stop(exc)
 
     def _load_transcoder(self) -> None:
-        """Import numba while the first bytes are copied, if rows are to follow."""
+        """Import numba while the first bytes are copied, if the plan transcodes any rows."""
         if not all(transfer.copies for transfer in self._plan.transfers()):
             import_module("lingconv.execution.pipeline.transcoder")
 
     def _work(self, number: int = 0, behind: int = 0) -> None:
-        """Take strips until there are none, or somebody failed; the GPUs have as many workers each.
+        """Fill strips until none is left or a thread failed; workers are dealt to GPUs round-robin.
 
-        While the next one is filled, `behind` of them may wait to be written; with none, all is
-        done here.
+        At most `behind` filled strips wait for the file's writer thread; with 0, this thread
+        writes each one itself.
         """
         from lingconv.execution.pipeline.strip_executor import (
-            StripExecutor,  # with numpy, which nobody who only plans needs
+            StripExecutor,  # imports numpy: planning does not
         )
 
         allow_nonfinite = self._plan.options.allow_nonfinite
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
-        filler = StripExecutor(
+        executor = StripExecutor(
             self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite, gpu=gpu
         )
-        turns = BufferSlots(max(1, behind))
+        slots = BufferSlots(max(1, behind))
         file: _OpenFile | None = None
         try:
             while (taken := self._take(file)) is not None:
                 file, task = taken
-                filled, turn = PendingWrites(file.output), turns.take()
-                filler.fill(task.strip, filled, turn)
-                write = partial(self._write, file, task, filled, turns, turn)
+                pending, slot = PendingWrites(file.output), slots.take()
+                executor.fill(task.strip, pending, slot)
+                write = partial(self._write, file, task, pending, slots, slot)
                 if behind:
                     file.writer.submit(write)
                 else:
                     write()
-            turns.wait()
-        except BaseException as exc:  # handed to the thread that waits in `fill`
+            slots.wait()
+        except BaseException as exc:  # raised by `fill`, in the thread that called it
             self.stop(exc)
 
     def _write(
-        self, file: _OpenFile, task: _Task, filled: PendingWrites, turns: BufferSlots, turn: int
+        self, file: _OpenFile, task: _Task, pending: PendingWrites, slots: BufferSlots, slot: int
     ) -> None:
-        """Write what a worker filled of a strip in one of its turns."""
+        """Write a filled strip, then free the worker's slot that holds it."""
         try:
-            written = sum(file.output.write(data, offset) for data, offset in filled.parts())
-            self._progress.advance(file.file.name, written + filled.cloned_bytes)
-            self._feed.done(file.file.name, task.strip)
+            written = sum(file.output.write(data, offset) for data, offset in pending.parts())
+            self._progress.advance(file.file.name, written + pending.cloned_bytes)
+            self._prefetcher.done(file.file.name, task.strip)
             self._release(file, task.piece)
-        except BaseException as exc:  # handed to the thread that waits in `fill`
+        except BaseException as exc:  # raised by `fill`, in the thread that called it
             self.stop(exc)
         finally:
-            turns.give_back(turn)
+            slots.give_back(slot)
 
     def stop(self, error: BaseException) -> None:
-        """Have everybody stop, for the first of the errors that were met."""
+        """Stop all workers; `fill` raises the first error that was passed here."""
         if isinstance(error, KeyboardInterrupt):
             error = Interrupted("interrupted", hint=SAME_COMMAND)
         with self._lock:
             self._error = self._error or error
 
     def _take(self, mine: _OpenFile | None) -> tuple[_OpenFile, _Task] | None:
-        """Return a strip: of the worker's own file, of a new one, or of one that needs help.
+        """Return a strip of the worker's own file, else of a new one, else of another worker's.
 
-        Waits where the next file has no room before others are delivered.
+        Waits while the next file has no room on disk until others are delivered.
         """
         while self._error is None:
             task = mine.take() if mine else None
@@ -323,7 +326,7 @@ class WorkerPool:
             return next((file for file in self._open if file.has_strips), None)
 
     def _begin_file(self) -> _OpenFile | None:
-        """Open the next file, if there is one and there is room for it."""
+        """Open the next file; None if there is none or no room for it."""
         with self._lock:
             if not self._waiting or not self._delivery.has_room(self._waiting[0]):
                 return None
@@ -331,13 +334,13 @@ class WorkerPool:
             self._open.append(opened)
         self._progress.file_begins(opened.file.name, opened.file.nbytes, opened.held_bytes)
         if not self._sparse:
-            opened.output.reserve()  # others may help already
+            opened.output.reserve()  # outside the lock: other workers may write to it already
         return opened
 
     def _open_file(self, file: OutputFile) -> _OpenFile:
         if self._compares:
             finished = ComparedOutput(self._folder.path(file.name))
-            return _OpenFile(file, finished, "", set(), self._feed)
+            return _OpenFile(file, finished, "", set(), self._prefetcher)
         held, pieces = self._folder.partial(file.name, file.nbytes)
         summed = format_of(file).sums_elements and not self._sparse
         output = LocalOutput(
@@ -347,10 +350,10 @@ class WorkerPool:
             tail=held.tail,
             goes_on=not held.is_new,
         )
-        return _OpenFile(file, output, held.id, pieces.numbers, self._feed)
+        return _OpenFile(file, output, held.id, pieces.numbers, self._prefetcher)
 
     def _release(self, file: _OpenFile, piece: int) -> None:
-        """Note that a strip is written; make what it completes durable."""
+        """Note that a strip is written; sync and journal the piece or file that it completes."""
         whole_piece, whole_file = file.release(piece)
         if whole_file:
             self._finish(file)
@@ -385,7 +388,7 @@ class WorkerPool:
                 self._opened[number].complete(name, stated)
 
     def _finish(self, file: _OpenFile) -> None:
-        """Make the data durable, then give the file its name."""
+        """Write the checksums, sync the file, rename it, journal it and deliver it."""
         if not self._sparse:
             self._complete_ranges(file.file)
         file.seal()
@@ -405,7 +408,7 @@ class WorkerPool:
         self._delivery.deliver(file.file)
 
     def _finish_comparison(self, file: _OpenFile, output: ComparedOutput) -> None:
-        """Keep in mind whether a finished file holds the bytes that it should."""
+        """Record whether a finished file holds the bytes that the plan gives."""
         with self._lock:
             self._open.remove(file)
             file.close()

@@ -1,7 +1,7 @@
-"""Writing behind: a worker fills the next strip while the last one goes to the disk.
+"""Write-behind: a worker fills the next strip while the last one is written to disk.
 
-Direct writes wait for the disk, and writers of one file for each other; whoever computes had
-better not. Each file has a thread that writes it; a worker takes turns with the buffers that wait.
+Direct writes wait for the disk, and writers of one file for each other, so the compute threads must
+not write. Each file has a writer thread; a worker alternates between slots, each a set of buffers.
 """
 
 import threading
@@ -14,7 +14,7 @@ from lingconv.storage.local_output import ComparedOutput, LocalOutput
 
 
 class BlockClone(NamedTuple):
-    """Bytes of an open file that need not be read to be in the target: `nbytes` from `start` on."""
+    """A reflink request: `nbytes` from `start` of the file descriptor `source`, to `offset`."""
 
     source: int
     start: int
@@ -23,19 +23,19 @@ class BlockClone(NamedTuple):
 
     @property
     def is_whole_blocks(self) -> bool:
-        """Whether disk blocks hold nothing else, here and there."""
+        """Whether start, size and offset are multiples of BLOCK_BYTES, as reflinks require."""
         return not (self.start | self.nbytes | self.offset) % BLOCK_BYTES
 
 
 class PendingWrite(NamedTuple):
-    """Bytes to be written, which their buffer holds until that is done."""
+    """Bytes to be written at `offset`; their buffer must not change until then."""
 
     data: memoryview
     offset: int
 
 
 class PendingWrites:
-    """Stands in for a file while a strip is filled, and remembers what is to be written."""
+    """The writes of one strip, collected while it is filled, in place of the output file."""
 
     def __init__(self, file: "LocalOutput | ComparedOutput") -> None:
         self.cloned_bytes = 0
@@ -44,12 +44,12 @@ class PendingWrites:
         self._later: Callable[[PendingWrites], object] | None = None
 
     def write(self, data: memoryview, offset: int) -> int:
-        """Remember bytes for later; return how many they are."""
+        """Add bytes to be written at `offset`; return their number."""
         self._parts.append(PendingWrite(data, offset))
         return data.nbytes
 
     def clone(self, clones: Sequence[BlockClone]) -> bool:
-        """Have the file share what others have on disk, at once; return whether all of it does."""
+        """Reflink all `clones` into the file now; return False if any of them is impossible."""
         whole = bool(clones) and all(clone.is_whole_blocks for clone in clones)
         if not whole or not all(self._file.clone(*clone) for clone in clones):
             return False
@@ -57,11 +57,11 @@ class PendingWrites:
         return True
 
     def later(self, fill: "Callable[[PendingWrites], object]") -> None:
-        """Have `fill` write to this, as soon as somebody asks for the parts."""
+        """Defer `fill`: `parts` calls it with these PendingWrites, to which it writes."""
         self._later = fill
 
     def parts(self) -> list[PendingWrite]:
-        """Return what is to be written; waits for what is still to come."""
+        """Return the writes, after running the deferred `fill`, which may wait for a GPU."""
         if self._later is not None:
             self._later(self)
             self._later = None
@@ -69,10 +69,10 @@ class PendingWrites:
 
 
 class WriterThread:
-    """A thread that does what it is handed, one after the other, begun with the first of it.
+    """A thread that runs submitted work in order; it is started by the first submission.
 
-    An executor of the standard library would do, but all of them share one lock, where dozens of
-    threads meet for every strip.
+    `concurrent.futures` executors would do, but all of them share one lock, for which dozens of
+    threads would contend with every strip.
     """
 
     def __init__(self) -> None:
@@ -81,18 +81,18 @@ class WriterThread:
         self._is_stopped = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Have `work` done, which raises nothing."""
+        """Queue `work`, which must not raise."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="write", daemon=True)
             self._thread.start()
         self._queue.put(work)
 
     def end(self) -> None:
-        """Let the thread end with what it has been handed; it may ask for that itself."""
+        """End the thread after the work queued so far; may be called from that thread."""
         self._queue.put(None)
 
     def stop(self) -> None:
-        """Return when the thread has ended; what it has not begun, it leaves."""
+        """Wait until the thread has ended; work that it has not started is dropped."""
         self._is_stopped = True
         self.end()
         if self._thread is not None:
@@ -105,29 +105,29 @@ class WriterThread:
 
 
 class BufferSlots:
-    """The buffers of a worker, which takes turns with them: each is lent until it is written.
+    """The slots of a worker's buffers: one is in use from `take` until its strip is written.
 
-    Locks that one thread takes and another gives back: anything more would be most of the work
-    that Python does for a strip.
+    Each slot is a plain lock that the worker acquires and the writer thread releases: anything
+    heavier would be most of the work that Python does for a strip.
     """
 
     def __init__(self, count: int) -> None:
-        self._lent = [threading.Lock() for _ in range(count)]
+        self._in_use = [threading.Lock() for _ in range(count)]
         self._next = 0
 
     def take(self) -> int:
-        """Wait until what the next turn filled last time is written, and return its number."""
-        turn = self._next
-        self._next = (turn + 1) % len(self._lent)
-        self._lent[turn].acquire()
-        return turn
+        """Return the number of the next slot, after waiting until its last strip is written."""
+        slot = self._next
+        self._next = (slot + 1) % len(self._in_use)
+        self._in_use[slot].acquire()
+        return slot
 
-    def give_back(self, turn: int) -> None:
-        """Note that its buffers are free again."""
-        self._lent[turn].release()
+    def give_back(self, slot: int) -> None:
+        """Free a slot whose strip is written."""
+        self._in_use[slot].release()
 
     def wait(self) -> None:
-        """Wait until everything is written."""
-        for lent in self._lent:
-            with lent:
+        """Wait until the strips of all slots are written."""
+        for lock in self._in_use:
+            with lock:
                 pass

@@ -1,5 +1,5 @@
 """The reference forward pass: plain torch, streamed one layer at a time.
 
-`ling2.py` is the mathematics, `weights.py` brings the numbers in time, `forward.py` walks through
-the layers, `prompts.py` makes tokens of text.
+`ling2.py` has the formulas, `weights.py` prefetches weights, `forward.py` runs the layers in order,
+`prompts.py` tokenizes text.
 """

@@ -1,4 +1,4 @@
-"""What FP8 serving does to activations: e4m3 with a scale for each group, chosen on the fly."""
+"""Quantization of activations as in FP8 serving: e4m3 with a dynamic scale for each group."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ _MIN_AMAX = 1e-10  # as SGLang's and vLLM's per-token-group kernels clamp it
 def fake_quantize(x: Tensor, weights: Encoding) -> Tensor:
     """Return x [..., I], rounded to e4m3 and back, as float32.
 
-    The groups are those that serving uses with such weights: as wide as the weights' blocks, or the
-    whole token where weights have a scale per row. With power-of-two weight scales (ue8m0), the
-    activations' scales are powers of two as well.
+    Groups are those of serving with such weights: as wide as the weights' blocks, or the whole
+    token if weights have a scale per row. With power-of-two weight scales (ue8m0), the activations'
+    scales are powers of two as well.
     """
     width = x.shape[-1]
     group = weights.scale_width(width)

@@ -1,7 +1,7 @@
-"""The walk through a model: embeddings, layers, head, MTP; one layer's weights at a time.
+"""The forward pass of a model: embeddings, layers, head, MTP; one layer's weights at a time.
 
-While a layer computes, the next one's attention and shared weights are read; of the experts only
-those that the tokens chose, as soon as the router has spoken.
+While a layer is computed, the next one's attention and shared weights are prefetched; experts are
+read as soon as the router has chosen them, and only those.
 """
 
 import time
@@ -27,7 +27,7 @@ from lingconv.verification.reference.ling2 import Rope, Routing
 from lingconv.verification.reference.weights import WeightStream
 
 _DTYPES = {Compute.F32: torch.float32, Compute.BF16: torch.bfloat16}
-# Matrices in the order in which ling2.py multiplies by them, before the experts.
+# Matrices in the order in which ling2.py uses them, before the experts.
 _ATTENTION = ("q", "k", "v", "o")
 _DENSE = ("gate", "up", "down")
 _MOE = ("router", "shared.gate", "shared.up", "shared.down")
@@ -36,7 +36,7 @@ _EXPERT = ("gate", "up", "down")
 
 
 class Step(NamedTuple):
-    """What one stage of the model put out: `embedding`, `layers.0`, ..., `mtp.0`, ...
+    """The output of one stage of the model: `embedding`, `layers.0`, ..., `mtp.0`, ...
 
     `hidden_BSH` of the last layer is taken after the final norm, as Hugging Face does.
     """
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Everything that a forward pass put out, and how long it took.
+    """All outputs of a forward pass, and its duration.
 
     `tensors`: `input_ids` [B, S]; `logits` [B, S, V] and `mtp_logits.i`, float32; `hidden_states.i`
     [B, S, H] (0 is the embedding, then one for each layer); `router_logits.i` [B, S, E] and
@@ -69,7 +69,7 @@ class Trace:
 
 
 class LayerWeights:
-    """The weights of one layer; `then` is asked for as soon as this layer's are under way."""
+    """The weights of one layer; the names in `then` are prefetched after this layer's."""
 
     def __init__(self, stream: WeightStream, prefix: str, then: Iterable[LogicalName]) -> None:
         self._stream = stream
@@ -85,13 +85,13 @@ class LayerWeights:
         return self._stream.small(self._name(name))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return x W^T, plus the bias where there is one."""
+        """Return x W^T, plus the bias if there is one."""
         product = self._stream.linear(self._name(name), x)
         bias = f"{name}_bias"
         return product + self[bias].to(product.dtype) if bias in self else product
 
     def choose(self, experts: Iterable[int]) -> None:
-        """Have these experts read, and then the next layer."""
+        """Queue the reading of these experts, and then of the next layer."""
         self._stream.ask(
             self._name(f"experts.{expert}.{part}") for expert in experts for part in _EXPERT
         )
@@ -102,11 +102,11 @@ class LayerWeights:
 
 
 class ForwardPass:
-    """One forward pass over `ids_BS`: iterate over `steps()`, then ask for `logits()`.
+    """One forward pass over `ids_BS`: iterate over `steps()`, then call `logits()`.
 
-    `pinned` maps a step's name to the experts [B, S, A] that its router is to take.
-    Raises CheckpointError for a broken checkpoint and for NaN, naming the layer; UsageError for ids
-    that the model has no embedding for.
+    `pinned` maps a step's name to the experts [B, S, A] that its router must take.
+    Raises CheckpointError for a broken checkpoint and for NaN, with the layer's name, and
+    UsageError for ids without an embedding.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class ForwardPass:
         )
 
     def __enter__(self) -> Self:
-        # Half of the processors compute, the readers have the others: OpenMP's threads spin while
-        # they wait, and would take the time that reading needs.
+        # Half of the CPUs compute, the others are for the readers: OpenMP's threads spin while they
+        # wait, and would take CPU time from reading.
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(max(1, num_processors() // 2))
         return self
@@ -212,7 +212,7 @@ class ForwardPass:
 
 
 def mtp_count(model: Model) -> int:
-    """Return how many MTP layers a model has."""
+    """Return the number of MTP layers of a model."""
     count: int = model.symbols["mtp_layers"]
     return count
 
@@ -249,7 +249,7 @@ def check_model(model: Model, *, mtp: bool) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise UsageError for a device that torch does not find here."""
+    """Raise UsageError for a device that torch does not find on this machine."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:
@@ -257,7 +257,7 @@ def check_device(device: str) -> None:
 
 
 def check_ids(ids_BS: Tensor, vocab_size: int) -> None:
-    """Raise UsageError for ids that have no embedding."""
+    """Raise UsageError for ids without an embedding."""
     if ids_BS.dim() != 2 or not ids_BS.numel():
         raise UsageError("there are no tokens to run", hint="pass `--tokens 1,2,3` or `--prompt`")
     low, high = int(ids_BS.min()), int(ids_BS.max())
@@ -272,7 +272,7 @@ def trace(
     options: ForwardOptions | None = None,
     watcher: Watcher | None = None,
 ) -> Trace:
-    """Run a model and keep everything that it puts out."""
+    """Return all outputs of one forward pass of a model."""
     watcher = watcher or Unwatched()
     started = time.perf_counter()
     tensors = {"input_ids": ids_BS}

@@ -7,7 +7,7 @@ arXiv 2510.22115 section 2. Shapes, as suffixes of names:
     N query heads    K key/value heads    G = N / K    D head_dim    R rotary_dim
     E experts    A experts per token
 
-`w` stands for the weights of one layer: `w["q_norm"]` is a small tensor, `w.linear("q", x)` is
+`w` are the weights of one layer: `w["q_norm"]` is a small tensor, `w.linear("q", x)` is
 x W^T (+ bias), with W streamed through memory a few rows at a time.
 """
 
@@ -32,10 +32,10 @@ class Weights(Protocol):
         """Return whether this layer has such a tensor."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return x W^T, plus the bias where there is one."""
+        """Return x W^T, plus the bias if there is one."""
 
     def choose(self, experts: Iterable[int]) -> None:
-        """Announce which experts are going to be used, in this order."""
+        """Announce the experts that are going to be used, in this order."""
 
 
 class Rope(NamedTuple):
@@ -46,7 +46,7 @@ class Rope(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router decided: its raw logits, the experts chosen, and their shares."""
+    """The output of a router: raw logits, the chosen experts, and their shares."""
 
     logits_BSE: Tensor
     topk_BSA: Tensor
@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(positions: int, config: Symbols, dtype: torch.dtype, device: str) -> Rope:
-    """Return the rotations of positions 0, 1, ...: theta_j = base^(-2j / R), YaRN where asked."""
+    """Return the rotations of positions 0, 1, ...: theta_j = base^(-2j / R), or those of YaRN."""
     frequencies, magnitude = _frequencies(config)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     angles_SR = torch.cat([angles, angles], dim=-1)
@@ -96,7 +96,7 @@ def _frequencies(config: Symbols) -> tuple[Tensor, float]:
 
 
 def rotate(x_BNSD: Tensor, rope: Rope) -> Tensor:
-    """Rotate dimensions (i, i + R/2) of the first R (NeoX pairing); the rest pass as they are."""
+    """Return x with dimensions (i, i + R/2) of the first R rotated (NeoX pairing), others kept."""
     rotary_dim = rope.cos_SR.shape[-1]
     turned, passed = x_BNSD[..., :rotary_dim], x_BNSD[..., rotary_dim:]
     left, right = turned.chunk(2, dim=-1)
@@ -105,7 +105,7 @@ def rotate(x_BNSD: Tensor, rope: Rope) -> Tensor:
 
 
 def attention(x_BSH: Tensor, w: Weights, rope: Rope, config: Symbols) -> Tensor:
-    """Causal attention with grouped queries: head n reads key/value head n // G."""
+    """Return causal grouped-query attention: head n reads key/value head n // G."""
     head_dim, eps = config["head_dim"], config["rms_norm_eps"]
     q_BNSD, k_BKSD, v_BKSD = (
         w.linear(name, x_BSH).unflatten(-1, (-1, head_dim)).transpose(1, 2) for name in "qkv"
@@ -135,9 +135,9 @@ def mlp(x: Tensor, w: Weights, part: str = "") -> Tensor:
 
 
 def route(x_BSH: Tensor, w: Weights, config: Symbols, pinned_BSA: Tensor | None = None) -> Routing:
-    """Choose A experts for each token, within the groups whose two best experts score highest.
+    """Return the routing: A experts per token, of the groups whose two best experts score highest.
 
-    The bias counts for the choice alone. `pinned_BSA` replaces the choice, not the shares.
+    The bias affects the choice alone. `pinned_BSA` replaces the choice, not the shares.
     """
     logits_BSE = w.linear("router", x_BSH.float())
     softmax = config["score_function"] == "softmax"
@@ -197,12 +197,12 @@ def decoder_layer(
 
 
 def mtp_input(embeds_BSH: Tensor, x_BSH: Tensor, w: Weights, config: Symbols) -> Tensor:
-    """Return what an MTP layer starts from: the next token's embedding and the output so far."""
+    """Return the input of an MTP layer, from the next token's embedding and the output so far."""
     eps = config["rms_norm_eps"]
     both = [rms_norm(embeds_BSH, w["enorm"], eps), rms_norm(x_BSH, w["hnorm"], eps)]
     return w.linear("eh_proj", torch.cat(both, dim=-1))
 
 
 def next_ids(ids_BS: Tensor) -> Tensor:
-    """Return the ids one place to the left, with a 0 at the end, as MTP sees them."""
+    """Return the ids shifted one place to the left, with a 0 at the end: MTP's input."""
     return pad(ids_BS[:, 1:], (0, 1))

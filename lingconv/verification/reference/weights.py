@@ -1,10 +1,10 @@
-"""Weights in time: read ahead by threads, a few rows at a time, in the order of their use.
+"""Prefetched weights: read by threads, a few rows (a strip) at a time, in the order of their use.
 
     ask("layers.3.q", ...)  ->  strips are read and decoded into a fixed set of buffers
-    linear("layers.3.q", x) ->  takes them in the same order, and hands the buffers back
+    linear("layers.3.q", x) ->  takes them in the same order, and returns the buffers
 
-Memory is the buffers, whatever the size of a matrix. Readers widen or dequantize rows to the dtype
-that is computed in; only on their way to a GPU do BF16 rows stay as narrow as they are.
+Memory is that of the buffers, whatever the size of a matrix. Readers decode rows to the dtype of
+the computation; BF16 rows for a GPU stay BF16 until they are there.
 """
 
 import time
@@ -32,18 +32,18 @@ from lingconv.verification.reference.activations import fake_quantize
 
 STRIP_BYTES = 8 << 20
 READERS = max(2, num_processors() // 2)
-BUFFERS = READERS + 28  # enough that a layer's attention is there when it is needed
+BUFFERS = READERS + 28  # enough to prefetch a layer's attention
 
 
 class _Strip(NamedTuple):
-    """Some rows of a matrix, and the buffer that they lie in."""
+    """Some rows of a matrix, and the buffer that contains them."""
 
     rows: Tensor
     buffer: Tensor
 
 
 class _Order(NamedTuple):
-    """Rows of `cols` columns to be read, and where the result is waited for."""
+    """Rows of `cols` columns to be read, and the future of the result."""
 
     segments: tuple[MatrixSlice, ...]
     first_row: int
@@ -86,7 +86,7 @@ class WeightStream:
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for _ in range(READERS):
-            self._buffers.put(None)  # a reader that waits for a buffer goes home
+            self._buffers.put(None)  # a reader that waits for a buffer ends
         self._threads.shutdown(wait=True)
         self._files.__exit__(*error)
 
@@ -95,7 +95,7 @@ class WeightStream:
         return self._locator.holds(name)
 
     def ask(self, names: Iterable[LogicalName]) -> None:
-        """Have matrices read soon; they are to be used in the same order."""
+        """Queue the reading of matrices; they must be used in the same order."""
         for name in names:
             segments = self._locator.whole(name)
             rows, cols = self._locator.shape(name)
@@ -109,13 +109,13 @@ class WeightStream:
             self._asked.append((name, strips))
 
     def small(self, name: LogicalName) -> Tensor:
-        """Return a norm or a bias in float32, read at once: it is smaller than the wait for it."""
+        """Return a norm or a bias in float32; it is too small to be worth a prefetch."""
         found = torch.empty(*self._locator.shape(name), dtype=torch.float32)
         self._fill(self._locator.whole(name), 0, found)
         return found.flatten().to(self._device)
 
     def linear(self, name: LogicalName, x: Tensor) -> Tensor:
-        """Return x W^T in x's dtype; the matrix must be the next one that was asked for."""
+        """Return x W^T in x's dtype; `name` must be the next matrix that was asked for."""
         asked, strips = self._asked.popleft()
         if asked != name:
             raise AssertionError(f"{name} is used where {asked} was asked for")
@@ -130,11 +130,11 @@ class WeightStream:
             strip = self._wait(strips.popleft())
             rows = strip.rows.to(self._device).to(operand.dtype)
             parts.append(operand @ rows.T)
-            self._buffers.put(strip.buffer)  # on a GPU the copy is over, on a CPU the product
+            self._buffers.put(strip.buffer)  # free: the copy to the GPU, or the product, is done
         return torch.cat(parts, dim=-1).to(x.dtype)
 
     def rows(self, name: LogicalName, ids: Tensor) -> Tensor:
-        """Return some rows of a matrix (embeddings), in the dtype that is computed in."""
+        """Return some rows of a matrix (embeddings), in the dtype of the computation."""
         unique, places = torch.unique(ids, return_inverse=True)
         segments = self._locator.whole(name)
         found = torch.empty(len(unique), self._locator.shape(name)[1], dtype=self._dtype(segments))
@@ -149,7 +149,7 @@ class WeightStream:
         return found
 
     def _dtype(self, segments: Sequence[MatrixSlice]) -> torch.dtype:
-        """Return what rows are delivered in: what is computed in, or BF16 on its way to a GPU."""
+        """Return the dtype of decoded rows: that of the computation, or BF16 for a GPU."""
         encodings = {segment.source.encoding for segment in segments}
         if all(encoding == PLAIN[DType.BF16] for encoding in encodings):
             return self._compute if self._device == "cpu" else torch.bfloat16
@@ -157,8 +157,8 @@ class WeightStream:
         return self._compute if scaled and not self._fp8_activations else torch.float32
 
     def _read_next(self) -> None:
-        # Orders get their buffers in the order of their use. Were a later one to take the buffer
-        # that an earlier one waits for, all buffers could end up with strips that nobody wants yet.
+        # Orders get their buffers in the order of use: if a later one could take the buffer for
+        # which an earlier one waits, all buffers could hold later strips, which is a deadlock.
         with self._turn:
             order = self._orders.popleft()
             buffer = self._buffers.get()

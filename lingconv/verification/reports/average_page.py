@@ -1,4 +1,4 @@
-"""An average as one HTML file to look at: the weights, and the decay that they stand for."""
+"""The HTML report on an average: the weights, and the learning-rate decay they correspond to."""
 
 import json
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def render(plan: Plan, destination: str) -> str:
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     weights = [source.weight for source in plan.sources]
     yield "checkpoints", f"{len(weights)}"
-    # 1 / sum of squares: as many equal weights would even out noise as well as these.
+    # 1 / sum of squares: the number of equal weights that would average out noise as well.
     yield "effective number", f"{1 / sum(weight**2 for weight in weights):.2f}"
     yield "read", f"{plan.read_bytes / 1e9:,.3g} GB"
     yield "written", f"{plan.write_bytes / 1e9:,.3g} GB"

@@ -1,7 +1,7 @@
-"""Pictures of reports, drawn by matplotlib as SVG that follows the page's colours.
+"""Plots of the reports, drawn by matplotlib as SVG that follows the page's colours.
 
-Everything that is not data is drawn in two marker colours, which become CSS variables afterwards:
-so one picture serves light and dark pages and paper.
+Everything except data is drawn in two marker colours, which are replaced by CSS variables: one plot
+then suits light and dark pages and paper.
 """
 
 import io
@@ -40,7 +40,7 @@ Draw = Callable[[Axes], None]
 
 
 def picture(draw: Draw, height: float, name: str, *, grid: bool = True) -> str:
-    """Draw one picture and return it as an SVG element."""
+    """Return a plot as an SVG element."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH, height))
         figure.patch.set_alpha(0)
@@ -62,6 +62,6 @@ def picture(draw: Draw, height: float, name: str, *, grid: bool = True) -> str:
 
 
 def put_labels(axis: Any, labels: Sequence[str], most: int) -> None:
-    """Put labels on an axis of cells, as many as there is room for."""
+    """Put labels on an axis of cells, at most `most` of them."""
     step = -(-len(labels) // most)
     axis.set_ticks(range(0, len(labels), step), labels[::step])

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: no network, no script; light, dark, paper."""
+"""Self-contained HTML pages: no network, no script; for light and dark screens and paper."""
 
 import re
 from importlib.resources import files
@@ -19,7 +19,7 @@ _NO_LETTERS = re.compile(
 
 
 def check() -> None:
-    """Raise UsageError when matplotlib, which draws the pictures, is not installed."""
+    """Raise UsageError if matplotlib, which draws the plots, is not installed."""
     if find_spec("matplotlib") is None:
         raise UsageError(
             "reports are drawn by matplotlib, which is not installed",
@@ -28,7 +28,7 @@ def check() -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page of this folder's templates, all values escaped."""
+    """Return a page from one of this folder's templates, with all values escaped."""
     folder = files("lingconv.verification.reports")
     environment = Environment(
         autoescape=True,
@@ -40,7 +40,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def write(html: str, path: Path) -> None:
-    """Write a page, all of it or nothing; what is no letter in a name is written as its code."""
+    """Write a page atomically; characters that are no letters in names are escaped."""
     shown = _NO_LETTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", html)
     with explained_writing(path):
         replace_file(path, [shown.encode()])

@@ -1,4 +1,4 @@
-"""A verdict as one HTML file to look at."""
+"""The HTML report on a verdict."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from lingconv.version import __version__
 
 _MOST = 100
 _WORST = 25
-# Name of a picture -> its title and what it shows, in the order of the page.
+# Name of a plot -> its title and description, in the order of the page.
 _PICTURES = {
     "depth": (
         "Hidden states along the depth",
@@ -76,7 +76,7 @@ def _headline(verdict: Verdict) -> str:
 
 
 def _facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """Yield the few numbers that people look for first."""
+    """Yield the headline numbers, each with its name."""
     yield "tensors compared", f"{len(verdict.tensors):,}"
     yield "of them equal", f"{sum(item.equal for item in verdict.tensors):,}"
     rounded = [item for item in verdict.tensors if not item.equal]
@@ -97,6 +97,6 @@ def _worst(verdict: Verdict) -> list[TensorFigures]:
 
 
 def _recipe(verdict: Verdict) -> str:
-    """Return what was asked for when DST was made, and what it was held to."""
+    """Return the options of the conversion that wrote DST, and the thresholds, as text."""
     recipe = {"made with": dict(verdict.recipe) or "no record", "held to": dict(verdict.thresholds)}
     return json.dumps(recipe, indent=2)

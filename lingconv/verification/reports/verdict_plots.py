@@ -1,4 +1,4 @@
-"""What a verdict looks like: its pictures, by name."""
+"""The plots of a verdict, by name, as SVG."""
 
 import math
 import re
@@ -19,7 +19,7 @@ _EXPERT = re.compile(r"experts\.(\d+)\.(.+)")
 
 
 def depth(forward: ForwardFigures) -> str:
-    """Draw the similarity of hidden states along the depth."""
+    """Draw the cosine similarity of hidden states, stage by stage."""
 
     def draw(axes: Axes) -> None:
         places = range(len(forward.layers))
@@ -36,7 +36,7 @@ def depth(forward: ForwardFigures) -> str:
 
 
 def flips(forward: ForwardFigures) -> str:
-    """Draw how many tokens got other experts, layer by layer."""
+    """Draw the share of tokens with different experts, layer by layer."""
     routed = [layer for layer in forward.layers if layer.flipped_tokens is not None]
 
     def draw(axes: Axes) -> None:
@@ -62,7 +62,7 @@ def positions(forward: ForwardFigures) -> str:
 
 
 def kinds(tensors: Sequence[TensorFigures]) -> str:
-    """Draw the relative error by layer and kind of tensor; experts are taken together."""
+    """Draw the relative error by layer and kind of tensor; experts are combined."""
     cells: dict[tuple[str, str], list[float]] = {}
     for item in tensors:
         row, kind = _place(item.name)
@@ -72,7 +72,7 @@ def kinds(tensors: Sequence[TensorFigures]) -> str:
 
 
 def experts(tensors: Sequence[TensorFigures]) -> str:
-    """Draw the relative error of every expert of every layer, its three matrices taken together."""
+    """Draw the relative error of every expert of every layer; its three matrices are combined."""
     cells: dict[tuple[str, str], list[float]] = {}
     for item in tensors:
         row, kind = _place(item.name)
@@ -84,7 +84,7 @@ def experts(tensors: Sequence[TensorFigures]) -> str:
 
 
 def scales(histogram: Mapping[int, int]) -> str:
-    """Draw how FP8 scales are spread over octaves."""
+    """Draw the histogram of FP8 scales over octaves."""
     if not histogram:
         return ""
 
@@ -99,7 +99,7 @@ def scales(histogram: Mapping[int, int]) -> str:
 
 
 def errors(tensors: Sequence[TensorFigures]) -> str:
-    """Draw how the relative errors of tensors are spread, one colour for each pair of encodings."""
+    """Draw the histogram of tensors' relative errors, one colour for each pair of encodings."""
     groups: dict[str, list[float]] = {}
     for item in tensors:
         if item.rel_error and math.isfinite(item.rel_error):
@@ -125,7 +125,7 @@ def errors(tensors: Sequence[TensorFigures]) -> str:
 
 
 def pictures(verdict: Verdict) -> dict[str, str]:
-    """Return name -> SVG of all pictures that this verdict has data for."""
+    """Return name -> SVG of all plots for which the verdict has data."""
     drawn = {
         "kinds": kinds(verdict.tensors) if verdict.tensors else "",
         "experts": experts(verdict.tensors),
@@ -148,7 +148,7 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _natural(label: str) -> tuple[bool, int, str]:
-    """Return a key that puts 2 before 10, and what is no number last."""
+    """Return a sort key that puts 2 before 10, and other texts last."""
     return not label.isdigit(), int(label) if label.isdigit() else 0, label
 
 
@@ -189,7 +189,7 @@ def _heat_map(cells: Mapping[tuple[str, str], float], name: str, columns_are: st
 
 
 def _name_stages(axes: Axes, names: Sequence[str]) -> None:
-    """Name the stages of a forward pass below the axis: numbers, and words for the others."""
+    """Label the stages of a forward pass below the axis: layers by number, others by name."""
     labels = [name.removeprefix("layers.").replace("mtp.", "mtp ") for name in names]
     put_labels(axes.xaxis, [label.replace("embedding", "emb") for label in labels], 24)
     axes.set_xlabel("layer")
