@@ -63,6 +63,8 @@ def cluster(hub, bucket, tmp_path_factory):
     """Nodes with a processor each; their workers can reach the Hub and the store."""
     before = dict(os.environ)
     os.environ.update(environment(hub.endpoint, tmp_path_factory.mktemp("home")))
+    # Or they wait for whatever else this machine does.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     started = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
