@@ -243,7 +243,6 @@ def test_crafted_files_are_faults_or_errors(written, families):
     assert tried == []
 
 
-@pytest.mark.xfail(strict=True, reason="the C unpickler's memo is as long as an index says")
 def test_a_small_pickle_takes_little_memory():
     tracemalloc.start()
     try:
@@ -254,10 +253,10 @@ def test_a_small_pickle_takes_little_memory():
         tracemalloc.stop()
 
 
-@pytest.mark.xfail(run=False, reason="tuples in each other as a key end the process: SIGSEGV")
-def test_a_deep_key_is_an_error():
-    with pytest.raises(HeaderError):
-        pickles.loads(DEEP_KEY)
+def test_a_deep_key_is_a_key_like_any_other():
+    """It is known by its identity: nobody walks through it to hash it."""
+    (value,) = pickles.loads(DEEP_KEY).values()
+    assert value == 1
 
 
 # Formats of other packages ------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+from lingconv.errors import CheckpointError
+
 PARALLEL = 16
 REQUEST_BYTES = 16 << 20
 BLOCK_BYTES = 256 << 10
@@ -24,6 +26,10 @@ _MAX_BLOCKS = 128
 
 class Ranged(Protocol):
     """A file far away, which many threads share."""
+
+    @property
+    def uri(self) -> str:
+        """The address of the file, for messages."""
 
     @property
     def size(self) -> int:
@@ -46,7 +52,9 @@ class Ranges:
 
     def read(self, file: Ranged, offset: int, nbytes: int | None) -> bytes:
         """Return bytes of a file, or what is left of it when that is less."""
-        left = max(0, file.size - offset)
+        if offset >= file.size:
+            return b""
+        left = file.size - offset
         buffer = bytearray(left if nbytes is None else min(nbytes, left))
         blob = self.open(file)
         try:
@@ -150,7 +158,12 @@ class RangeBlob:
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
+        """Fill `buffer` from `offset`; raise CheckpointError when the file ends before."""
+        if offset + len(buffer) > self._file.size:
+            raise CheckpointError(
+                f"{self._file.uri} ends at byte {self._file.size:,}, before what is to be read",
+                hint="restore the file, and run the same command again",
+            )
         if len(buffer) < SMALL_BYTES:
             self._blocks.read_into(self._file, offset, buffer)
             return

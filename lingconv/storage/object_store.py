@@ -101,16 +101,16 @@ class ObjectFile:
     def __init__(self, system: Any, path: str, uri: str, size: int) -> None:
         self._system = system
         self._path = path
-        self._uri = uri
+        self.uri = uri
         self.size = size
 
     def fetch(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset`."""
         end = offset + len(buffer)
-        data = asked(self._uri, lambda: self._system.cat_file(self._path, start=offset, end=end))
+        data = asked(self.uri, lambda: self._system.cat_file(self._path, start=offset, end=end))
         if len(data) != len(buffer):
             raise CheckpointError(
-                f"{self._uri} ends at byte {offset + len(data):,}, before {end:,}: it was changed"
+                f"{self.uri} ends at byte {offset + len(data):,}, before {end:,}: it was changed"
                 " while it was read",
                 hint="restore the source and run the same command again",
             )

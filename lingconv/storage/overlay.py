@@ -30,6 +30,8 @@ class Overlay:
         """Return what the storage says of a file; what was made never changes."""
         if name in self._made:
             return FileStat(len(self._made[name]), "made")
+        if name not in self._names:
+            raise CheckpointError(f"{name} is no part of {self.uri}")
         return self._storage.stat(name)
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -41,9 +43,36 @@ class Overlay:
         return self._storage.read(name, offset, size)
 
     def open(self, name: str) -> Blob:
-        """Open a file of the storage."""
+        """Open a file, real or made."""
+        if name in self._made:
+            return MadeBlob(name, self._made[name])
+        if name not in self._names:
+            raise CheckpointError(f"{name} is no part of {self.uri}")
         return self._storage.open(name)
 
     def release(self, name: str) -> None:
         """Tell the storage."""
         self._storage.release(name)
+
+
+class MadeBlob:
+    """A file that was made, open."""
+
+    descriptor = None
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self._name = name
+        self._data = data
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Do nothing: it is in memory."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; raise CheckpointError when the file ends before."""
+        part = self._data[offset : offset + len(buffer)]
+        if len(part) < len(buffer):
+            raise CheckpointError(f"{self._name} ends at byte {len(self._data):,}")
+        buffer[:] = part
+
+    def close(self) -> None:
+        """Do nothing."""

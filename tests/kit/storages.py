@@ -138,39 +138,27 @@ def synthetic(files: Files, folder: Path, patch: pytest.MonkeyPatch) -> Iterator
     yield SynthStorage(family, family.resolve(config, HF), config, seed=7)
 
 
-_NAMES = {
-    r"no_name_leads_out": "names are joined to the folder as they are",
-    r"not_there.*-stat-sub\]": "a folder is taken for a file",
-}
-_BEYOND = {
-    r"beyond_the_end.*-(4|512)\]": "a small read beyond the end never returns, or raises ValueError"
-}
 _CACHE = {
     r"leads_out\[\w+-(read|open)-.*\.\.": "the cache is asked for a name that is not listed, and"
     " its client raises ValueError"
 }
 CASES = [
-    StorageCase("local", local, may_fail=_NAMES),
-    StorageCase(
-        "overlay",
-        overlay,
-        may_fail=_NAMES,
-        fails={r"every_file_that_is_listed": "what is made cannot be opened"},
-    ),
+    StorageCase("local", local),
+    StorageCase("overlay", overlay),
     StorageCase(
         "objects",
         objects,
-        fails={**_BEYOND, r"-stat-(sub)?\]": "the stat of a folder is that of an empty file"},
+        fails={r"-stat-(sub)?\]": "the stat of a folder is that of an empty file"},
     ),
-    StorageCase("hub", hub, fails={**_BEYOND, **_CACHE}),
-    StorageCase("downloads", downloads, fails={**_BEYOND, **_CACHE}),
+    StorageCase("hub", hub, fails=_CACHE),
+    StorageCase("downloads", downloads, fails=_CACHE),
     StorageCase(
         "synthetic",
         synthetic,
         unit=4,
         makes_its_own=True,
         fails={
-            r"not_there|leads_out": "any name is opened, `read` is empty, `stat` raises KeyError",
+            r"(not_there|leads_out).*-(open|read)-": "any name is opened, `read` is empty",
             r"test_read_returns": "`read` knows small files alone",
             r"every_file_that_is_listed": "`open` knows the weights alone",
             r"beyond_the_end": "IndexError, or ValueError, beyond the end",

@@ -331,8 +331,9 @@ class WorkerPool:
             if not self._waiting or not self._delivery.has_room(self._waiting[0]):
                 return None
             opened = self._open_file(self._waiting.popleft())
+            # Before another worker may help with it, and tell of its bytes.
+            self._progress.file_begins(opened.file.name, opened.file.nbytes, opened.held_bytes)
             self._open.append(opened)
-        self._progress.file_begins(opened.file.name, opened.file.nbytes, opened.held_bytes)
         if not self._sparse:
             opened.output.reserve()  # outside the lock: other workers may write to it already
         return opened

@@ -76,6 +76,11 @@ class RemoteFile:
         self._link: _Link | None = None
 
     @property
+    def uri(self) -> str:
+        """Its address."""
+        return str(self.address)
+
+    @property
     def size(self) -> int:
         """Its bytes, as they were listed."""
         return self.file.size
