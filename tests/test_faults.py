@@ -345,9 +345,14 @@ def test_known_buffers_are_dropped_by_name(source):
     assert "rope_theta" in dropped.reason
 
 
-@pytest.mark.parametrize(
-    "names", [["BailingMoeForCausalLM"], ["LlamaForCausalLM"], [], None, "x", [3]]
-)
+@pytest.mark.parametrize("names", ["x", [3], {"a": 1}])
+def test_architectures_of_another_type(source, names):
+    edit_json(source / "config.json", lambda config: config.update(architectures=names))
+    with pytest.raises(CheckpointError, match=r"config\.json: `architectures`"):
+        inspect(source)
+
+
+@pytest.mark.parametrize("names", [["BailingMoeForCausalLM"], ["LlamaForCausalLM"], [], None])
 def test_unknown_architecture(source, names):
     edit_json(source / "config.json", lambda config: config.update(architectures=names))
     with pytest.raises(CheckpointError, match="unknown architecture") as caught:

@@ -171,6 +171,8 @@ class RecordingStorage(LocalStorage):
         blob, reads = super().open(name), self.reads
 
         class Recorder:
+            descriptor = blob.descriptor
+
             def read_into(self, offset, buffer):
                 reads.append((name, offset, offset + len(buffer)))
                 blob.read_into(offset, buffer)

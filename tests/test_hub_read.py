@@ -85,7 +85,7 @@ def test_inspect_reads_headers_only_and_names_the_commit(hub, golden):
 def test_headers_of_many_shards_are_asked_for_together(hub, golden, tmp_path, monkeypatch):
     convert(golden, tmp_path / "many", ConvertOptions(max_shard_bytes=60_000))
     hub.add("org/many", contents(tmp_path / "many"))
-    monkeypatch.setattr(remote, "_TIMEOUT", httpx.Timeout(None))
+    monkeypatch.setattr(remote, "TIMEOUT", httpx.Timeout(None))
     hub.together = 9
     assert lingconv.inspect("hf://org/many").shards > 20
     assert hub.together == 0
@@ -108,7 +108,7 @@ def test_conversions_from_the_hub_are_those_of_local_files(hub, golden, tmp_path
 
 
 def test_neighbours_are_fetched_together_ahead_of_the_work(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "_TIMEOUT", httpx.Timeout(None))
+    monkeypatch.setattr(remote, "TIMEOUT", httpx.Timeout(None))
     hub.together = 3
     convert("hf://org/tiny-ling-v2", tmp_path / "out", FP8)
     tensors = 86

@@ -532,7 +532,7 @@ def test_a_hundred_checkpoints_open_more_files_than_allowed_at_first(run, tmp_pa
         folder.mkdir()
         for path in run[number % COUNT].iterdir():
             if path.is_file():
-                (folder / path.name).symlink_to(path)
+                (folder / path.name).hardlink_to(path)
         sources.append(folder)
     command = [sys.executable, "-c", limited, tmp_path / "out", *sources]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -48,6 +48,9 @@ def find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Fam
         for name in names:
             if name in family.architectures:
                 return family, name
+    cause = next((f for f in checkpoint.faults if f.file == CONFIG_NAME and f.fatal), None)
+    if cause is not None and not names:
+        raise CheckpointError(str(cause), faults=checkpoint.faults, hint=cause.hint)
     known = sorted(name for family in families for name in family.architectures)
     close = difflib.get_close_matches(names[0], known, 1) if names else []
     raise CheckpointError(
