@@ -177,6 +177,10 @@ class RecordingStorage(LocalStorage):
                 reads.append((name, offset, offset + len(buffer)))
                 blob.read_into(offset, buffer)
 
+            def read_some(self, offset, buffer):
+                reads.append((name, offset, offset + len(buffer)))
+                return blob.read_some(offset, buffer)
+
             def close(self):
                 blob.close()
 
