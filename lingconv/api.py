@@ -262,7 +262,7 @@ def synth(
     if is_remote(destination):
         raise UsageError("random weights are written to a folder", hint="then `lingconv push` it")
     if resources is not None and resources.part is not None:
-        raise UsageError("random weights are written by one run: leave `--part` out")
+        raise UsageError("random weights are written by one run: leave `part` out")
     model = synthetic_model(
         config, layers=layers, dense_layers=dense_layers, mtp=mtp, seed=seed, formats=formats
     )
@@ -450,9 +450,9 @@ def input_ids(
     from lingconv.verification.reference import prompts
 
     if prompt is not None and tokens is not None:
-        raise UsageError("`--prompt` and `--tokens` are two ways to say the same thing")
+        raise UsageError("`prompt` and `tokens` are two ways to say the same thing")
     if chat and prompt is None:
-        raise UsageError("`--chat` needs a `--prompt`")
+        raise UsageError("`chat` needs a `prompt`")
     if tokens is not None:
         return prompts.parse_tokens(tokens)
     if prompt is not None:
@@ -473,7 +473,7 @@ def _named(options: ConvertOptions, destination: Path) -> ConvertOptions:
         return options
     if options.layout != Target.GGUF:
         raise UsageError(
-            f"{destination} is the name of a GGUF file, `--to` is {options.layout}",
-            hint="leave `--to` out, or name a folder",
+            f"{destination} is the name of a GGUF file, `layout` is {options.layout}",
+            hint="leave `layout` out, or name a folder",
         )
     return replace(options, gguf=replace(options.gguf, stem=destination.stem))

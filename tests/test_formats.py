@@ -340,5 +340,5 @@ def test_a_format_of_another_package_is_read(golden, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(LingconvError):
         lingconv.inspect(source)
-    with pytest.raises(UsageError, match="`--to` is `lines`"):
+    with pytest.raises(UsageError, match="`layout` is `lines`"):
         registry.format_for("lines")

@@ -255,7 +255,7 @@ class TestBadInput:
     def test_requests_that_contradict_themselves(self, golden):
         with pytest.raises(UsageError, match="two ways"):
             lingconv.forward(golden, prompt="a", tokens="1")
-        with pytest.raises(UsageError, match="needs a `--prompt`"):
+        with pytest.raises(UsageError, match="needs a `prompt`"):
             lingconv.forward(golden, chat=True)
         for wrong in ({"compute": "f8"}, {"activations": "int4"}, {"device": "nonsense"}):
             with pytest.raises(UsageError):

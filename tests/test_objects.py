@@ -157,7 +157,7 @@ def test_errors_name_the_place_and_the_way_out(store, golden, tmp_path, monkeypa
         lingconv.inspect("nosuchscheme://bucket/x")
     with pytest.raises(UsageError, match="repositories"):
         convert(golden, f"{store}/x", MANY, publish=PublishOptions(create=True))
-    with pytest.raises(UsageError, match="--part"):
+    with pytest.raises(UsageError, match="`part"):
         convert(golden, f"{store}/x", MANY, resources=Resources(part=lingconv.Part(1, 2)))
     upload(golden, "tiny")
     with pytest.raises(DestinationError, match="inside the source"):

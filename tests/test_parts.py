@@ -39,7 +39,7 @@ def test_shares_cover_all_files_once_and_evenly(golden):
         largest = max(file.nbytes for file in files)
         assert max(sizes) <= sum(sizes) / count + largest
     for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3"):
-        with pytest.raises(UsageError, match="--part"):
+        with pytest.raises(UsageError, match="`part"):
             Part.parse(text)
     assert Part.parse("3/16") == Part(3, 16)
 
@@ -120,7 +120,7 @@ def test_what_parts_may_not_do(golden, tmp_path):
     other = ConvertOptions(dtype="bf16")
     with pytest.raises(DestinationError, match="holds another conversion"):
         convert(golden, target, other, resources=in_part(2, 2))
-    with pytest.raises(UsageError, match="--fresh"):
+    with pytest.raises(UsageError, match="`fresh`"):
         convert(golden, target, MANY, resources=in_part(2, 2), fresh=True)
     with pytest.raises(UsageError, match="not to a store"):
         convert(golden, "hf://org/out", MANY, resources=in_part(2, 2))

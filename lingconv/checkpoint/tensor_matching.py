@@ -18,7 +18,7 @@ from lingconv.model.layout import GGUF, HF, MEGATRON, Layout, PhysicalTensor
 from lingconv.plans.tensor_map import ByteRange, StoredMatrix
 from lingconv.storage.file_names import CONFIG_NAME
 
-_WITHOUT_MTP = "the config asks for MTP layers: pass `--mtp drop` to go on without them"
+_WITHOUT_MTP = "the config asks for MTP layers: pass `mtp=drop` to go on without them"
 
 
 class Matcher:
@@ -153,7 +153,7 @@ class Matcher:
                 self._fault("scale", message, held)
             else:
                 message = f"is no tensor of {self.family.title} by {self.described_in}"
-                hint = "pass `--drop PATTERN` to leave tensors out knowingly"
+                hint = "pass `drop=PATTERN` to leave tensors out knowingly"
                 self._fault("extra tensor", message, held, hint=hint)
 
     def _check_stated(self) -> None:

@@ -48,7 +48,7 @@ def format_for(layout: str) -> CheckpointFormat:
         if layout in form.layouts:
             return form
         known += form.layouts
-    raise UsageError(f"`--to` is `{layout}`", hint=f"one of {', '.join(known)}")
+    raise UsageError(f"`layout` is `{layout}`", hint=f"one of {', '.join(known)}")
 
 
 def formats() -> Iterator[CheckpointFormat]:

@@ -108,7 +108,7 @@ def _read_compressed_tensors(stated: Mapping[str, Any]) -> StatedQuantization:
 
 def _read_group(weights: Any) -> tuple[int, int]:
     if not isinstance(weights, dict):
-        raise ValueError(f"`{KEY}`: `weights` is {shown(weights)}, not {Kind.OBJECT}")  # noqa: TRY004
+        raise ValueError(f"`{KEY}`: the weights of a group are {shown(weights)}, not {Kind.OBJECT}")  # noqa: TRY004
     _check(weights, _WEIGHT_FIELDS)
     if weights["type"] != "float" or weights["num_bits"] != 8:
         raise ValueError(f"weights are {weights['type']} of {weights['num_bits']} bits, not FP8")

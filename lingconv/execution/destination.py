@@ -69,7 +69,7 @@ class Destination:
             return
         if not (replaces and self._store):
             raise UsageError(
-                "`--create`, `--public` and `--pr` are for repositories, `--replace` for them and"
+                "`create`, `public` and `pull_request` are for repositories, `replace` for them and"
                 " object stores",
                 hint="let DST be `hf://org/name`",
             )
@@ -79,26 +79,26 @@ class Destination:
         known = (LOCAL, RAY)
         if self._resources.executor not in known:
             raise UsageError(
-                f"`--executor {self._resources.executor}`", hint=f"one of {', '.join(known)}"
+                f"`executor={self._resources.executor}`", hint=f"one of {', '.join(known)}"
             )
         on_ray = self._resources.executor == RAY
         if not on_ray:  # each node of a cluster checks its own GPUs
             gpus_of(self._resources.device)
         if self._resources.address and not on_ray:
-            raise UsageError("`--address` is that of a cluster: add `--executor ray`")
+            raise UsageError("`address` is that of a cluster: add `executor=ray`")
         if on_ray and self._resources.part is not None:
-            raise UsageError("a cluster writes whole targets", hint="leave `--part` out")
+            raise UsageError("a cluster writes whole targets", hint="leave `part` out")
 
     def _refuse_in_parts(self) -> None:
         """Raise UsageError for options that cannot be combined with `--part`."""
         if self._store:
             raise UsageError(
-                "`--part` writes to a folder that all machines see, not to a store",
-                hint="then `lingconv finish` and `lingconv push` it; or take `--executor ray`",
+                "`part` writes to a folder that all machines see, not to a store",
+                hint="then `lingconv finish` and `lingconv push` it; or take `executor=ray`",
             )
         if self._request.fresh:
             raise UsageError(
-                "`--fresh` would remove what other parts have written",
+                "`fresh` would remove what other parts have written",
                 hint="remove the folder before the first part starts",
             )
 

@@ -6,7 +6,7 @@ from lingconv.errors import UsageError
 
 CPU, CUDA = "cpu", "cuda"
 _ALL = "cuda:all"
-_INSTEAD = "leave `--device` out: the processors give the same bytes"
+_INSTEAD = "leave `device` out: the processors give the same bytes"
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
@@ -18,16 +18,16 @@ def gpus_of(device: str) -> tuple[str, ...]:
     if device == CPU:
         return ()
     if kind != CUDA or not (which in ("", "all") or which.isdecimal()):
-        raise UsageError(f"`--device {device}`", hint=f"one of {CPU}, {CUDA}, {CUDA}:N, {_ALL}")
+        raise UsageError(f"`device={device}`", hint=f"one of {CPU}, {CUDA}, {CUDA}:N, {_ALL}")
     import torch  # takes seconds, so only if a GPU is asked for
 
     count = torch.cuda.device_count()
     if not count:
-        raise UsageError(f"`--device {device}`: torch finds no CUDA device here", hint=_INSTEAD)
+        raise UsageError(f"`device={device}`: torch finds no CUDA device here", hint=_INSTEAD)
     if find_spec("triton") is None:
-        raise UsageError(f"`--device {device}` needs Triton", hint="pip install triton")
+        raise UsageError(f"`device={device}` needs Triton", hint="pip install triton")
     if which == "all":
         return tuple(f"{CUDA}:{number}" for number in range(count))
     if int(which or 0) >= count:
-        raise UsageError(f"`--device {device}`: there are {count}, numbered from 0", hint=_INSTEAD)
+        raise UsageError(f"`device={device}`: there are {count}, numbered from 0", hint=_INSTEAD)
     return (f"{CUDA}:{which or 0}",)

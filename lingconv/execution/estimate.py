@@ -180,7 +180,8 @@ def estimate(
     outward = plan.write_bytes if writes_far else 0
     if outward and not network_bytes_per_s:
         raise UsageError(
-            "the target is sent over a network", hint="say how fast it is: `--network 10Gbit`"
+            "the target is sent over a network",
+            hint="say how fast it is: `network_bytes_per_s=10Gbit`",
         )
     network_s = 0.0
     if network_bytes_per_s:

@@ -24,9 +24,7 @@ class PlanShare:
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         part = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
         if not 1 <= part.index <= part.count:
-            raise UsageError(
-                f"`--part {text}`", hint="write it as `--part I/N`, with I from 1 to N"
-            )
+            raise UsageError(f"`part={text}`", hint="write it as `part=I/N`, with I from 1 to N")
         return part
 
     def __str__(self) -> str:

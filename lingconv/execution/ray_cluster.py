@@ -140,8 +140,8 @@ def _cluster(address: str) -> Iterator[None]:
         )
     except (ConnectionError, ValueError, RuntimeError) as exc:
         raise UsageError(
-            f"no Ray cluster at `--address {address}`: {exc}",
-            hint="leave `--address` out for one on this machine",
+            f"no Ray cluster at `address={address}`: {exc}",
+            hint="leave `address` out for one on this machine",
         ) from exc
     try:
         yield

@@ -196,7 +196,7 @@ class RunFolder:
             raise DestinationError(
                 f"{self.root} holds another conversion",
                 details=list(differences(held, self._identity)),
-                hint="choose another folder, or start over with `--fresh`",
+                hint="choose another folder, or start over with `fresh`",
             )
         self._read_notes()
 
@@ -225,7 +225,7 @@ class RunFolder:
             if path.exists():
                 raise DestinationError(
                     f"{self.root} has lost its record (in {STATE_NAME}), and holds {path.name}",
-                    hint="choose another folder, or start over with `--fresh`",
+                    hint="choose another folder, or start over with `fresh`",
                 )
 
     def _clear(self, outputs: Iterable[str]) -> None:
@@ -271,7 +271,7 @@ class RunFolder:
             return True
         raise DestinationError(
             f"{path} was changed after it was finished",
-            hint="move it away to have it written again, or compare it with `--recheck`",
+            hint="move it away to have it written again, or compare it with `recheck`",
         )
 
     def bytes_missing(self, name: str, nbytes: int) -> int:
@@ -336,14 +336,14 @@ def kept_plan(destination: Path) -> Plan:
     if held is None:
         raise DestinationError(
             f"{destination} has no plan of a run in parts",
-            hint="parts are run with `--part I/N`; a whole run finishes itself",
+            hint="parts are run with `part=I/N`; a whole run finishes itself",
         )
     try:
         return Plan.from_json(held)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise DestinationError(
             f"{path} is no plan of this version of lingconv: {exc!r}"[:300],
-            hint="run a part again with `--part I/N`: it writes the plan anew",
+            hint="run a part again with `part=I/N`: it writes the plan anew",
         ) from exc
 
 

@@ -411,7 +411,7 @@ def _way_out(error: SymbolError, file: str) -> str:
     if not math.isfinite(number):
         return ""
     text = f"{number:.0f}" if number == int(number) and abs(number) < 1e15 else f"{number!r}"
-    return f"write it as a number, or pass `--set {error.key}={text}`"
+    return f"write it as a number, or pass `settings={error.key}={text}`"
 
 
 class _Entry(NamedTuple):

@@ -243,6 +243,7 @@ def _divided(logical: LogicalTensor, size: int, parts: int) -> int:
     if size % parts:
         raise UsageError(
             f"{logical.name} {list(logical.shape)} cannot be split over {parts} ranks",
-            hint="choose a `--tp` (or `--etp`) that divides heads, key-value heads and widths",
+            hint="choose a `parallel.tp` (or `parallel.etp`) that divides heads, key-value heads"
+            " and widths",
         )
     return size // parts

@@ -93,7 +93,8 @@ def all_ranks(parallel: Parallel) -> list[Rank]:
                 raise UsageError(
                     f"with tp {parallel.tp}, ep {parallel.ep} and etp {parallel.etp}, ranks with"
                     f" different experts share the file {rank.folder(parallel)}",
-                    hint="choose an `--etp` that divides `--tp`, or write `--to megatron`",
+                    hint="choose a `parallel.etp` that divides `parallel.tp`, or write"
+                    " `layout=megatron`",
                 )
     return list(found.values())
 
@@ -105,7 +106,7 @@ def parts(
 
     `vocabulary` is the number of rows of the embedding, padding included.
     """
-    experts = _even(symbols["experts"], parallel.ep, "experts", "--ep") if symbols["experts"] else 0
+    experts = _even(symbols["experts"], parallel.ep, "experts", "ep") if symbols["experts"] else 0
     chunks = _chunks(parallel, symbols["layers"])
     for virtual in range(parallel.vpp):
         index = virtual * parallel.pp + rank.pp
@@ -132,12 +133,12 @@ def _chunks(parallel: Parallel, layers: int) -> list[range]:
     """Return the decoder layers of each model chunk, in the order of the pipeline."""
     count = parallel.pp * parallel.vpp
     if not parallel.layers:
-        each = _even(layers, count, "layers", "--pp")
+        each = _even(layers, count, "layers", "pp")
         return [range(number * each, (number + 1) * each) for number in range(count)]
     if len(parallel.layers) != count or sum(parallel.layers) != layers:
         raise UsageError(
-            f"`--pp-layers` {','.join(map(str, parallel.layers))} are not {count} numbers whose sum"
-            f" is {layers}"
+            f"`parallel.layers` {','.join(map(str, parallel.layers))} are not {count} numbers"
+            f" whose sum is {layers}"
         )
     ends = [*accumulate(parallel.layers)]
     return [range(end - n, end) for end, n in zip(ends, parallel.layers, strict=True)]
@@ -145,8 +146,10 @@ def _chunks(parallel: Parallel, layers: int) -> list[range]:
 
 def _even(total: int, parts: int, what: str, option: str) -> int:
     if total % parts:
-        hint = "or say how many each stage gets, `--pp-layers 3,3,2`" if what == "layers" else ""
+        hint = (
+            "or say how many each stage gets, `parallel.layers=3,3,2`" if what == "layers" else ""
+        )
         raise UsageError(
-            f"{total} {what} cannot be spread evenly over `{option}` {parts}", hint=hint
+            f"{total} {what} cannot be spread evenly over `parallel.{option}={parts}`", hint=hint
         )
     return total // parts

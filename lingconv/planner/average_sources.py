@@ -59,7 +59,7 @@ def _refuse_doubles(sources: Sequence[str]) -> None:
         twin = seen.setdefault(Path(source).resolve(), source)
         if twin is not source:
             raise UsageError(
-                f"{source} is there twice", hint="give it a larger weight instead: `--weights`"
+                f"{source} is there twice", hint="give it a larger weight instead: `weights`"
             )
 
 

@@ -77,14 +77,14 @@ class EncodingChoice:
         if is_average and not self._options.dtype and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is {target.label} in the last checkpoint",
-                hint="say what the average is to be stored in: `--dtype bf16` (or fp8)",
+                hint="say what the average is to be stored in: `dtype=bf16` (or fp8)",
             )
         if not copies:
             self._check_decoding(tensor, terms, target, is_average=is_average)
         if tensor.transposition and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
-                hint="add `--dtype bf16`, or stack experts otherwise (`--experts-as`)",
+                hint="add `dtype=bf16`, or stack experts otherwise (`merged`)",
             )
         return target, scaling, copies
 
@@ -98,7 +98,7 @@ class EncodingChoice:
         for regex, kind in self._options.gguf.overrides():
             if not any(regex.search(name) for name in names):
                 raise UsageError(
-                    f"`--tensor-type {regex.pattern}={kind.lower()}` matches nothing",
+                    f"`tensor_types={regex.pattern}={kind.lower()}` matches nothing",
                     hint="patterns are regular expressions, found anywhere in GGUF's names",
                 )
         refuse_idle("ignore", self._ignore, names)
@@ -122,7 +122,7 @@ class EncodingChoice:
             if again and not usual and not self._options.allow_requantize:
                 raise UsageError(
                     f"{tensor.name} is {source.label} already; {target.label} would round it twice",
-                    hint="convert from the BF16 original, or pass `--allow-requantize`",
+                    hint="convert from the BF16 original, or pass `allow_requantize`",
                 )
 
     def _check_kept(self, tensor: PhysicalTensor, found: Collection[Encoding]) -> None:
@@ -131,13 +131,13 @@ class EncodingChoice:
             labels = " and ".join(sorted(encoding.label for encoding in found))
             raise UsageError(
                 f"{tensor.name} is made of tensors in {labels}",
-                hint="say what it is to be stored in: `--dtype bf16`",
+                hint="say what it is to be stored in: `dtype=bf16`",
             )
         if any(encoding.has_scales for encoding in found) and self._layout.base == HF:
             raise UsageError(
                 f"{tensor.name} is made of FP8 blocks that do not end where one tensor follows"
                 " another",
-                hint="stack gate and up apart (`--experts-as dfactory`), or add `--dtype bf16`",
+                hint="stack gate and up apart (`merged=dfactory`), or add `dtype=bf16`",
             )
 
     def _encoding(self, tensor: PhysicalTensor, found: Encoding) -> tuple[Encoding, Scaling]:
@@ -149,7 +149,7 @@ class EncodingChoice:
             if found.intended_dtype is None:
                 raise UsageError(
                     f"{tensor.name} is {found.label}, which {self._format.name} does not hold",
-                    hint="add `--dtype bf16` (or f32, f16, fp8)",
+                    hint="add `dtype=bf16` (or f32, f16, fp8)",
                 )
             return PLAIN[found.intended_dtype], _PLAIN_SCALING
         if not dtype or (tensor.keep_dtype and not found.is_quantized):
@@ -185,7 +185,7 @@ def refuse_idle(option: str, patterns: Iterable[Pattern], names: Collection[str]
     for pattern in patterns:
         if not pattern.among(names):
             raise UsageError(
-                f"`--{option} {pattern.text}` matches nothing",
+                f"`{option}={pattern.text}` matches nothing",
                 hint="patterns are exact names, globs, or `re:` and a regular expression",
             )
 

@@ -198,6 +198,6 @@ def _target_layout(model: Model, options: ConvertOptions) -> tuple[Mapping[str, 
         Mtp.ONLY: {"layers": 0},
     }
     if options.mtp == Mtp.ONLY and not model.symbols["mtp_layers"]:
-        raise UsageError("`--mtp only`: the source has no MTP layers")
+        raise UsageError("`mtp=only`: the source has no MTP layers")
     symbols = model.family.resolve(model.checkpoint.config, HF, overrides[Mtp(options.mtp)])
     return symbols, build_layout(model.family, symbols, options.layout_name)

@@ -102,7 +102,7 @@ def by_decay(name: str, count: int, end: float | None = None) -> Weighting:
     if end is None:
         end = DEFAULT_EXPONENTIAL_END if decay == Decay.EXPONENTIAL else 0.0
     if not 0 <= end <= 1 or (decay == Decay.EXPONENTIAL and end == 0):
-        raise UsageError(f"`--decay-to {end}` is no share of the peak that this decay can fall to")
+        raise UsageError(f"`decay_to={end}` is no share of the peak that this decay can fall to")
     values = [_value(decay, i, count, end) for i in range(1, count)]
     return Weighting.of_decay(f"{decay} decay", values)
 
@@ -134,9 +134,9 @@ def by_file(path: Path, count: int) -> Weighting:
 
 def by_hand(text: str, count: int) -> Weighting:
     """Return the weights in a comma-separated text: `0.25,0.75` or `1/3,2/3`."""
-    weights = [_number(word, "--weights") for word in text.split(",")]
+    weights = [_number(word, "`weights`") for word in text.split(",")]
     if len(weights) != count:
-        raise UsageError(f"`--weights` has {len(weights)} numbers for {count} checkpoints")
+        raise UsageError(f"`weights` has {len(weights)} numbers for {count} checkpoints")
     return Weighting.of_weights("weighted average", weights)
 
 
@@ -158,7 +158,7 @@ def best(
             raise UsageError(f"{scores} has no score for {name}")
         values.append(known[0])
     if not 1 <= count <= len(names):
-        raise UsageError(f"`--top {count}`: there are {len(names)} checkpoints")
+        raise UsageError(f"`top={count}`: there are {len(names)} checkpoints")
     sign = -1 if lower_is_better else 1
     ranked = sorted(range(len(names)), key=lambda place: (sign * values[place], place))
     return sorted(ranked[-count:])

@@ -254,6 +254,6 @@ def peak_memory(plan: Plan, jobs: int, max_memory_bytes: int) -> tuple[int, int]
     if fitting < 1:
         raise ResourceError(
             f"{name} needs buffers of {largest:,} bytes, the budget is {max_memory_bytes:,}",
-            hint="raise `--max-memory`",
+            hint="raise `max_memory_bytes`",
         )
     return fitting, fitting * largest

@@ -106,18 +106,18 @@ class Fp8Options:
                 raise UsageError(f"no scale policy `{policy}`", hint=f"one of {', '.join(known)}")
         _check_word("scheme", self.scheme, list(Scheme))
         _check_word("dialect", self.resolved_dialect, [FP8, COMPRESSED_TENSORS])
-        _check_word("scale-dtype", self.scale_dtype or "f32", list(SCALE_DTYPES))
+        _check_word("scale_dtype", self.scale_dtype or "f32", list(SCALE_DTYPES))
         if self.scheme == Scheme.CHANNEL and self.resolved_dialect == FP8:
             raise UsageError(
                 "the `fp8` dialect has no per-channel scales",
-                hint=f"leave `--dialect` out, or pass `--dialect {COMPRESSED_TENSORS}`",
+                hint=f"leave `dialect` out, or pass `dialect={COMPRESSED_TENSORS}`",
             )
         if self.resolved_scale_dtype == DType.F8_E8M0:
             if self.resolved_dialect != FP8:
                 raise UsageError("only the `fp8` dialect stores F8_E8M0 scales")
             if self.scale != SCALE_UE8M0 or any(p != SCALE_UE8M0 for _, p in self.scale_rules):
                 raise UsageError(
-                    "F8_E8M0 holds powers of two only", hint="add `--scale ue8m0` for all weights"
+                    "F8_E8M0 holds powers of two only", hint="add `scale=ue8m0` for all weights"
                 )
 
 
@@ -141,12 +141,12 @@ class GgufOptions:
         found = []
         known = [kind.lower() for kind in GgmlType if is_written(kind)]
         for pattern, word in self.tensor_types:
-            _check_word("tensor-type", word.lower(), known)
+            _check_word("tensor_types", word.lower(), known)
             try:
                 found.append((re.compile(pattern.lower()), GGML_TYPES[word.upper()]))
             except re.error as exc:
                 raise UsageError(
-                    f"`--tensor-type {pattern}={word}` is no regular expression: {exc}"
+                    f"`tensor_types={pattern}={word}` is no regular expression: {exc}"
                 ) from exc
         return found
 
@@ -158,16 +158,16 @@ class GgufOptions:
             self.outtype == AUTO or not FILE_TYPES[self.outtype].default.is_quantized
         ):
             raise UsageError(
-                f"`--tensor-type` changes a quantized mix, `--outtype` is {self.outtype}",
-                hint="choose one, for example `--outtype q8_0`",
+                f"`tensor_types` changes a quantized mix, `outtype` is {self.outtype}",
+                hint="choose one, for example `outtype=q8_0`",
             )
         if self.max_shard_tensors < 0:
-            raise UsageError("`--split-max-tensors` must be positive")
+            raise UsageError("`max_shard_tensors` must be positive")
         for key, _ in self.metadata:
             if not key.startswith("general."):
                 raise UsageError(
-                    f"`--metadata {key}=...`: only texts under `general.` are the user's to set",
-                    hint="for example `--metadata general.quantized_by=NAME`",
+                    f"`metadata={key}=...`: only texts under `general.` are the user's to set",
+                    hint="for example `metadata=general.quantized_by=NAME`",
                 )
 
 
@@ -199,9 +199,9 @@ class MegatronOptions:
         _check_word("experts", self.experts, list(ExpertNames))
         for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
             if value < 1:
-                raise UsageError(f"`--{name}` must be at least 1")
+                raise UsageError(f"`parallel.{name}` must be at least 1")
         if self.parallel.layers and self.parallel.vpp > 1:
-            raise UsageError("`--pp-layers` and `--vpp` cannot be combined")
+            raise UsageError("`parallel.layers` and `parallel.vpp` cannot be combined")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,23 +233,23 @@ class ConvertOptions:
         experts, by name.
         """
         if self.layout == Target.HF_MERGED:
-            _check_word("experts-as", self.merged, merged)
+            _check_word("merged", self.merged, merged)
         elif self.merged != DEFAULT_MERGED:
             raise UsageError(
-                "`--experts-as` is for stacked experts", hint=f"add `--to {Target.HF_MERGED}`"
+                "`merged` is for stacked experts", hint=f"add `layout={Target.HF_MERGED}`"
             )
         _check_word("mtp", self.mtp, list(Mtp))
         if self.dtype:
             _check_word("dtype", self.dtype, list(TargetDType))
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
-            raise UsageError("`--max-shard-size` must be positive")
+            raise UsageError("`max_shard_bytes` must be positive")
         self.fp8.check(policies)
         self.gguf.check()
         self.megatron.check()
         if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
             raise UsageError(
-                "`--scheme`, `--dialect`, `--scale`, `--scale-dtype` and `--ignore` are for FP8",
-                hint="add `--dtype fp8`",
+                "`scheme`, `dialect`, `scale`, `scale_dtype` and `ignore` are for FP8",
+                hint="add `dtype=fp8`",
             )
 
     def refuse_unused(self, field_name: str) -> None:
@@ -300,17 +300,17 @@ class ConvertOptions:
         )
 
 
-# For each field of format options: its command-line options, the format's name, its `--to`.
+# For each field of format options: its own fields, the format's name, how to ask for it.
 _OPTIONS_OF = {
     "gguf": (
-        "`--outtype`, `--tensor-type`, `--tokenizer-pre`, `--metadata` and `--split-max-tensors`",
+        "`outtype`, `tensor_types`, `tokenizer_pre`, `metadata` and `max_shard_tensors`",
         "GGUF",
-        "add `--to gguf`, or let DST end with `.gguf`",
+        "add `layout=gguf`, or let DST end with `.gguf`",
     ),
     "megatron": (
-        "`--spec`, `--singleton-experts`, `--sequential` and the numbers of ranks",
+        "`spec`, `singleton_experts`, `experts=sequential` and the numbers of ranks",
         "Megatron",
-        "add `--to megatron` or `--to megatron-ranks`",
+        "add `layout=megatron` or `layout=megatron-ranks`",
     ),
 }
 
@@ -318,4 +318,4 @@ _OPTIONS_OF = {
 def _check_word(option: str, word: str, known: Iterable[str]) -> None:
     words = [str(each) for each in known]
     if word not in words:
-        raise UsageError(f"`--{option}` is `{word}`", hint=f"one of {', '.join(words)}")
+        raise UsageError(f"`{option}` is `{word}`", hint=f"one of {', '.join(words)}")

@@ -106,7 +106,7 @@ class CheckedBlob:
         raise CheckpointError(
             f"{self._name} is damaged: bytes {item.offset:,} to {item.offset + item.nbytes:,} have"
             f" the CRC-32 {runs[0].crc:08x}, the file states {item.crc:08x}",
-            hint="fetch or save the file again, and run the same command with `--fresh`",
+            hint="fetch or save the file again, and run the same command with `fresh`",
         )
 
 

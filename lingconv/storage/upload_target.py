@@ -20,9 +20,9 @@ class PublishOptions:
     def check(self) -> None:
         """Raise UsageError for what contradicts itself."""
         if self.public and not self.create:
-            raise UsageError("`--public` is for a repository that is created: add `--create`")
+            raise UsageError("`public` is for a repository that is created: add `create`")
         if self.pull_request and self.replace:
-            raise UsageError("`--replace` is for a branch, `--pr` asks for somebody's review")
+            raise UsageError("`replace` is for a branch, `pull_request` asks for somebody's review")
 
 
 class ListedFile(NamedTuple):
@@ -89,7 +89,7 @@ def refuse_foreign(place: object, foreign: Sequence[str], *, kinds: str) -> None
         raise DestinationError(
             f"{place} holds another checkpoint",
             details=foreign,
-            hint=f"choose another {kinds}, or remove what it holds: `--replace`",
+            hint=f"choose another {kinds}, or remove what it holds: `replace`",
         )
 
 

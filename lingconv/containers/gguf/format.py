@@ -50,7 +50,7 @@ class GgufFiles:
     def read(self, storage: Storage, place: str, overrides: SourceOverrides) -> Checkpoint:
         """Read the headers of a file, and of all files of its split."""
         if overrides.main_params:
-            raise UsageError(f"`--from-main-params`: {storage.uri} is not Megatron's torch_dist")
+            raise UsageError(f"`main_params`: {storage.uri} is not Megatron's torch_dist")
         return GgufReader(storage, place).read()
 
     def identify(
@@ -63,7 +63,7 @@ class GgufFiles:
         """Raise UsageError for a dtype of all weights, and for MTP layers alone."""
         if options.dtype:
             raise UsageError(
-                "a GGUF file's types are chosen by `--outtype`, not by `--dtype`",
+                "a GGUF file's types are chosen by `outtype`, not by `dtype`",
                 hint=f"one of {', '.join([AUTO, *FileType])}",
             )
         if options.mtp == Mtp.ONLY:

@@ -56,5 +56,5 @@ def _find_family(
         f"{checkpoint.storage.uri} has the unknown GGUF architecture {shown(named)}",
         faults=checkpoint.faults,
         details=[f"known: {name}" for name in known] + [str(f) for f in checkpoint.faults],
-        hint="describe the model in a family file and pass it with `--formats PATH`",
+        hint="describe the model in a family file and pass it with `formats=PATH`",
     )

@@ -123,12 +123,12 @@ def _choose_pre(tokenizer: Any, known: KnownTokenizer, added: set[str]) -> tuple
     if added.issuperset(known.control_tokens):
         return known.pre, [
             f"{TOKENIZER} is not the released one, but has its control tokens: llama.cpp is told to"
-            f" split text as `{known.pre}` (`--tokenizer-pre` chooses another rule)"
+            f" split text as `{known.pre}` (`tokenizer_pre` chooses another rule)"
         ]
     raise UsageError(
         f"{TOKENIZER} is not a tokenizer that is known here, so how llama.cpp has to split text"
         " cannot be told",
-        hint=f"name the rule: `--tokenizer-pre {known.pre}` if it splits as Ling 2.0 does, or"
+        hint=f"name the rule: `tokenizer_pre={known.pre}` if it splits as Ling 2.0 does, or"
         " another of the names in llama.cpp's src/llama-vocab.cpp",
     )
 

@@ -45,7 +45,7 @@ class Safetensors:
     def read(self, storage: Storage, place: str, overrides: SourceOverrides) -> Checkpoint:
         """Read the headers of all shards."""
         if overrides.main_params:
-            raise UsageError(f"`--from-main-params`: {storage.uri} is not Megatron's torch_dist")
+            raise UsageError(f"`main_params`: {storage.uri} is not Megatron's torch_dist")
         return SafetensorsReader(storage).read()
 
     def identify(

@@ -59,7 +59,7 @@ def find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Fam
         details=[f"known: {name}" for name in known] + [str(fault) for fault in checkpoint.faults],
         hint=f"did you mean {close[0]}?"
         if close
-        else "describe the model in a family file and pass it with `--formats PATH`",
+        else "describe the model in a family file and pass it with `formats=PATH`",
     )
 
 

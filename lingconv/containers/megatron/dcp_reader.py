@@ -104,13 +104,13 @@ class TorchDistReader:
         if not mains:
             raise CheckpointError(
                 f"{self.storage.uri} has no optimizer state with FP32 weights",
-                hint="leave `--from-main-params` out",
+                hint="leave `main_params` out",
             )
         for weight in weights:
             main = mains.get(weight.name, weight)
             if main.shape != weight.shape:
                 message = f"FP32 weight is stored as {list(main.shape)}, not {list(weight.shape)}"
-                hint = "save with `fully_sharded_model_space`, or leave `--from-main-params` out"
+                hint = "save with `fully_sharded_model_space`, or leave `main_params` out"
                 fault = Fault("main weight", message, tensor=weight.name, hint=hint)
                 self.faults.append(fault)
             yield main._replace(name=weight.name)

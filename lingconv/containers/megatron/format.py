@@ -80,7 +80,7 @@ class _Megatron:
         if options.dtype == TargetDType.FP8:
             raise UsageError(
                 "Megatron's checkpoints hold no FP8 weights with scales",
-                hint="leave `--dtype` out: FP8 is dequantized to BF16",
+                hint="leave `dtype` out: FP8 is dequantized to BF16",
             )
         if options.mtp == Mtp.ONLY:
             raise UsageError("Megatron has no model that is MTP layers alone")
@@ -108,7 +108,7 @@ class TorchDist(_Megatron):
         if options.megatron.parallel != Parallel():
             raise UsageError(
                 "torch_dist is loaded at any parallelism: it has no numbers of ranks",
-                hint="leave them out, or write `--to megatron-ranks`",
+                hint="leave them out, or write `layout=megatron-ranks`",
             )
         self._check_common(options)
 
@@ -161,12 +161,12 @@ class RankFiles(_Megatron):
         grouped = options.megatron.experts == ExpertNames.GROUPED
         if grouped and options.megatron.spec == Spec.LOCAL:
             raise UsageError(
-                "Megatron's local layers have no grouped experts", hint="add `--sequential`"
+                "Megatron's local layers have no grouped experts", hint="add `experts=sequential`"
             )
         if options.megatron.singleton_experts:
-            raise UsageError("`--singleton-experts` is for torch_dist: `--to megatron`")
+            raise UsageError("`singleton_experts` is for torch_dist: `layout=megatron`")
         if options.max_shard_bytes is not None:
-            raise UsageError("the files of ranks are not cut: leave `--max-shard-size` out")
+            raise UsageError("the files of ranks are not cut: leave `max_shard_bytes` out")
         self._check_common(options)
 
     def place(self, request: PlacementRequest) -> Placement:

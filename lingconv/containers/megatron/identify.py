@@ -72,7 +72,7 @@ def _check_counts(symbols: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             f"{checkpoint.storage.uri} holds {nbytes:,} bytes of weights: too few for"
             f" {counts['layers']:,} layers of {counts['experts']:,} experts",
             faults=checkpoint.faults,
-            hint="pass the model's `--config FILE` (a config.json)",
+            hint="pass the model's `config=FILE` (a config.json)",
         )
 
 
@@ -121,7 +121,7 @@ def _config_from_shapes(
             f"{checkpoint.storage.uri} holds neither arguments nor a {CONFIG_NAME}",
             faults=checkpoint.faults,
             details=[f"`{key}` follows from no shape" for key in missing],
-            hint="pass the model's `--config FILE` (a config.json), or `--set KEY=VALUE` for each",
+            hint="pass the model's `config=FILE` (a config.json), or `settings=KEY=VALUE` for each",
         )
     return config
 
@@ -136,7 +136,7 @@ def _contradictions(
         padded = symbol.name == "vocab_size" and one > other
         if MEGATRON in symbol.keys and one != other and not padded:
             message = f"`{symbol.key(MEGATRON)}` is {one}, {CONFIG_NAME} says {other}"
-            hint = "pass the right one as `--config FILE`"
+            hint = "pass the right one as `config=FILE`"
             yield Fault("config", message, ARGS_NAME, fatal=not chosen, hint=hint)
 
 

@@ -229,7 +229,7 @@ class _RankAssembler:
     def _sort_rest(self) -> None:
         for name in sorted(self._found.keys() - self._used):
             held = self._found[name]
-            hint = "pass `--drop PATTERN` to leave tensors out knowingly"
+            hint = "pass `drop=PATTERN` to leave tensors out knowingly"
             message = f"is no tensor of {self._family.title} that this rank holds"
             self._faults.append(Fault("extra tensor", message, held.file, name, hint=hint))
 

@@ -63,7 +63,7 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
     ranks = [*names_of_ranks(inside)]
     reader: TorchDistReader | RanksReader
     if ranks and main_params:
-        raise UsageError("`--from-main-params` is for torch_dist, not for the files of ranks")
+        raise UsageError("`main_params` is for torch_dist, not for the files of ranks")
     if ranks:
         reader = RanksReader(storage, folder, ranks)
         tensors = reader.read()

@@ -63,7 +63,7 @@ class Transcoder:
             raise CheckpointError(
                 f"{uri}/{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
                 f" {met.row} (or a value too large for the target's dtype)",
-                hint="mend the source, or pass `--allow-nonfinite`",
+                hint="mend the source, or pass `allow_nonfinite`",
             )
 
     def _write_rows(self, strip: RowStrip, values: Array, output: WritableBlob) -> int:

@@ -42,7 +42,7 @@ def check_unchanged(
         if storages[number].stat(name) != source.files[name]:
             raise CheckpointError(
                 f"{source.uri}/{name} changed while it was read",
-                hint="the source must stay as it is; restore it, or start over with `--fresh`",
+                hint="the source must stay as it is; restore it, or start over with `fresh`",
             )
 
 

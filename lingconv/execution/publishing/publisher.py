@@ -59,7 +59,7 @@ class Publisher:
         if largest > self.room:
             raise ResourceError(
                 f"the largest file has {largest:,} bytes, there is room for {self.room:,}",
-                hint="raise `--max-disk`, or make smaller files: `--max-shard-size`",
+                hint="raise `max_disk_bytes`, or make smaller files: `max_shard_bytes`",
             )
         self._waiting: list[OutputFile] = []
         self._is_closing = False

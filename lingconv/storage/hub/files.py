@@ -135,7 +135,7 @@ class RemoteFile:
                 return  # the whole file, of which the beginning is wanted
             raise NetworkError(
                 f"{self.address}: the server does not answer byte ranges",
-                hint="fetch whole files: `--download`",
+                hint="fetch whole files: `download`",
             )
         stated = response.headers.get("Content-Range", "")
         place, _, total = stated.removeprefix("bytes ").partition("/")

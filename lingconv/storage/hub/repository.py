@@ -73,7 +73,7 @@ class Repository:
         try:
             find_commit(self.address._replace(revision=""))
         except PermissionDenied as exc:
-            raise PermissionDenied(exc.message, hint=f"{exc.hint}; or `--create` it") from exc
+            raise PermissionDenied(exc.message, hint=f"{exc.hint}; or `create` it") from exc
 
     def _open_pull_request(self) -> int:
         self._find()
@@ -162,7 +162,7 @@ class Repository:
         if nbytes > LARGEST_FILE_BYTES:
             raise UsageError(
                 f"{name} has {nbytes:,} bytes, the Hub takes files of {LARGEST_FILE_BYTES:,}",
-                hint="make smaller ones, for example `--max-shard-size 50GB`",
+                hint="make smaller ones, for example `max_shard_bytes=50GB`",
             )
 
     def make_room(self, foreign: Sequence[str], *, replace: bool) -> None:

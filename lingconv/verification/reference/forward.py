@@ -253,13 +253,13 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:
-        raise UsageError(f"`--device {device}` cannot be used: {exc}") from exc
+        raise UsageError(f"`device={device}` cannot be used: {exc}") from exc
 
 
 def check_ids(ids_BS: Tensor, vocab_size: int) -> None:
     """Raise UsageError for ids without an embedding."""
     if ids_BS.dim() != 2 or not ids_BS.numel():
-        raise UsageError("there are no tokens to run", hint="pass `--tokens 1,2,3` or `--prompt`")
+        raise UsageError("there are no tokens to run", hint="pass `tokens=1,2,3` or `prompt`")
     low, high = int(ids_BS.min()), int(ids_BS.max())
     if low < 0 or high >= vocab_size:
         wrong = high if high >= vocab_size else low

@@ -21,7 +21,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SAMPLE_TOKENS = 64
 _MAX_TEMPLATE_BYTES = 10_000_000
-_WITHOUT_CHAT = "pass `--prompt` without `--chat`, or ids: `--tokens 1,2,3`"
+_WITHOUT_CHAT = "pass `prompt` without `chat`, or ids: `tokens=1,2,3`"
 _STRIDE = 2_654_435_761  # 2^32 / golden ratio (Knuth, TAOCP 3, 6.4): spreads ids over a vocabulary
 
 
@@ -47,8 +47,8 @@ def parse_tokens(text: str) -> Tensor:
         ids = torch.tensor(parsed, dtype=torch.int64)
     except (ValueError, TypeError, RuntimeError) as exc:
         raise UsageError(
-            f"`--tokens {text[:60]}` is neither a list of token ids nor a file with one",
-            hint="write `--tokens 1,2,3` or name a file",
+            f"`tokens={text[:60]}` is neither a list of token ids nor a file with one",
+            hint="write `tokens=1,2,3` or name a file",
         ) from exc
     return ids[None] if ids.dim() == 1 else ids
 
@@ -85,7 +85,7 @@ class Text:
         if TOKENIZER not in storage.files():
             raise CheckpointError(
                 f"{storage.uri} has no {TOKENIZER}",
-                hint="copy the tokenizer beside the weights, or pass `--tokens 1,2,3`",
+                hint="copy the tokenizer beside the weights, or pass `tokens=1,2,3`",
             )
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_buffer(storage.read(TOKENIZER))
@@ -93,13 +93,13 @@ class Text:
             if not _is_tokenizers_own(exc):
                 raise
             raise CheckpointError(
-                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `--tokens 1,2,3`"
+                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `tokens=1,2,3`"
             ) from exc
 
     def encode(self, prompt: str, *, chat: bool = False) -> Tensor:
         """Return the ids [1, S] of a prompt, put into the chat template first if `chat`."""
         if not _is_unicode(prompt):
-            raise UsageError("the prompt is not UTF-8", hint="pass its ids: `--tokens 1,2,3`")
+            raise UsageError("the prompt is not UTF-8", hint="pass its ids: `tokens=1,2,3`")
         text = self._render(prompt) if chat else prompt
         if not _is_unicode(text):
             raise CheckpointError(
@@ -111,7 +111,7 @@ class Text:
             if not _is_tokenizers_own(exc):
                 raise
             raise CheckpointError(
-                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `--tokens 1,2,3`"
+                f"{TOKENIZER} cannot be used: {exc}", hint="pass ids: `tokens=1,2,3`"
             ) from exc
         return torch.tensor([ids], dtype=torch.int64)
 
@@ -156,7 +156,7 @@ class Text:
         if not isinstance(template, str):
             raise CheckpointError(
                 f"{self._storage.uri} has no chat template",
-                hint="leave `--chat` out: base models have none",
+                hint="leave `chat` out: base models have none",
             )
         return TOKENIZER_CONFIG, template
 
