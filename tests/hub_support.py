@@ -17,6 +17,7 @@ def point_client_at(monkeypatch, endpoint, home, token=TOKEN):
     from huggingface_hub import constants
 
     import lingconv.storage.hub.client
+    import lingconv.storage.hub.repository
 
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -27,6 +28,7 @@ def point_client_at(monkeypatch, endpoint, home, token=TOKEN):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr(lingconv.storage.hub.client, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(lingconv.storage.hub.repository, "LONGEST_TURN_S", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time", HURRIED)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)

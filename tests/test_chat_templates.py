@@ -54,7 +54,7 @@ def test_a_template_that_fails_is_told(name, checkpoint):
     edit_json(checkpoint / "tokenizer_config.json", lambda v: v.update(chat_template=FAILING[name]))
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json") as caught:
         Text(LocalStorage(checkpoint)).encode("hi", chat=True)
-    assert "--tokens" in caught.value.hint
+    assert "tokens=1,2,3" in caught.value.hint
 
 
 @pytest.mark.parametrize("value", [[1], [None], [{"name": []}], [{"name": "default"}], 5, {}, []])

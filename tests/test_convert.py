@@ -396,7 +396,7 @@ def test_nonfinite_weights_stop_the_run_with_their_name(golden, tmp_path):
         target = tmp_path / f"out{number}"
         with pytest.raises(CheckpointError, match=name) as caught:
             convert(source, target, ConvertOptions(dtype=dtype))
-        assert "--allow-nonfinite" in caught.value.hint
+        assert "pass `allow_nonfinite`" in caught.value.hint
         assert not (target / "config.json").exists()
     found = run(source, tmp_path / "ok", dtype="fp8", allow_nonfinite=True)
     assert found[name].float()[17, 3].isnan()

@@ -79,7 +79,7 @@ def test_other_options_are_refused_with_what_changed(golden, tmp_path):
     with pytest.raises(DestinationError) as caught:
         convert(golden, tmp_path / "out", other)
     assert 'option dtype: was "fp8", now "bf16"' in caught.value.details
-    assert "--fresh" in caught.value.hint
+    assert "start over with `fresh`" in caught.value.hint
     convert(golden, tmp_path / "out", other, fresh=True)
     convert(golden, tmp_path / "new", other)
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "new")
@@ -288,7 +288,7 @@ def test_not_enough_disk_is_known_before_the_first_byte(golden, tmp_path, monkey
 def test_not_enough_memory_is_known_before_the_first_byte(golden, tmp_path):
     with pytest.raises(ResourceError, match="the budget is 10,000") as caught:
         convert(golden, tmp_path / "out", MANY, resources=Resources(max_memory_bytes=10_000))
-    assert "--max-memory" in caught.value.hint
+    assert "raise `max_memory_bytes`" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
 

@@ -64,7 +64,7 @@ def test_the_slower_of_network_and_work_counts(golden):
     assert fast.seconds == pytest.approx(1.0 + fast.convert_s)
     with pytest.raises(UsageError, match="sent over a network") as caught:
         estimate(plan, PROFILE, writes_far=True)
-    assert "--network" in caught.value.hint
+    assert "network_bytes_per_s=" in caught.value.hint
 
 
 def test_profiles(golden, tmp_path):

@@ -127,7 +127,7 @@ def test_an_index_that_lists_mtp_tensors_nobody_saved(source):
         plan(source, ConvertOptions())
     assert len(caught.value.faults) == len(ghosts) == 39
     assert all("the index is stale" in line for line in caught.value.details)
-    assert "--mtp drop" in caught.value.hint
+    assert "`mtp=drop`" in caught.value.hint
     plan(source, ConvertOptions(mtp="drop"))
 
 

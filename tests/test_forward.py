@@ -269,7 +269,7 @@ class TestBadInput:
         (tmp_path / "c/tokenizer.json").unlink()
         with pytest.raises(CheckpointError, match=r"has no tokenizer.json") as caught:
             lingconv.forward(tmp_path / "c", prompt="a")
-        assert "--tokens" in caught.value.hint
+        assert "tokens=1,2,3" in caught.value.hint
         assert lingconv.forward(tmp_path / "c", tokens="1,2").tensors["logits"].shape[1] == 2
 
     def test_nan_in_activations_names_the_layer(self, golden, tmp_path):

@@ -222,7 +222,7 @@ def test_rounding_twice_has_to_be_allowed(files, tmp_path):
 def test_blocks_do_not_go_into_safetensors(files, tmp_path):
     with pytest.raises(UsageError, match="which safetensors does not hold") as caught:
         convert(files / "q4_k_m.gguf", tmp_path / "x", ConvertOptions())
-    assert "--dtype bf16" in caught.value.hint
+    assert "`dtype=bf16`" in caught.value.hint
 
 
 def test_to_fp8_from_gguf(golden, files, tmp_path):

@@ -161,14 +161,14 @@ def test_tensor_types_come_before_the_mix(golden, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (to_gguf("q5_k_x"), "`--outtype` is `q5_k_x`"),
+        (to_gguf("q5_k_x"), "`outtype` is `q5_k_x`"),
         (to_gguf("q4_k_m", tensor_types=(("ffn_dwon", "q8_0"),)), "matches nothing"),
-        (to_gguf("q4_k_m", tensor_types=(("ffn", "iq2_xs"),)), "`--tensor-type` is `iq2_xs`"),
+        (to_gguf("q4_k_m", tensor_types=(("ffn", "iq2_xs"),)), "`tensor_types` is `iq2_xs`"),
         (to_gguf("q4_k_m", tensor_types=(("ffn(", "q8_0"),)), "no regular expression"),
         (to_gguf("bf16", tensor_types=(("ffn", "q8_0"),)), "changes a quantized mix"),
         (to_gguf("q4_k_m", mtp="only"), "MTP layers alone"),
         (to_gguf("q4_k_m", metadata=(("bailingmoe2.block_count", "3"),)), "`general.`"),
-        (ConvertOptions(layout="gguf", dtype="bf16"), "not by `--dtype`"),
+        (ConvertOptions(layout="gguf", dtype="bf16"), "not by `dtype`"),
         (ConvertOptions(gguf=GgufOptions(outtype="q8_0")), "are for GGUF"),
     ],
 )
@@ -245,7 +245,7 @@ def test_an_unknown_tokenizer_is_refused_before_the_first_byte(golden, tmp_path)
     edit_json(source / "tokenizer.json", forget_control_tokens)
     with pytest.raises(UsageError, match="not a tokenizer that is known") as caught:
         convert(source, tmp_path / "out.gguf", to_gguf("bf16"))
-    assert "--tokenizer-pre bailingmoe2" in caught.value.hint
+    assert "`tokenizer_pre=bailingmoe2`" in caught.value.hint
     assert not list(tmp_path.glob("*.gguf*"))
     convert(source, tmp_path / "out.gguf", to_gguf("bf16", tokenizer_pre="gpt-2"))
     assert metadata_of(tmp_path / "out.gguf")["tokenizer.ggml.pre"] == "gpt-2"

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load as load_safetensors
 
 import lingconv
+import lingconv.storage.hub.repository
 from lingconv import (
     CheckpointError,
     ConvertOptions,
@@ -128,7 +129,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_happens(hub):
     resources = Resources(max_disk_bytes=200_000)
     with pytest.raises(ResourceError, match="the largest file has 303,976 bytes") as caught:
         convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE, resources=resources)
-    assert "--max-shard-size" in caught.value.hint
+    assert "`max_shard_bytes`" in caught.value.hint
     assert "org/out" not in hub.repositories
 
 
@@ -223,9 +224,11 @@ def test_somebody_else_commits_in_between(hub, golden, tmp_path):
     assert_published(hub, "org/out", tmp_path / "local", ignore=["NOTES.md"])
 
 
-def test_somebody_else_writes_the_same_files(hub):
+@pytest.mark.parametrize("number", [1, 14])  # both are not in the first commit
+def test_somebody_else_writes_the_same_files(hub, number):
+    name = f"model-{number:05}-of-00014.safetensors"
+
     def intrude(repository, ref):
-        name = "model-00001-of-00014.safetensors"
         files = {**repository.files(ref)[1], **hub.put({name: b"another"})}
         repository.commit(ref, files, "mine", [name])
 
@@ -233,7 +236,20 @@ def test_somebody_else_writes_the_same_files(hub):
     with pytest.raises(DestinationError, match="somebody else changed") as caught:
         convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
     assert caught.value.exit_code == 7
-    assert caught.value.details == ("model-00001-of-00014.safetensors",)
+    assert caught.value.details == (name,)
+
+
+def test_somebody_else_commits_without_end(hub, monkeypatch):
+    def intrude(repository, ref):
+        hub.intrusions += 1
+        files = {**repository.files(ref)[1], **hub.put({"NOTES.md": b"%d" % hub.intrusions})}
+        repository.commit(ref, files, "notes", ["NOTES.md"])
+
+    monkeypatch.setattr(lingconv.storage.hub.repository, "MOVES", 5)
+    hub.intrusions, hub.on_commit = 0, intrude
+    with pytest.raises(NetworkError, match="412"):
+        convert("hf://org/tiny-ling-v2", "hf://org/out", FP8, publish=CREATE)
+    assert hub.intrusions == 6
 
 
 def test_branches_and_pull_requests(hub, golden, tmp_path):
@@ -259,7 +275,7 @@ def test_another_checkpoint_is_not_mixed_with(hub, golden, tmp_path):
     with pytest.raises(DestinationError, match="holds another checkpoint") as caught:
         convert(golden, "hf://org/out", FP8)
     assert "config.json" in caught.value.details
-    assert "--replace" in caught.value.hint
+    assert "`replace`" in caught.value.hint
     convert(golden, "hf://org/out", FP8, publish=PublishOptions(replace=True))
     convert(golden, tmp_path / "local", FP8)
     assert_published(hub, "org/out", tmp_path / "local")
@@ -270,7 +286,7 @@ def test_another_checkpoint_is_not_mixed_with(hub, golden, tmp_path):
 def test_who_may_not_write_is_told_so_at_once(hub, golden, monkeypatch):
     with pytest.raises(PermissionDenied, match="org/new is not there") as caught:
         convert(golden, "hf://org/new", FP8)
-    assert "--create" in caught.value.hint
+    assert "or `create` it" in caught.value.hint
     hub.add("org/open", {"README.md": b"x"})
     for token in ("", "hf_reader"):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -280,8 +296,8 @@ def test_who_may_not_write_is_told_so_at_once(hub, golden, monkeypatch):
         assert "hf auth login" in caught.value.hint
     assert hub.stored == {}
     for options, text in [
-        (PublishOptions(public=True), "--create"),
-        (PublishOptions(create=True, pull_request=True, replace=True), "--replace"),
+        (PublishOptions(public=True), "add `create`"),
+        (PublishOptions(create=True, pull_request=True, replace=True), "`replace` is for a branch"),
     ]:
         with pytest.raises(UsageError, match=text):
             convert(golden, "hf://org/open", FP8, publish=options)
@@ -363,7 +379,7 @@ def test_files_that_the_hub_would_refuse_are_refused_before(hub, golden, folder,
     monkeypatch.setattr("lingconv.storage.hub.repository.LARGEST_FILE_BYTES", 303_000)
     with pytest.raises(UsageError, match="the Hub takes files of 303,000") as caught:
         convert(golden, "hf://org/out", FP8, publish=CREATE)
-    assert "--max-shard-size" in caught.value.hint
+    assert "`max_shard_bytes=50GB`" in caught.value.hint
     with pytest.raises(UsageError, match="model-00005-of-00014"):
         lingconv.push(folder, "hf://org/out", CREATE)
     assert "org/out" not in hub.repositories

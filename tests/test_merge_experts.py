@@ -453,7 +453,7 @@ class TestBadSources:
         assert_same_model(tmp_path / "bf16", tmp_path / "wanted")
 
     def test_names_that_nobody_knows(self, golden, tmp_path):
-        with pytest.raises(UsageError, match="experts-as") as caught:
+        with pytest.raises(UsageError, match="`merged` is") as caught:
             merge(golden, tmp_path / "out", "nemo")
         assert "dfactory, transformers, automodel, mlx" in caught.value.hint
         with pytest.raises(UsageError, match="for stacked experts"):

@@ -125,11 +125,14 @@ def apart(data):
 
 
 def flat(value, seen):
-    """Return a value as text, each object by the number that it was met as."""
+    """Return a value as text, each object by the number that it was met as.
+
+    `seen` holds the objects too: an address says which one it is while it lives.
+    """
     if isinstance(value, OpaqueObject | dict | list):
         if id(value) in seen:
-            return f"#{seen[id(value)]}"
-        seen[id(value)] = len(seen)
+            return f"#{seen[id(value)][0]}"
+        seen[id(value)] = len(seen), value
     if isinstance(value, OpaqueObject):
         return flat([value.name, value.args, value.state, [*value.items]], seen)
     inner = [*value.items()] if isinstance(value, dict) else value

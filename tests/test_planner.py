@@ -157,10 +157,10 @@ def fp8(**options):
         (fp8(scheme="channel", dialect="fp8"), "per-channel"),
         (fp8(scale_dtype="e8m0"), "powers of two"),
         (fp8(scale="ue8m0", scale_dtype="e8m0", dialect="compressed-tensors"), "fp8` dialect"),
-        (fp8(scheme="tensor"), "`--scheme`"),
+        (fp8(scheme="tensor"), "`scheme` is"),
         (ConvertOptions(fp8=Fp8Options(scale="ue8m0")), "are for FP8"),
-        (ConvertOptions(dtype="int4"), "`--dtype`"),
-        (ConvertOptions(layout="gguff"), "`--to`"),
+        (ConvertOptions(dtype="int4"), "`dtype` is"),
+        (ConvertOptions(layout="gguff"), "`layout` is"),
         (ConvertOptions(max_shard_bytes=0), "positive"),
     ],
 )
@@ -196,7 +196,7 @@ def test_mtp_drop_excuses_missing_mtp_tensors(tmp_path, golden):
     rewrite(source, without_mtp)
     with pytest.raises(CheckpointError) as caught:
         plan(source)
-    assert "--mtp drop" in caught.value.hint
+    assert "`mtp=drop`" in caught.value.hint
     built = plan(source, ConvertOptions(mtp="drop"))
     assert built.config["num_nextn_predict_layers"] == 0
     assert len(list(built.transfers())) == 47

@@ -307,7 +307,7 @@ def test_errors_of_tasks_are_those_of_lingconv(cluster, golden, tmp_path):
 
     with pytest.raises(lingconv.CheckpointError, match="changed while it was read") as caught:
         convert(source, tmp_path / "out", MANY, resources=ON_RAY, progress=Broken())
-    assert "--fresh" in caught.value.hint
+    assert "start over with `fresh`" in caught.value.hint
     edit_json(source / "config.json", lambda config: config.update(num_experts=4))
     with pytest.raises(lingconv.CheckpointError):
         convert(source, tmp_path / "new", MANY, resources=ON_RAY)
@@ -315,8 +315,8 @@ def test_errors_of_tasks_are_those_of_lingconv(cluster, golden, tmp_path):
 
 def test_what_a_cluster_may_not_do(golden, tmp_path):
     for resources, text in [
-        (Resources(executor="slurm"), "--executor slurm"),
-        (Resources(address="auto"), "--address"),
+        (Resources(executor="slurm"), "`executor=slurm`"),
+        (Resources(address="auto"), "`address` is"),
     ]:
         with pytest.raises(UsageError, match=text):
             convert(golden, tmp_path / "out", MANY, resources=resources)

@@ -452,7 +452,7 @@ def test_what_shapes_say_and_what_the_user_adds(golden, golden_dist, config, tmp
 def test_nothing_says_what_it_is(golden_dist):
     with pytest.raises(lingconv.CheckpointError) as caught:
         lingconv.inspect(golden_dist)
-    assert "--config FILE" in caught.value.hint
+    assert "`config=FILE`" in caught.value.hint
 
 
 def test_damaged_metadata_never_escapes_as_another_error(golden_dist):

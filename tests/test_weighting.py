@@ -73,7 +73,7 @@ def test_a_decay_that_ends_above_zero():
     assert found.decay == pytest.approx([0.8, 0.6, 0.4])
     assert weighting.by_decay(Decay.EXPONENTIAL, 2, end=0.01).decay == pytest.approx([0.1])
     for decay, end in ((Decay.LINEAR, 1.5), (Decay.COSINE, -0.1), (Decay.EXPONENTIAL, 0.0)):
-        with pytest.raises(UsageError, match="decay-to"):
+        with pytest.raises(UsageError, match="`decay_to="):
             weighting.by_decay(decay, 4, end)
 
 

@@ -4,7 +4,7 @@ Stores have no commits: files are there one by one, whole ones, and a checkpoint
 and a config is visibly unfinished, as in a folder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,8 @@ class ObjectUpload:
         self._system, self._root = open_file_system(uri)
         self.files: Mapping[str, ListedFile] = {}
 
-    def prepare(self, pull_request: int = 0) -> int:
-        """Look at what the folder holds; there are no pull requests."""
+    def prepare(self, pull_request: int = 0, claims: Collection[str] = ()) -> int:
+        """Look at what the folder holds; there are no pull requests, and no order of writers."""
         listed = list_objects(self._system, self._root, self._uri)
         self.files = {name: ListedFile(*stat) for name, stat in listed.items()}
         return 0

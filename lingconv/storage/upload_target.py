@@ -1,6 +1,6 @@
 """Where finished files are sent: a repository on the Hub, or a folder of an object store."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -53,11 +53,12 @@ class UploadTarget(Protocol):
 
     files: Mapping[str, ListedFile]
 
-    def prepare(self, pull_request: int = 0) -> int:
+    def prepare(self, pull_request: int = 0, claims: Collection[str] = ()) -> int:
         """Make sure that it may be written, and look at what it holds.
 
         `pull_request` is the number of the one that an earlier run opened; returns that of the one
-        that is written to, or 0.
+        that is written to, or 0. `claims` are the names that nobody else is to write meanwhile; a
+        store that can tell refuses to go on when somebody did.
         """
 
     def check_size(self, name: str, nbytes: int) -> None:

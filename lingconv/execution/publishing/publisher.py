@@ -74,7 +74,7 @@ class Publisher:
         """
         note = self._folder.state / _STATE_NAME
         number = int(note.read_text()) if note.exists() else 0
-        opened = self._store.prepare(number)
+        opened = self._store.prepare(number, [file.name for file in self._plan.files])
         if opened and opened != number:
             replace_file(note, [f"{opened}\n".encode()])
         self.pull_request = opened

@@ -82,7 +82,7 @@ def push(
     repository = Repository(address, options)
     for name, path in weights.items():
         repository.check_size(name, path.stat().st_size)
-    repository.prepare()
+    repository.prepare(claims=weights)
     described = _describe(folder, address.repository, sorted(weights), proof)
     small: dict[str, Path | bytes] = {n: folder / n for n in files if n not in weights}
     if proof.report is not None:

@@ -6,7 +6,9 @@ files of others are left alone, and ours are never put in their place unseen.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -29,7 +31,9 @@ from lingconv.version import __version__
 
 MAIN = "main"
 _MOVED = (409, 412)
-
+# Commits of others that may come before one of ours: as many machines may write one repository.
+MOVES = 200
+LONGEST_TURN_S = 1.0
 
 # https://huggingface.co/docs/hub/storage-limits: no file may be larger.
 LARGEST_FILE_BYTES = 500_000_000_000
@@ -43,15 +47,18 @@ class Repository:
         self.address = address._replace(path="")
         self.files: Mapping[str, ListedFile] = {}
         self.head = ""
+        self._claims: frozenset[str] = frozenset()
         self._options = options
         self._api = hub_api()
 
-    def prepare(self, pull_request: int = 0) -> int:
+    def prepare(self, pull_request: int = 0, claims: Collection[str] = ()) -> int:
         """Create what is to be created, make sure that it may be written, and look at it.
 
-        `pull_request` is the number of the one that an earlier run opened. Returns the number of
-        the one that is written to, or 0.
+        `pull_request` is the number of the one that an earlier run opened; `claims` are the names
+        that nobody else may write from now on. Returns the number of the one that is written to,
+        or 0.
         """
+        self._claims = frozenset(claims)
         name, uri = self.address.repository, str(self.address)
         if self._options.create:
             private = not self._options.public
@@ -180,8 +187,8 @@ class Repository:
         self, operations: "Sequence[CommitOperationAdd | CommitOperationDelete]", message: str
     ) -> None:
         names = [operation.path_in_repo for operation in operations]
-        seen = {name: self.files.get(name) for name in names}
-        backoff = Backoff()
+        seen = {name: self.files.get(name) for name in self._claims.union(names)}
+        backoff, moves = Backoff(), 0
         while True:
             try:
                 info = self._api.create_commit(
@@ -195,12 +202,15 @@ class Repository:
                 raise
             except Exception as exc:
                 moved = status_of(exc) in _MOVED
-                if not moved and not backoff.pause(exc):
+                moves += moved
+                if moves > MOVES or (not moved and not backoff.pause(exc)):
                     raise translated(exc, str(self.address)) from Cause(exc)
                 self.look()
                 if _is_done(operations, self.files):
                     return
                 self._refuse_changed(seen)
+                if moved:  # so that many who write at once do not meet again
+                    time.sleep(random.uniform(0, LONGEST_TURN_S))
             else:
                 self.head = info.oid
                 self._look_at(names)
@@ -208,7 +218,7 @@ class Repository:
 
     def _refuse_changed(self, seen: Mapping[str, ListedFile | None]) -> None:
         """Raise DestinationError where files are not what they were before a commit was tried."""
-        changed = [name for name, file in seen.items() if self.files.get(name) != file]
+        changed = sorted(name for name, file in seen.items() if self.files.get(name) != file)
         if changed:
             raise DestinationError(
                 f"{self.address}: somebody else changed what was going to be written",
