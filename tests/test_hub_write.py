@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load as load_safetensors
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lingconv
 import lingconv.storage.hub.repository
@@ -25,6 +27,7 @@ from lingconv import (
 )
 from lingconv.api import write_report
 from lingconv.storage.file_names import MARK
+from lingconv.storage.local import LocalStorage
 from tests.hub_killer import MAX_DISK, kill_under_fire
 from tests.hub_server import TOKEN, Fire, Hub
 from tests.hub_support import HURRIED, environment, watched, weight_bytes
@@ -350,6 +353,36 @@ def test_push(hub, folder):
     assert set(hub.stored.values()) == {1}
     lingconv.push(folder, "hf://org/public", PublishOptions(create=True, public=True))
     assert not hub.repositories["org/public"].private
+
+
+@pytest.mark.parametrize("layout", ["megatron", "megatron-ranks", "gguf"])
+def test_push_sends_every_file_of_every_format(hub, golden, tmp_path, layout):
+    target = tmp_path / ("x/tiny.gguf" if layout == "gguf" else "x")
+    convert(golden, target, ConvertOptions(layout=layout))
+    lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    assert_published(hub, "org/out", tmp_path / "x")
+    down = Path(HfApi().snapshot_download("org/out", local_dir=tmp_path / "down"))
+    if layout == "megatron":  # torch's own reader finds all of it
+        dcp_to_torch_save(down / "iter_0000001", tmp_path / "whole.pt")
+        whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+        assert len(whole) >= 39
+        assert hub.repositories["org/out"].log[-1][3].count("iter_0000001/.metadata") == 1
+    assert lingconv.verify(golden, down).ok
+
+
+def test_push_refuses_what_would_not_be_read(hub, golden, tmp_path, monkeypatch):
+    """A file that is read and not listed: the fault of which a hidden `.metadata` was one."""
+    convert(golden, tmp_path / "x", ConvertOptions())
+    listed = LocalStorage.files
+
+    def short(self):
+        found = listed(LocalStorage(tmp_path / "x"))
+        return {k: v for k, v in found.items() if not k.endswith(".safetensors")}
+
+    monkeypatch.setattr("lingconv.storage.overlay.Overlay.files", short)
+    with pytest.raises(lingconv.CheckpointError):
+        lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    assert "org/out" not in hub.repositories
 
 
 def test_push_goes_on_after_trouble(hub, folder, monkeypatch):

@@ -18,8 +18,8 @@ class Overlay:
 
     def files(self) -> Mapping[str, FileStat]:
         """Return all files, real and made."""
-        held = self._storage.files()
-        real = {name: held[name] for name in self._names}
+        held = self._storage.files()  # without hidden ones, which may be among the names
+        real = {name: held.get(name) or self._storage.stat(name) for name in self._names}
         return {**real, **{name: self.stat(name) for name in self._made}}
 
     def left_out(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingconv.checkpoint.open import read_all
+from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import OTHER_WEIGHTS
 from lingconv.errors import CheckpointError, DestinationError, UsageError, resumable
@@ -19,11 +20,13 @@ from lingconv.execution.closing.model_card import CardInputs, model_card, publis
 from lingconv.execution.journal import JOURNALS
 from lingconv.execution.progress import Progress, Silent
 from lingconv.execution.run_folder import STATE_NAME, VERDICT_NAME
+from lingconv.storage import Storage
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, PARTIAL_SUFFIX, RECORD_NAME, SUFFIX
 from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.repository import Repository
 from lingconv.storage.hub.storage import HubStorage
 from lingconv.storage.local import LocalStorage
+from lingconv.storage.overlay import Overlay
 from lingconv.storage.upload_target import ListedFile, PublishedCommit, PublishOptions
 
 _WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
@@ -77,7 +80,7 @@ def push(
     """
     started = time.monotonic()
     options.check()
-    files = _finished_files(folder)
+    files, indexes = _finished_files(folder)
     weights = {name: folder / name for name in files if name.endswith(_WEIGHTS)}
     repository = Repository(address, options)
     for name, path in weights.items():
@@ -93,7 +96,7 @@ def push(
     if record:
         small[RECORD_NAME] = published_record(record)
     there = {name for name, path in weights.items() if repository.holds(name, path)}
-    _make_room(repository, weights, there, options)
+    _make_room(repository, weights, there, [*indexes, CONFIG_NAME, RECORD_NAME], options)
     with resumable():
         return _Push(repository, progress or Silent(), started).run(weights, there, small)
 
@@ -142,13 +145,23 @@ def _batches(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
         yield batch
 
 
-def _finished_files(folder: Path) -> list[str]:
-    """Return the files of a checkpoint, or raise an error that says what it lacks."""
+class _Finished(NamedTuple):
+    """The files of a finished checkpoint, and those of them that say what the weights are."""
+
+    files: Sequence[str]
+    indexes: Sequence[str]
+
+
+def _finished_files(folder: Path) -> _Finished:
+    """Return the files of a checkpoint, which are enough to read it, and its indexes.
+
+    Raises an error that says what it lacks.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     storage = LocalStorage(folder)
-    files = sorted(storage.files())
-    unfinished = [name for name in files if name.endswith(PARTIAL_SUFFIX)]
+    listed = storage.files()
+    unfinished = [name for name in listed if name.endswith(PARTIAL_SUFFIX)]
     unfinished += [str(path) for path in (folder / STATE_NAME).rglob(JOURNALS)]
     if unfinished:
         raise DestinationError(
@@ -162,11 +175,23 @@ def _finished_files(folder: Path) -> list[str]:
             details=[f"{name}: {why}" for name, why in outside.items()],
             hint="put the files themselves into the folder, or remove these names",
         )
-    faults = [fault for each in read_all(storage) for fault in each.faults]
-    fatal = [fault for fault in faults if fault.fatal]
+    models = _sound(storage, folder)
+    read = {name for model in models for name in model.shards}  # an index may be hidden
+    files = sorted({*listed, *read})
+    published = _sound(Overlay(storage, files, {}), folder)
+    if [model.tensors.keys() for model in published] != [model.tensors.keys() for model in models]:
+        raise CheckpointError(f"{folder}: what would be published is not what it holds")
+    indexes = [name for name in read if not name.endswith(_WEIGHTS)]
+    return _Finished(files, [*indexes, safetensors.INDEX_NAME])
+
+
+def _sound(storage: Storage, folder: Path) -> list[Checkpoint]:
+    """Return every checkpoint of a storage; raise CheckpointError for one that has faults."""
+    models = read_all(storage)
+    fatal = [fault for model in models for fault in model.faults if fault.fatal]
     if fatal:
         raise CheckpointError(f"{folder} has {len(fatal)} faults", faults=fatal)
-    return files
+    return models
 
 
 def _describe(
@@ -230,9 +255,13 @@ def _make_room(
     repository: Repository,
     weights: Mapping[str, Path],
     there: set[str],
+    completing: Sequence[str],
     options: PublishOptions,
 ) -> None:
-    """Remove what would make a mixture of two checkpoints, or refuse to make one."""
+    """Remove what would make a mixture of two checkpoints, or refuse to make one.
+
+    `completing` are the files that make a checkpoint of weights.
+    """
     shards = [name for name in weights if not name.endswith(SUFFIX)]
     if not shards:
         return  # GGUF files stand side by side
@@ -242,6 +271,5 @@ def _make_room(
         if name.endswith(_WEIGHTS) and not name.endswith(SUFFIX) and name not in weights
     ]
     if set(shards) - there:
-        complete = (safetensors.INDEX_NAME, CONFIG_NAME, RECORD_NAME)
-        foreign += [name for name in complete if name in repository.files]
+        foreign += [name for name in completing if name in repository.files]
     repository.make_room(foreign, replace=options.replace)
