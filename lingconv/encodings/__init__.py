@@ -6,7 +6,6 @@ subclass of Encoding.
 """
 
 from functools import cache
-from importlib.metadata import entry_points
 
 from lingconv.encodings.base import Encoding
 from lingconv.encodings.dtypes import DTYPES, GgmlType, StoredType
@@ -54,6 +53,8 @@ def encoding_from_json(value: dict[str, object]) -> Encoding:
 def _kind_named(name: str) -> type[Encoding]:
     if name in _BUILT_IN:
         return _BUILT_IN[name]
+    from importlib.metadata import entry_points  # slow, and for kinds of other packages only
+
     for point in entry_points(group=ENTRY_POINTS, name=name):
         kind: type[Encoding] = point.load()
         return kind
