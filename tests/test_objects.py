@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -20,6 +21,7 @@ from lingconv import (
     convert,
 )
 from lingconv.storage import byte_ranges as ranges
+from lingconv.storage.object_store import list_objects
 from lingconv.storage.object_upload import ObjectUpload
 from tests.hub_support import watched, weight_bytes
 from tests.s3_server import BUCKET, client, listing, s3
@@ -71,6 +73,13 @@ def test_a_checkpoint_is_read_from_a_store(store, golden, tmp_path):
     assert weights(local_files(tmp_path / "far")) == weights(local_files(tmp_path / "near"))
     verdict = lingconv.verify(f"{store}/tiny", tmp_path / "far")
     assert verdict.ok
+
+
+def test_a_folder_that_another_writer_makes_meanwhile_is_no_file():
+    """`s3fs` finds no file, asks what the name itself is, and lists the folder that it is by now."""
+    folder = {"Key": "models/out", "name": "models/out", "type": "directory", "size": 0}
+    system = SimpleNamespace(find=lambda root, detail: {root: folder})
+    assert list_objects(system, "models/out", "s3://models/out") == {}
 
 
 def test_a_checkpoint_is_written_to_a_store(store, golden, tmp_path):

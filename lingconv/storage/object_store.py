@@ -67,7 +67,8 @@ def asked(uri: str, action: Callable[[], T]) -> T:
 def list_objects(system: Any, root: str, uri: str) -> dict[str, FileStat]:
     """Return every file below `root` by its relative path.
 
-    Raises CheckpointError when a name leads out of the folder.
+    Folders are left out; where there is no file yet, s3fs lists `root` itself as one. Raises
+    CheckpointError when a name leads out of the folder.
     """
 
     def listing() -> dict[str, Any]:
@@ -82,6 +83,8 @@ def list_objects(system: Any, root: str, uri: str) -> dict[str, FileStat]:
         raise too_many_files(uri)
     stats = {}
     for path, info in found.items():
+        if info.get("type") == "directory":
+            continue
         name = str(path).removeprefix(root).lstrip("/")
         if not name or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
             raise CheckpointError(f"{uri} lists a file that leads out of it: {path!r}")
