@@ -76,7 +76,7 @@ def test_a_checkpoint_is_read_from_a_store(store, golden, tmp_path):
 
 
 def test_a_folder_that_another_writer_makes_meanwhile_is_no_file():
-    """`s3fs` finds no file, asks what the name itself is, and lists the folder that is there now."""
+    """`s3fs` finds no file, asks what the name itself is, and lists that: now a folder."""
     folder = {"Key": "models/out", "name": "models/out", "type": "directory", "size": 0}
     system = SimpleNamespace(find=lambda root, detail: {root: folder})
     assert list_objects(system, "models/out", "s3://models/out") == {}
