@@ -65,6 +65,10 @@ class Encoding(ABC):
     is_quantized: ClassVar[bool] = False
     # Whether scales are stored in tensors of their own.
     has_scales: ClassVar[bool] = False
+    # Whether the largest magnitude of the matrix has to be known before its first row is encoded.
+    needs_amax: ClassVar[bool] = False
+    # Whether matrices that are stacked in one tensor can be stored.
+    holds_stacks: ClassVar[bool] = True
     # Whether numbers are always widened to float32 before they are encoded.
     encodes_from_f32: ClassVar[bool] = False
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.ONE
