@@ -65,6 +65,8 @@ class Encoding(ABC):
     is_quantized: ClassVar[bool] = False
     # Whether scales are stored in tensors of their own.
     has_scales: ClassVar[bool] = False
+    # Whether elements are e4m3 codes, which a proof compares undecoded, and scales amax / 448.
+    is_e4m3: ClassVar[bool] = False
     # Whether the largest magnitude of the matrix has to be known before its first row is encoded.
     needs_amax: ClassVar[bool] = False
     # Whether matrices that are stacked in one tensor can be stored.
@@ -130,6 +132,11 @@ class Encoding(ABC):
     def col_multiple(self) -> int:
         """Number of elements in a block within a row; a row consists of whole blocks."""
         return 1
+
+    @property
+    def element_bits(self) -> float:
+        """Number of bits of an element, without scale tensors."""
+        return 8 * self.row_bytes(self.col_multiple) / self.col_multiple
 
     @property
     def element_bytes(self) -> int:

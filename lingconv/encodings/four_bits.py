@@ -9,7 +9,7 @@ Formats: compressed-tensors 0.20 (`compressors/nvfp4`, `mxfp4`, `pack_quantized`
 (`qtensor/nvfp4_tensor.py`), and what inclusionAI, DeepSeek and Quark publish.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Self
@@ -67,8 +67,8 @@ class _Grouped(Encoding):
         return self.col_multiple
 
     def blocks(self, height: int, cols: int) -> tuple[int, int]:
-        """Return the default blocks of a proof's figures: groups are too many to show."""
-        return self.figure_block
+        """Return the blocks of a proof's figures: a group of a row."""
+        return 1, self.col_multiple
 
     def row_bytes(self, cols: int) -> int:
         """Return the number of bytes of a row of `cols` codes."""
@@ -294,3 +294,49 @@ class Int4(_Grouped):
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Return the encoding with `to_json`'s fields."""
         return cls(fields["group"], DTYPES[fields["scale_dtype"]], DTYPES[fields["shape_dtype"]])
+
+
+class Found(NamedTuple):
+    """A stored tensor: its dtype and shape."""
+
+    dtype: StoredType
+    shape: tuple[int, ...]
+
+
+def recognise(name: str, cols: int, tensors: Mapping[str, Found]) -> _Grouped | None:
+    """Return the encoding of a matrix of `cols` columns by the tensors that are named after it.
+
+    None if they are not of four bits. Whether they are all there, and of the right shapes, is for
+    the caller to check: `tensors` of the encoding.
+    """
+    packed, plain = tensors.get(f"{name}_packed"), tensors.get(name)
+    scale = tensors.get(f"{name}_scale")
+    if packed is not None and packed.dtype == DType.I32:
+        return _recognise_int4(name, cols, scale, tensors)
+    if packed is not None:
+        nvfp4 = scale is not None and scale.dtype == DType.F8_E4M3
+        nvfp4 |= f"{name}_global_scale" in tensors
+        return _nvfp4(name, Dialect.COMPRESSED_TENSORS, tensors) if nvfp4 else Mxfp4()
+    if plain is None or plain.dtype not in (DType.U8, DType.I8):
+        return None
+    if f"{name}_scale_2" in tensors or (scale is not None and scale.dtype == DType.F8_E4M3):
+        return _nvfp4(name, Dialect.MODELOPT, tensors)
+    if f"{name}_scale_inv" in tensors:
+        return Mxfp4(Dialect.LING)
+    return Mxfp4(Dialect.QUARK) if scale is not None and scale.dtype == DType.U8 else None
+
+
+def _nvfp4(name: str, dialect: Dialect, tensors: Mapping[str, Found]) -> Nvfp4:
+    inputs = name.removesuffix(_WEIGHT) + _NVFP4_NAMES[dialect].inputs
+    return Nvfp4(dialect, has_inputs=inputs in tensors)
+
+
+def _recognise_int4(
+    name: str, cols: int, scale: Found | None, tensors: Mapping[str, Found]
+) -> Int4 | None:
+    if scale is None or not isinstance(scale.dtype, DType) or f"{name}_zero_point" in tensors:
+        return None
+    shape = tensors.get(f"{name}_shape")
+    shape_dtype = DType.I32 if shape is not None and shape.dtype == DType.I32 else DType.I64
+    groups = scale.shape[-1] if scale.shape else 0
+    return Int4(cols // groups, scale.dtype, shape_dtype) if groups else None

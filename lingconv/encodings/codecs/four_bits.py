@@ -93,7 +93,9 @@ class Nvfp4Codec:
         NaN and Inf have no code, and are always refused.
         """
         codes = buffers.take("write", (len(values), place.cols // 2), np.uint8, like=place.offset)
-        scales = buffers.take("scales out", (len(values), place.cols // NVFP4_GROUP), np.uint8)
+        scales = buffers.take(
+            "scales out", (len(values), place.cols // NVFP4_GROUP), np.uint8, like=0
+        )
         narrow = values.dtype == np.uint16
         number = self.number(place.amax, scaling, narrow=narrow)
         if scaling.search == Search.FOUR_OVER_SIX:
@@ -169,7 +171,9 @@ class Mxfp4Codec:
     ) -> Encoded:
         """Return codes and exponents. NaN and Inf have no code, and are always refused."""
         codes = buffers.take("write", (len(values), place.cols // 2), np.uint8, like=place.offset)
-        scales = buffers.take("scales out", (len(values), place.cols // MXFP4_GROUP), np.uint8)
+        scales = buffers.take(
+            "scales out", (len(values), place.cols // MXFP4_GROUP), np.uint8, like=0
+        )
         searches = scaling.search != Search.NONE
         return Encoded([codes, scales], fp4_encode.quantize_mxfp4(values, codes, scales, searches))
 

@@ -13,7 +13,7 @@ from numba.extending import overload
 from numpy import uint8, uint16, uint32, uint64
 
 from lingconv.encodings.kernels.intrinsics import repeat_16
-from lingconv.encodings.kernels.jit import helper
+from lingconv.encodings.kernels.jit import BF16, F32, helper, kernel
 from lingconv.encodings.kernels.numeric import Array, float_bits, float_of
 
 
@@ -151,3 +151,17 @@ def unpack(packed: Array, codes: Array) -> None:
     for j in range(packed.size):
         byte = uint16(packed[j])
         pairs[j] = uint16(byte & uint16(0x0F)) | uint16(uint16(byte & uint16(0xF0)) << uint16(4))
+
+
+@kernel((BF16,), (F32,))
+def largest_magnitude(values: Array) -> float:
+    """Return the largest magnitude of a matrix of BF16 (uint16) or float32; NaN counts as more."""
+    halves = room_for_peaks(values[0])
+    worst = uint32(0)
+    for row in range(values.shape[0]):
+        line = values[row]
+        count = line.size // 2
+        _halve(line, count, halves[0])
+        for i in range(count):
+            worst = max(worst, float_bits(_magnitude_at(halves[0], i)))
+    return float(float_of(worst))
