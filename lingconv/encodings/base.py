@@ -71,6 +71,8 @@ class Encoding(ABC):
     needs_amax: ClassVar[bool] = False
     # Whether matrices that are stacked in one tensor can be stored.
     holds_stacks: ClassVar[bool] = True
+    # Whether NaN and Inf can be stored; else they are refused even if the user allows them.
+    holds_nonfinite: ClassVar[bool] = True
     # Whether numbers are always widened to float32 before they are encoded.
     encodes_from_f32: ClassVar[bool] = False
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.ONE

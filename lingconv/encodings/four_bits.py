@@ -42,6 +42,7 @@ class _Grouped(Encoding):
     is_quantized: ClassVar[bool] = True
     has_scales: ClassVar[bool] = True
     holds_stacks: ClassVar[bool] = False
+    holds_nonfinite: ClassVar[bool] = False
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.SCALE
     limit: ClassVar[Limit]
 
@@ -311,9 +312,9 @@ def recognise(name: str, cols: int, tensors: Mapping[str, Found]) -> _Grouped | 
     """
     packed, plain = tensors.get(f"{name}_packed"), tensors.get(name)
     scale = tensors.get(f"{name}_scale")
-    if packed is not None and packed.dtype == DType.I32:
+    if f"{name}_shape" in tensors or (packed is not None and packed.dtype == DType.I32):
         return _recognise_int4(name, cols, scale, tensors)
-    if packed is not None:
+    if packed is not None or f"{name}_global_scale" in tensors:
         nvfp4 = scale is not None and scale.dtype == DType.F8_E4M3
         nvfp4 |= f"{name}_global_scale" in tensors
         return _nvfp4(name, Dialect.COMPRESSED_TENSORS, tensors) if nvfp4 else Mxfp4()

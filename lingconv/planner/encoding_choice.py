@@ -118,7 +118,7 @@ class EncodingChoice:
                     hint="patterns are regular expressions, found anywhere in GGUF's names",
                 )
         refuse_idle("ignore", self._ignore, names)
-        refuse_idle("include", self._include, names)
+        refuse_idle("include", self._include, quantizable)
         refuse_idle("scale", [pattern for pattern, _ in self._scale_rules], quantizable)
         refuse_idle("drop", [Pattern(text) for text in self._options.drop], extra)
         refuse_idle("exclude", [Pattern(text) for text in self._options.exclude], names)

@@ -192,7 +192,7 @@ class Int4Codec:
     def decode(self, rows: StoredRows, first: int, values: Array) -> bool:
         """Fill `values` with (code - 8) x scale, as float32 or rounded to BF16."""
         codes = _read_codes(rows, first, len(values))
-        scales = self.scales(rows, first, len(values))
+        scales = self._stored_scales(rows, first, len(values))
         zeros = np.full_like(scales, INT4_ZERO)
         return bool(low_bit_decode.dequantize_int4(codes, scales, zeros, values))
 
@@ -221,7 +221,10 @@ class Int4Codec:
         return Encoded([codes, stored, *([] if place.first else [shape])], bad)
 
     def scales(self, rows: StoredRows, first: int, num_rows: int) -> Array:
-        """Return the scales of rows as float32 [rows, groups]."""
+        """Return the magnitudes of the scales of rows, float32 [rows, groups]."""
+        return np.abs(self._stored_scales(rows, first, num_rows))
+
+    def _stored_scales(self, rows: StoredRows, first: int, num_rows: int) -> Array:
         encoding = self._encoding
         dtype = _STORED[encoding.scale_dtype]
         raw = _read_scales(rows, first, num_rows, encoding.group, dtype)

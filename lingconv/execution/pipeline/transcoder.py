@@ -66,14 +66,18 @@ class Transcoder:
             self._refuse(*self._averager.find_nonfinite(strip))
         return values
 
-    def _refuse(self, met: Nonfinite | None, number: int = -1) -> None:
-        """Raise CheckpointError for NaN or Inf in source `number`, unless that is allowed."""
-        if met is not None and not self._allow_nonfinite:
-            uri = self._sources[number].uri
+    def _refuse(self, met: Nonfinite | None, number: int = -1, *, keeps: bool = True) -> None:
+        """Raise CheckpointError for NaN or Inf in source `number`, unless that is allowed.
+
+        `keeps`: whether the target's encoding can store them, so that allowing them makes sense.
+        """
+        if met is not None and not (keeps and self._allow_nonfinite):
+            uri, name = self._sources[number].uri, met.source.name
+            otherwise = "pass `allow_nonfinite`" if keeps else f"keep it as it is: `ignore={name}`"
             raise CheckpointError(
-                f"{uri}/{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
+                f"{uri}/{met.source.first_extent.file}: {name}: NaN or Inf at or below row"
                 f" {met.row} (or a value too large for the target's dtype)",
-                hint="mend the source, or pass `allow_nonfinite`",
+                hint=f"mend the source, or {otherwise}",
             )
 
     def _write_rows(self, strip: RowStrip, values: Array, amax: float, output: WritableBlob) -> int:
@@ -86,7 +90,8 @@ class Transcoder:
             allow_nonfinite=self._allow_nonfinite,
         )
         if encoded.bad_row >= 0:
-            self._refuse(_source_of(strip, encoded.bad_row))
+            keeps = target.encoding.holds_nonfinite
+            self._refuse(_source_of(strip, encoded.bad_row), keeps=keeps)
         elements, *others = encoded.parts
         written = output.write(as_bytes(transposed(self._arena, strip, elements)), strip.offset)
         return written + write_others(strip, others, output)
