@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from lingconv.execution.progress import Progress
     from lingconv.execution.resources import Resources
     from lingconv.plans.checkpoint_weights import Weighting, by_decay, by_hand, mean
-    from lingconv.plans.options import ConvertOptions, Fp8Options, GgufOptions
+    from lingconv.plans.options import ConvertOptions, FourBitOptions, Fp8Options, GgufOptions
     from lingconv.plans.plan import Plan
     from lingconv.storage.upload_target import PublishOptions
     from lingconv.verification.options import ForwardOptions, VerifyOptions
@@ -56,6 +56,7 @@ __all__ = [
     "DestinationError",
     "Fault",
     "ForwardOptions",
+    "FourBitOptions",
     "Fp8Options",
     "GgufOptions",
     "Interrupted",
@@ -103,7 +104,7 @@ _HOMES = {
     "execution.resources": ("Resources",),
     "execution.engine": ("Result",),
     "checkpoint.inspection": ("Report",),
-    "plans.options": ("ConvertOptions", "Fp8Options", "GgufOptions"),
+    "plans.options": ("ConvertOptions", "FourBitOptions", "Fp8Options", "GgufOptions"),
     "plans.checkpoint_weights": ("Weighting", "by_decay", "by_hand", "mean"),
     "plans.plan": ("Plan",),
     "storage.upload_target": ("PublishOptions",),

@@ -24,7 +24,7 @@ from lingconv.planner.average_sources import open_average
 from lingconv.planner.planner import build_average, build_plan
 from lingconv.planner.sources import Average
 from lingconv.plans.checkpoint_weights import Weighting
-from lingconv.plans.options import ConvertOptions, Fp8Options, Target, TargetDType
+from lingconv.plans.options import ConvertOptions, FourBitOptions, Fp8Options, Target, TargetDType
 from lingconv.plans.plan import Plan
 from lingconv.storage.file_names import SUFFIX
 from lingconv.storage.hub.address import parse_address
@@ -220,7 +220,9 @@ def quantize(
     source: str | Path,
     destination: str | Path,
     fp8: Fp8Options | None = None,
+    four_bits: FourBitOptions | None = None,
     *,
+    dtype: str = TargetDType.FP8,
     formats: str | None = None,
     resources: Resources | None = None,
     progress: Progress | None = None,
@@ -228,8 +230,10 @@ def quantize(
     recheck: bool = False,
     publish: PublishOptions | None = None,
 ) -> Result:
-    """Quantize to FP8, layout kept: `convert` with `dtype="fp8"`."""
-    options = ConvertOptions(dtype=TargetDType.FP8, fp8=fp8 or Fp8Options())
+    """Quantize to FP8, NVFP4, MXFP4 or INT4, layout kept: `convert` with that `dtype`."""
+    options = ConvertOptions(
+        dtype=dtype, fp8=fp8 or Fp8Options(), four_bits=four_bits or FourBitOptions()
+    )
     return convert(
         source,
         destination,

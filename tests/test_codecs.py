@@ -18,6 +18,8 @@ from tests.kit.packages import forget, install
 
 each = pytest.mark.parametrize("case", CASES, ids=str)
 each_written = pytest.mark.parametrize("case", WRITTEN, ids=str)
+STACKED = [case for case in CASES if case.encoding.holds_stacks]
+each_stacked = pytest.mark.parametrize("case", STACKED, ids=str)
 # ggml's F16 scales: a block whose scale is below F16's smallest step may be lost, with numbers up
 # to 2^8 times as large.
 LOST_WITH_SCALE = 2.0**-17
@@ -60,9 +62,11 @@ def decode(encoding, parts, height, cols, rows, dtype=F32, first=0):
     return values, nonfinite
 
 
-def encode(case, values, first=0, height=0, allow_nonfinite=False):
+def encode(case, values, first=0, height=0, allow_nonfinite=False, amax=None):
+    """Encode rows; `amax` is that of the matrix, if they are not all of it."""
     rows, cols = values.shape
-    place = RowRange(first, rows, height or rows, cols, 0)
+    amax = float(np.abs(numbers_of(values)).max()) if amax is None else amax
+    place = RowRange(first, rows, height or rows, cols, 0, amax)
     return case.encoding.codec.encode(
         values, place, case.scaling, Fresh(), allow_nonfinite=allow_nonfinite
     )
@@ -75,6 +79,11 @@ def bits_of(values):
 
 def widened(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def numbers_of(values):
+    """Return rows as float32, whatever they are given in."""
+    return values if values.dtype == F32 else widened(values)
 
 
 def normal(shape, seed=0):
@@ -120,12 +129,14 @@ def test_values_differ_where_bytes_do():
 @each
 def test_stated_tensors_agree_with_each_other(case):
     encoding, (rows, cols) = case.encoding, case.shape
-    for stack in ((), (3,)):
+    for stack in ((), (3,)) if encoding.holds_stacks else ((),):
         shape = (*stack, rows, cols)
         specs = encoding.tensors("x.weight", shape)
         assert tuple(spec.name for spec in specs) == encoding.names("x.weight")
         assert tuple(spec.dtype for spec in specs) == encoding.stored_types
-        assert specs[0].shape == shape
+        assert specs[0].shape[:-1] == shape[:-1]
+        packed = encoding.row_bytes(cols) // specs[0].dtype.itemsize  # several codes in an element
+        assert specs[0].shape[-1] == (cols if encoding.holds_stacks else packed)
         count = math.prod(stack)
         assert specs[0].nbytes == count * rows * encoding.row_bytes(cols)
         assert encoding.has_scales == (len(specs) > 1)
@@ -172,7 +183,7 @@ def test_rows_in_the_middle_are_decoded_as_in_the_whole(case):
         assert_same(found, whole[first:last])
 
 
-@each
+@each_stacked
 def test_matrices_of_a_stack_are_decoded_as_if_they_were_alone(case):
     rows, cols = case.shape
     alone = [case.random_parts(np.random.default_rng(n), case.shape) for n in range(3)]
@@ -204,7 +215,8 @@ def test_runs_of_rows_become_what_the_whole_becomes(case):
     assembled = [np.full_like(part, 0xAA) for part in whole]
     for first in range(0, rows, encoding.row_multiple):
         run = values[first : first + encoding.row_multiple]
-        for number, part in enumerate(encode(case, run, first, rows).parts):
+        amax = float(np.abs(values).max())
+        for number, part in enumerate(encode(case, run, first, rows, amax=amax).parts):
             total = encoding.part_rows(number, 0, rows, rows)[1]
             width = whole[number].size // total
             top, bottom = encoding.part_rows(number, first, len(run), rows)
@@ -213,7 +225,7 @@ def test_runs_of_rows_become_what_the_whole_becomes(case):
         np.testing.assert_array_equal(found, expected)
 
 
-@each_written
+@pytest.mark.parametrize("case", [each for each in WRITTEN if each in STACKED], ids=str)
 def test_rows_of_a_stack_have_their_places_behind_each_other(case):
     """Encoded matrix by matrix: `part_rows` counts through the stack."""
     encoding, rows = case.encoding, case.shape[0]
@@ -236,8 +248,9 @@ def test_what_can_be_held_means_the_same_numbers(holder):
     assert holder in held
     for case in held:
         parts = case.random_parts(np.random.default_rng(7), case.shape)
-        found, _ = decode(holder.encoding, parts, *case.shape, case.shape[0])
-        assert_same(found, case.decode(parts, case.shape))
+        dtype = case.values_out[-1]
+        found, _ = decode(holder.encoding, parts, *case.shape, case.shape[0], dtype)
+        assert_same(numbers_of(found), case.decode(parts, case.shape))
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -382,6 +395,10 @@ def test_where_it_is_allowed_all_other_blocks_are_what_they_were(case, poison):
     clean = normal(case.shape, 9)
     spoilt = clean.copy()
     spoilt[0, 0] = poison
+    if not encoding.holds_nonfinite:
+        rows_in = given_as(spoilt, case.values_in[0])[0]
+        assert encode(case, rows_in, allow_nonfinite=True).bad_row == 0
+        return
     for dtype in case.values_in:
         before = encode(case, given_as(clean, dtype)[0]).parts
         after = encode(case, given_as(spoilt, dtype)[0], allow_nonfinite=True).parts

@@ -301,7 +301,7 @@ def test_config_that_contradicts_the_scales(fp8):
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "two positive numbers"),
         ({"quant_method": "compressed-tensors"}, "incomplete"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {
-            "type": "int", "num_bits": 4}}}}, "int of 4 bits, not FP8"),
+            "type": "int", "num_bits": 4}}}}, "int of 4 bits in groups of None, which is not read"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {
             "type": "float", "num_bits": 8, "strategy": "wild"}}}}, "'wild' is not read"),
         ([], "not an object"),
@@ -318,7 +318,7 @@ def test_quantization_config_without_fp8_weights_is_odd(source):
     stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     edit_json(source / "config.json", lambda c: c.update(quantization_config=stated))
     assert [f.message for f in inspect(source).faults] == [
-        "has a `quantization_config`, but no weight is FP8"
+        "has a `quantization_config`, but no weight is quantized"
     ]
 
 

@@ -159,7 +159,7 @@ def fp8(**options):
         (fp8(scale="ue8m0", scale_dtype="e8m0", dialect="compressed-tensors"), "fp8` dialect"),
         (fp8(scheme="tensor"), "`scheme` is"),
         (ConvertOptions(fp8=Fp8Options(scale="ue8m0")), "are for FP8"),
-        (ConvertOptions(dtype="int4"), "`dtype` is"),
+        (ConvertOptions(dtype="int3"), "`dtype` is"),
         (ConvertOptions(layout="gguff"), "`layout` is"),
         (ConvertOptions(max_shard_bytes=0), "positive"),
     ],

@@ -1,12 +1,13 @@
 """Matching of the tensors that a layout expects with the stored ones, and their encodings."""
 
 from collections.abc import Collection, Iterable, Mapping
+from math import prod
 from typing import Any
 
 from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.stored_tensor import StoredTensor
-from lingconv.encodings import Encoding, Fp8, encoding_of, quantization_config
+from lingconv.encodings import Encoding, Fp8, encoding_of, four_bits, quantization_config
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import SCALE_DTYPES, SCALE_SUFFIXES
 from lingconv.encodings.fp8 import recognise as recognise_fp8
@@ -33,9 +34,15 @@ class Matcher:
         self.stored: dict[PhysicalName, StoredMatrix] = {}
         self.dropped: dict[str, str] = {}
         self.used: set[str] = set()
+        self._beside = {
+            name: four_bits.Found(held.dtype, held.shape) for name, held in self.tensors.items()
+        }
         self.stated = self._read_stated(checkpoint.config)
         self.described_in = "config.json" if layout.name != GGUF else "its metadata"
-        self.has_mtp = any(t.mtp and t.name in self.tensors for t in layout.tensors.values())
+        self.has_mtp = any(
+            t.mtp and not self.tensors.keys().isdisjoint((t.name, f"{t.name}_packed"))
+            for t in layout.tensors.values()
+        )
         self.block = self.stated.block if self.stated else quantization_config.DEFAULT_BLOCK
 
     def match(self) -> None:
@@ -55,6 +62,9 @@ class Matcher:
             return None
 
     def _find(self, tensor: PhysicalTensor) -> StoredMatrix | None:
+        packed = self._recognise_four_bits(tensor)
+        if packed is not None:
+            return self._find_four_bits(tensor, packed)
         held = self.tensors.get(tensor.name)
         if held is None:
             self._fault_missing(tensor)
@@ -76,6 +86,31 @@ class Matcher:
         if tensor.transposition:
             return found._replace(pitch=tensor.height, stored_as=tensor.stored_shape)
         return found
+
+    def _recognise_four_bits(self, tensor: PhysicalTensor) -> Encoding | None:
+        if not tensor.role.quantizable or tensor.stack or len(tensor.shape) != 2:
+            return None
+        return four_bits.recognise(tensor.name, tensor.shape[1], self._beside)
+
+    def _find_four_bits(self, tensor: PhysicalTensor, encoding: Encoding) -> StoredMatrix | None:
+        """Return a matrix of four bits; every one of its tensors has to be there, as it should."""
+        places = []
+        for spec in encoding.tensors(tensor.name, tensor.shape):
+            held = self.tensors.get(spec.name)
+            if held is None:
+                what = f"{encoding.label} weight without it, expected {list(spec.shape)}"
+                self.faults.append(Fault("scale", what, tensor=spec.name))
+                continue
+            self.used.add(held.name)
+            alike = held.shape == spec.shape or (prod(held.shape) == prod(spec.shape) == 1)
+            if not alike or held.dtype != spec.dtype:
+                wanted = f"{encoding.label} calls for {spec.dtype} {list(spec.shape)}"
+                self._fault("shape", f"is {held.dtype} {list(held.shape)}, {wanted}", held)
+                continue
+            places.append(_extent(held))
+        if len(places) < len(encoding.stored_types):
+            return None
+        return StoredMatrix(tensor.name, tensor.shape, encoding, tuple(places), tensor.stack)
 
     def _fault_missing(self, tensor: PhysicalTensor) -> None:
         known = self.absent.get(tensor.name)
@@ -159,14 +194,39 @@ class Matcher:
     def _check_stated(self) -> None:
         """Compare config.json with the tensors: FP8 or not, and which dtype."""
         fp8 = [item.name for item in self.stored.values() if item.encoding.has_scales]
+        kinds = " and ".join(
+            sorted(
+                {
+                    "FP8" if item.encoding.is_e4m3 else item.encoding.label
+                    for item in self.stored.values()
+                    if item.encoding.has_scales
+                }
+            )
+        )
         if fp8 and self.stated is None and not self.faults:
-            message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
+            message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are {kinds}"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         if self.stated and not fp8:
-            message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
+            message = f"has a `{quantization_config.KEY}`, but no weight is quantized"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
+        self._check_four_bits()
         if self.layout.base == HF:  # GGUF and Megatron mix dtypes by their nature
             self.faults += _odd_dtypes(self.layout, self.stored, self._kept())
+
+    def _check_four_bits(self) -> None:
+        """Compare the encodings of four bits that config.json names with those that are there."""
+        if self.stated is None:
+            return
+        named = {*self.stated.four_bits}
+        held = {
+            item.encoding.label.removesuffix(" w4a4")
+            for item in self.stored.values()
+            if item.encoding.has_scales and not item.encoding.is_e4m3
+        }
+        if held and named != held:
+            says = " and ".join(sorted(named)) or "nothing of four bits"
+            message = f"`{quantization_config.KEY}` says {says}, weights are {' and '.join(held)}"
+            self.faults.append(Fault("quantization config", message, CONFIG_NAME))
 
     def _kept(self) -> frozenset[str]:
         """Return the names of the tensors that config.json lists as not quantized."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lingconv.cli.common_options import NO_VALUE, pair
+from lingconv.cli.four_bit_options import FourBitFlags
 from lingconv.cli.units import parse_size
 from lingconv.errors import UsageError
 from lingconv.model.parallelism import Parallel
@@ -401,6 +402,7 @@ class ConvertFlags:
     layout: LayoutFlags
     output: OutputFlags
     fp8: Fp8Flags
+    four_bits: FourBitFlags
     gguf: GgufFlags
     megatron: MegatronFlags
 
@@ -411,7 +413,7 @@ class ConvertFlags:
             layout=layout_of(self.layout.to, destination),
             merged=self.layout.experts_as,
             dtype=self.layout.dtype or "",
-            fp8=self.fp8.options(),
+            **self.four_bits.quantization(self.layout.dtype or "", self.fp8.options()),
             gguf=self.gguf.options(),
             megatron=self.megatron.options(),
         )

@@ -1,4 +1,4 @@
-"""`lingconv quantize`: to FP8, layout kept."""
+"""`lingconv quantize`: to FP8 or four bits, layout kept."""
 
 from dataclasses import replace
 from typing import Annotated
@@ -18,7 +18,9 @@ from lingconv.cli.common_options import (
     Verify,
 )
 from lingconv.cli.convert_options import Fp8Flags, OutputFlags
+from lingconv.cli.four_bit_options import FourBitFlags
 from lingconv.cli.option_groups import grouped
+from lingconv.errors import UsageError
 from lingconv.plans.options import TargetDType
 
 
@@ -26,11 +28,19 @@ from lingconv.plans.options import TargetDType
 def quantize(
     source: Source,
     destination: Destination,
-    to_fp8: Annotated[
-        bool, typer.Option("--fp8", help="To FP8 e4m3, the one target so far.")
-    ] = True,
+    to_fp8: Annotated[bool, typer.Option("--fp8", help="To FP8 e4m3 (the default).")] = False,
+    to_nvfp4: Annotated[
+        bool, typer.Option("--nvfp4", help="To NVFP4: 4.5 bits, groups of 16.")
+    ] = False,
+    to_int4: Annotated[
+        bool, typer.Option("--int4", help="To INT4: 4.5 bits in groups of 32, 4.125 of 128.")
+    ] = False,
+    to_mxfp4: Annotated[
+        bool, typer.Option("--mxfp4", help="To MXFP4: 4.25 bits, groups of 32.")
+    ] = False,
     *,
     fp8: Fp8Flags,
+    four_bits: FourBitFlags,
     output: OutputFlags,
     verify: Verify = False,
     fresh: Fresh = False,
@@ -40,12 +50,27 @@ def quantize(
     formats: Formats = None,
     printed: DisplayFlags,
 ) -> None:
-    """Quantize a checkpoint to FP8: `convert --dtype fp8`, layout kept.
+    """Quantize a checkpoint to FP8 or four bits: `convert --dtype ...`, layout kept.
+
+    Four bits are for routed experts, unless `--include` says otherwise.
 
     Examples: `lingconv quantize Ling-1T Ling-1T-FP8 --fp8`,
-    `lingconv quantize Ling-1T out --fp8 --scheme channel`
+    `lingconv quantize Ling-1T out --fp8 --scheme channel`,
+    `lingconv quantize Ling-1T-FP8 Ling-1T-NVFP4 --nvfp4 --rest fp8`
     """
-    options = replace(output.options(), dtype=TargetDType.FP8, fp8=fp8.options())
+    wanted = {
+        TargetDType.FP8: to_fp8,
+        TargetDType.NVFP4: to_nvfp4,
+        TargetDType.INT4: to_int4,
+        TargetDType.MXFP4: to_mxfp4,
+    }
+    chosen = [dtype for dtype, is_wanted in wanted.items() if is_wanted] or [TargetDType.FP8]
+    if len(chosen) > 1:
+        flags = " and ".join(f"`--{dtype}`" for dtype in chosen)
+        raise UsageError(f"{flags} contradict each other", hint="choose one of them")
+    dtype = chosen[0]
+    quantization = four_bits.quantization(dtype, fp8.options())
+    options = replace(output.options(), dtype=dtype, **quantization)
     convert.run(
         source,
         destination,

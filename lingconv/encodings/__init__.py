@@ -1,4 +1,4 @@
-"""Encodings of stored matrices: plain floats, FP8 with scales, ggml's blocks.
+"""Encodings of stored matrices: plain floats, FP8 with scales, four bits, ggml's blocks.
 
 `base.Encoding` is the frozen value, `codec.Codec` its arithmetic, `kernels/` the compiled loops.
 Another package can add an encoding: an entry point of the group `lingconv.encodings` that names a
@@ -9,6 +9,7 @@ from functools import cache
 
 from lingconv.encodings.base import Encoding
 from lingconv.encodings.dtypes import DTYPES, GgmlType, StoredType
+from lingconv.encodings.four_bits import Int4, Mxfp4, Nvfp4
 from lingconv.encodings.fp8 import Fp8, ScaleShape
 from lingconv.encodings.ggml import Ggml
 from lingconv.encodings.plain import PLAIN, Plain
@@ -18,6 +19,9 @@ __all__ = [
     "Encoding",
     "Fp8",
     "Ggml",
+    "Int4",
+    "Mxfp4",
+    "Nvfp4",
     "Plain",
     "ScaleShape",
     "encoding_from_json",
@@ -26,7 +30,9 @@ __all__ = [
 ]
 
 ENTRY_POINTS = "lingconv.encodings"
-_BUILT_IN: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Plain, Fp8, Ggml)}
+_BUILT_IN: dict[str, type[Encoding]] = {
+    kind.kind: kind for kind in (Plain, Fp8, Ggml, Nvfp4, Mxfp4, Int4)
+}
 
 
 def encoding_of(kind: StoredType) -> Plain | Ggml:

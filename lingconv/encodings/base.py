@@ -65,6 +65,14 @@ class Encoding(ABC):
     is_quantized: ClassVar[bool] = False
     # Whether scales are stored in tensors of their own.
     has_scales: ClassVar[bool] = False
+    # Whether elements are e4m3 codes, which a proof compares undecoded, and scales amax / 448.
+    is_e4m3: ClassVar[bool] = False
+    # Whether the largest magnitude of the matrix has to be known before its first row is encoded.
+    needs_amax: ClassVar[bool] = False
+    # Whether matrices that are stacked in one tensor can be stored.
+    holds_stacks: ClassVar[bool] = True
+    # Whether NaN and Inf can be stored; else they are refused even if the user allows them.
+    holds_nonfinite: ClassVar[bool] = True
     # Whether numbers are always widened to float32 before they are encoded.
     encodes_from_f32: ClassVar[bool] = False
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.ONE
@@ -126,6 +134,11 @@ class Encoding(ABC):
     def col_multiple(self) -> int:
         """Number of elements in a block within a row; a row consists of whole blocks."""
         return 1
+
+    @property
+    def element_bits(self) -> float:
+        """Number of bits of an element, without scale tensors."""
+        return 8 * self.row_bytes(self.col_multiple) / self.col_multiple
 
     @property
     def element_bytes(self) -> int:

@@ -54,13 +54,14 @@ class StoredRows(Protocol):
         """Fill `into` [rows, cols] with stored elements from row `first` on."""
 
     def read(self, part: int, offset: int, into: Array) -> None:
-        """Fill `into` with the bytes from `offset` on of tensor `part` (0 elements, 1 scales)."""
+        """Fill `into` with the bytes from `offset` on of tensor `part` of the encoding."""
 
 
 class RowRange(NamedTuple):
     """Rows of a target matrix: `num_rows` from `first` on, of matrices of `height` x `cols`.
 
-    `offset` is that of their elements in the target's file.
+    `offset` is that of their elements in the target's file. `amax` is the largest magnitude of the
+    matrix and of those that share its scale, if the encoding needs it.
     """
 
     first: int
@@ -68,6 +69,7 @@ class RowRange(NamedTuple):
     height: int
     cols: int
     offset: int
+    amax: float = 0.0
 
 
 class Encoded(NamedTuple):

@@ -51,6 +51,7 @@ class Fp8(Encoding):
     gpu_path: ClassVar[str] = "lingconv.encodings.codecs.gpu:Fp8GpuCodec"
     is_quantized: ClassVar[bool] = True
     has_scales: ClassVar[bool] = True
+    is_e4m3: ClassVar[bool] = True
     error_unit: ClassVar[ErrorUnit] = ErrorUnit.SCALE
     # Numbers up to half a step above 448 are rounded to it; larger ones are saturated.
     saturation: ClassVar[float] = E4M3_MAX + 16.0

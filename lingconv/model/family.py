@@ -73,7 +73,8 @@ class LogicalTensor(NamedTuple):
 
     `stack` is 0, or the number of such tensors that are stacked along a first axis of the physical
     one. Tensors that share the rows of a matrix may be interleaved in `groups`, with an equal part
-    of their rows in every group. `transposition` is how a stack is transposed, if it is.
+    of their rows in every group. `transposition` is how a stack is transposed, if it is. Tensors
+    with the same `fused`, if it is not empty, are one matrix in runtimes.
     """
 
     name: LogicalName
@@ -87,6 +88,7 @@ class LogicalTensor(NamedTuple):
     split: str
     is_expert: bool
     transposition: Transposition
+    fused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class TensorRule:
     interleave: Mapping[str, str]
     split: Mapping[str, str]
     transposed: Mapping[str, Transposition]
+    fused: str = ""
 
     def address(self, layout: str) -> str:
         """Return the address in a layout: that of the last refinement that has one."""
@@ -344,6 +347,7 @@ class Family:
                         rule.split.get(layout.split("+")[0], ""),
                         bool(rule.repeat),
                         rule.transposition(layout),
+                        _sibling(name + entry.name, rule.fused),
                     )
 
     def _entries(
@@ -393,6 +397,11 @@ class Family:
             if pattern is not None and pattern.fullmatch(name):
                 return drop.reason
         return None
+
+
+def _sibling(name: str, word: str) -> str:
+    """Return a name with its last part replaced by `word`; empty if there is no word."""
+    return f"{name.rpartition('.')[0]}.{word}" if word else ""
 
 
 def _stand_in(symbol: Symbol) -> Any:

@@ -71,7 +71,7 @@ def _read(entry: Traversable) -> Family:
         raise UsageError(f"{entry.name} is not a family file: {exc!r}") from exc
 
 
-_TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype"}
+_TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype", "fused"}
 _BOUNDS = ("least", "most", "at_most", "divides")
 _SYMBOL_WORDS = ("default", "rule", *_BOUNDS)
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
@@ -175,6 +175,7 @@ def _parse_tensor(entry: Mapping[str, Any]) -> TensorRule:
         transposed={
             word: Transposition(value) for word, value in _with_suffix(entry, _TRANSPOSED).items()
         },
+        fused=entry.get("fused", ""),
     )
 
 

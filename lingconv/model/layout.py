@@ -52,7 +52,8 @@ class PhysicalTensor(NamedTuple):
 
     `shape` is that of the matrix of all rows; `stack` is 0, or the number of matrices stacked in
     it. On a rank that has a share of the columns, they start at `first_col`. `transposition` is how
-    the matrices are transposed, if they are.
+    the matrices are transposed, if they are. Runtimes make one matrix of all with the same `fused`,
+    if it is not empty.
     """
 
     name: PhysicalName
@@ -64,6 +65,7 @@ class PhysicalTensor(NamedTuple):
     rows: tuple[Rows, ...]
     first_col: int = 0
     transposition: Transposition = Transposition.NONE
+    fused: str = ""
 
     @property
     def height(self) -> int:
@@ -174,6 +176,7 @@ def _join(members: list[LogicalTensor], part: RankShard | None) -> PhysicalTenso
         tuple(rows),
         by_columns.rank * width[0] if width else 0,
         first.transposition,
+        first.fused if all(member.fused == first.fused for member in members) else "",
     )
 
 

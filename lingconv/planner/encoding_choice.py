@@ -2,24 +2,28 @@
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.containers.registry import format_for
 from lingconv.encodings import Encoding, Fp8, Plain, encoding_of, quantization_config
 from lingconv.encodings.dtypes import DType, GgmlType
+from lingconv.encodings.four_bits import Dialect
 from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, GgufTensor, ModelSize, choose_types
 from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.encodings.plain import PLAIN
-from lingconv.encodings.scaling import Scaling
+from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
+from lingconv.encodings.scaling import Rule, Scaling, Search
 from lingconv.errors import UsageError
-from lingconv.model.family import ScalePolicy
+from lingconv.model.family import Role, ScalePolicy
 from lingconv.model.layout import HF, Layout, PhysicalTensor
 from lingconv.plans.options import (
     AUTO,
     SCALE_F32,
     SCALE_UE8M0,
     ConvertOptions,
+    FourBitOptions,
     Fp8Options,
     Scheme,
     Target,
@@ -51,11 +55,17 @@ class EncodingChoice:
         self._model = model
         self._layout = layout
         self._options = options
-        self._ignore = [Pattern(text) for text in options.fp8.ignore]
+        self._ignore = [Pattern(text) for text in (*options.fp8.ignore, *options.four_bits.ignore)]
         self._ignored = among(self._ignore, layout.tensors)
+        self._include = [Pattern(text) for text in options.four_bits.include]
+        self._included = among(self._include, layout.tensors)
+        asked = bool(options.dtype) and TargetDType(options.dtype).has_four_bits
+        self._four_bits = options.four_bits.encoding(options.dtype) if asked else None
         self._scale_rules = [(Pattern(text), policy) for text, policy in options.fp8.scale_rules]
         self._scaled = [(rule.among(layout.tensors), policy) for rule, policy in self._scale_rules]
-        self._fp8 = {power: _fp8(options.fp8, power_of_two=power) for power in (False, True)}
+        fp8 = _beside(options.four_bits, options.fp8) if self._four_bits else options.fp8
+        self._fp8_scale = fp8.scale
+        self._fp8 = {power: _fp8(fp8, power_of_two=power) for power in (False, True)}
         self._types = (
             _choose_types(layout, symbols, options, self.file_type) if self.file_type else {}
         )
@@ -73,7 +83,7 @@ class EncodingChoice:
         target, scaling = self._encoding(tensor, found)
         copies = not is_average and _is_copy(tensor, segments, target)
         if copies and target.has_scales:
-            target = self._fp8[found.has_power_of_two_scales] if self._options.dtype else found
+            target = self._copied(target, found)
         if is_average and not self._options.dtype and target.has_scales:
             raise UsageError(
                 f"{tensor.name} is {target.label} in the last checkpoint",
@@ -87,6 +97,12 @@ class EncodingChoice:
                 hint="add `dtype=bf16`, or stack experts otherwise (`merged`)",
             )
         return target, scaling, copies
+
+    def _copied(self, target: Encoding, found: Encoding) -> Encoding:
+        """Return the encoding of a copy: the target's dialect, and what the source's scales are."""
+        if not self._options.dtype:
+            return found
+        return self._fp8[found.has_power_of_two_scales] if target in self._fp8.values() else target
 
     def check_patterns(self, extra: Collection[str]) -> None:
         """Raise UsageError for a pattern that matches nothing, which is most often a typo.
@@ -102,6 +118,7 @@ class EncodingChoice:
                     hint="patterns are regular expressions, found anywhere in GGUF's names",
                 )
         refuse_idle("ignore", self._ignore, names)
+        refuse_idle("include", self._include, quantizable)
         refuse_idle("scale", [pattern for pattern, _ in self._scale_rules], quantizable)
         refuse_idle("drop", [Pattern(text) for text in self._options.drop], extra)
         refuse_idle("exclude", [Pattern(text) for text in self._options.exclude], names)
@@ -118,7 +135,9 @@ class EncodingChoice:
                 raise ValueError(f"{source.label} cannot be converted to {target.label}")
             # Models that were trained in FP8 are converted to GGUF this way: a note, no error.
             again = source.is_quantized and target.is_quantized
-            usual = source.has_scales and not target.has_scales
+            usual = source.has_scales and (
+                not target.has_scales or source.element_bits >= 2 * target.element_bits
+            )
             if again and not usual and not self._options.allow_requantize:
                 raise UsageError(
                     f"{tensor.name} is {source.label} already; {target.label} would round it twice",
@@ -155,14 +174,40 @@ class EncodingChoice:
         if not dtype or (tensor.keep_dtype and not found.is_quantized):
             own = None if tensor.keep_dtype else self._model.own_dtype
             return Plain(own) if own else found, _PLAIN_SCALING
-        if dtype != TargetDType.FP8:
+        if dtype in _PLAIN_DTYPES:
             return Plain(_PLAIN_DTYPES[TargetDType(dtype)]), _PLAIN_SCALING
-        if not self._quantizes(tensor):
+        if self._four_bits and self._takes_four_bits(tensor):
+            policy = self._options.four_bits
+            scaling = Scaling(0.0, False, Search(policy.search), Rule(policy.rule))
+            return self._in_four_bits(tensor, self._four_bits), scaling
+        keeps = self._four_bits and self._options.four_bits.rest != TargetDType.FP8
+        if keeps or not self._quantizes(tensor):
             # GGUF stores norms and routers in F32, whatever the source has.
             kept = not found.is_quantized and self._model.layout.base == HF
             return found if kept else PLAIN[DType.BF16], _PLAIN_SCALING
         scaling = self._scaling(tensor)
         return self._fp8[scaling.power_of_two], scaling
+
+    def _takes_four_bits(self, tensor: PhysicalTensor) -> bool:
+        """Return whether a weight is stored in four bits: by default, those of routed experts."""
+        if tensor.name in self._ignored or not tensor.role.quantizable:
+            return False
+        return tensor.name in self._included if self._include else tensor.role == Role.EXPERT
+
+    def _in_four_bits(self, tensor: PhysicalTensor, encoding: Encoding) -> Encoding:
+        """Return `encoding`, or raise an error where it cannot store a weight."""
+        if tensor.stack or tensor.transposition:
+            raise UsageError(
+                f"{tensor.name} is a stack of experts, which no runtime reads in {encoding.label}",
+                hint="write experts one by one: `layout=hf`",
+            )
+        if tensor.shape[-1] % encoding.col_multiple:
+            raise UsageError(
+                f"{tensor.name} has {tensor.shape[-1]:,} columns, which groups of"
+                f" {encoding.col_multiple} do not divide",
+                hint=f"leave it as it is: `ignore={tensor.name}`, or choose another `group`",
+            )
+        return encoding
 
     def _quantizes(self, tensor: PhysicalTensor) -> bool:
         if not tensor.role.quantizable or len(tensor.shape) != 2:
@@ -171,7 +216,7 @@ class EncodingChoice:
 
     def _scaling(self, tensor: PhysicalTensor) -> Scaling:
         """Return the scale policy of a tensor: the last rule that names it, else the default."""
-        policy = self._options.fp8.scale
+        policy = self._fp8_scale
         for names, named in self._scaled:
             if tensor.name in names:
                 policy = named
@@ -188,6 +233,13 @@ def refuse_idle(option: str, patterns: Iterable[Pattern], names: Collection[str]
                 f"`{option}={pattern.text}` matches nothing",
                 hint="patterns are exact names, globs, or `re:` and a regular expression",
             )
+
+
+def _beside(four_bits: FourBitOptions, fp8: Fp8Options) -> Fp8Options:
+    """Return the options of FP8 in a checkpoint of four bits, whose dialect it shares."""
+    if four_bits.dialect == Dialect.LING:  # its config has one `scale_fmt` for all scales
+        return replace(fp8, dialect=FP8, scale=SCALE_UE8M0)
+    return replace(fp8, dialect=fp8.dialect or COMPRESSED_TENSORS)
 
 
 def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:

@@ -13,7 +13,7 @@ from lingconv.containers.base import PlacementRequest
 from lingconv.containers.registry import built_in, format_for
 from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.errors import CheckpointError, Fault, UsageError
-from lingconv.model.family import Family
+from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.planner.coverage import check_sources, check_targets, dropped
 from lingconv.planner.encoding_choice import EncodingChoice
@@ -150,7 +150,24 @@ class _Planner:
                 faults.append(Fault("dtype", str(exc), source.first_extent.file, tensor.name))
         if faults:
             raise CheckpointError("some tensors cannot be converted", faults=faults)
-        return transfers
+        return [*self._with_peers(transfers)]
+
+    def _with_peers(self, transfers: list[Transfer]) -> Iterator[Transfer]:
+        """Yield transfers with the peers of those whose matrix has a scale as a whole.
+
+        Runtimes that make one matrix of several keep one such scale for all of it.
+        """
+        sets: dict[str, list[Transfer]] = {}
+        for transfer in transfers:
+            if transfer.target.encoding.needs_amax and not transfer.copies:
+                sets.setdefault(self._fused(transfer), []).append(transfer)
+        for transfer in transfers:
+            peers = sets.get(self._fused(transfer), []) if self._fused(transfer) else []
+            others = tuple(peer.terms for peer in peers if peer is not transfer)
+            yield transfer._replace(peers=others) if transfer in peers else transfer
+
+    def _fused(self, transfer: Transfer) -> str:
+        return self.layout.tensors[PhysicalName(transfer.target.name)].fused
 
     def _transfer(self, tensor: PhysicalTensor) -> Transfer:
         terms = self._terms(tensor)

@@ -38,12 +38,11 @@ def target_config(
     ]
     stated = config.get(quantization_config.KEY)
     if options.dtype or options.mtp == Mtp.ONLY:
-        config[quantization_config.KEY] = quantization_config.build(
-            [t.target.encoding for t in scaled], kept
-        )
+        quantized = {t.target.name.removesuffix(".weight"): t.target.encoding for t in scaled}
+        config[quantization_config.KEY] = quantization_config.build(quantized, kept)
     elif stated and model.layout.name != layout.name:
-        quantized = [transfer.target.name for transfer in scaled]
-        config[quantization_config.KEY] = quantization_config.with_kept(stated, kept, quantized)
+        names = [transfer.target.name for transfer in scaled]
+        config[quantization_config.KEY] = quantization_config.with_kept(stated, kept, names)
     return config
 
 

@@ -77,7 +77,7 @@ def lower(file: OutputFile) -> Iterator[Strip]:
     yield from _cut([move for transfer in moving for move in _moves(transfer)])
     for transfer in file.transfers:
         if not _moves_bytes(transfer):
-            yield from _row_strips(transfer)
+            yield from row_strips(transfer)
 
 
 def _moves_bytes(transfer: Transfer) -> bool:
@@ -101,7 +101,7 @@ def written_bytes(strip: Strip) -> int:
     return (strip.last - strip.first) * target.encoding.row_bytes(target.cols)
 
 
-def _row_strips(transfer: Transfer) -> Iterator[RowStrip]:
+def row_strips(transfer: Transfer) -> Iterator[RowStrip]:
     """Yield the strips of a transfer, each with the source rows that fill it."""
     rows = transfer.filled_rows
     if not transfer.target.stack and 0 < rows <= rows_per_strip(transfer):

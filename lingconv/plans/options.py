@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from lingconv.encodings import Encoding, Int4, Mxfp4, Nvfp4
 from lingconv.encodings.dtypes import GGML_TYPES, DType, GgmlType
+from lingconv.encodings.four_bits import MXFP4_GROUP, NVFP4_GROUP, Dialect
 from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, is_written
 from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
+from lingconv.encodings.scaling import Rule, Search
 from lingconv.errors import UsageError
 from lingconv.model.parallelism import Parallel
 
@@ -54,6 +57,14 @@ class TargetDType(StrEnum):
     F16 = "f16"
     F32 = "f32"
     FP8 = "fp8"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
+    INT4 = "int4"
+
+    @property
+    def has_four_bits(self) -> bool:
+        """Whether it is an encoding of four bits."""
+        return self in (TargetDType.NVFP4, TargetDType.MXFP4, TargetDType.INT4)
 
 
 class Scheme(StrEnum):
@@ -119,6 +130,71 @@ class Fp8Options:
                 raise UsageError(
                     "F8_E8M0 holds powers of two only", hint="add `scale=ue8m0` for all weights"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitOptions:
+    """Options of NVFP4, MXFP4 and INT4; an empty string or 0 means the encoding's default.
+
+    `include` are patterns of the weights to quantize, by default those of the routed experts, less
+    those of `ignore`; `rest` is the dtype of the other linear weights. `inputs`: a scale of the
+    activations is stored with every NVFP4 matrix (W4A4), 1.0, which is assumed and not measured.
+    """
+
+    dialect: str = ""
+    group: int = 0
+    search: str = Search.NONE
+    rule: str = Rule.QUOTIENT
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    rest: str = TargetDType.BF16
+    inputs: bool = False
+
+    def encoding(self, dtype: str) -> Encoding:
+        """Return the encoding that is asked for; raises UsageError where there is none."""
+        dialect = Dialect(self.dialect or Dialect.COMPRESSED_TENSORS)
+        if dtype == TargetDType.NVFP4:
+            return Nvfp4(dialect, has_inputs=self.inputs)
+        return Mxfp4(dialect) if dtype == TargetDType.MXFP4 else Int4(self.group or MXFP4_GROUP)
+
+    def check(self, dtype: str) -> None:
+        """Raise UsageError for values that `dtype` does not have."""
+        if dtype not in _FOUR_BITS:
+            if self != FourBitOptions():
+                raise UsageError(
+                    "`group`, `search`, `rule`, `include`, `rest` and `inputs` are for four bits",
+                    hint="add `dtype=nvfp4`, `dtype=mxfp4` or `dtype=int4`",
+                )
+            return
+        dialects, searches, groups = _FOUR_BITS[dtype]
+        _check_word("dialect", self.dialect or dialects[0], dialects)
+        _check_word("search", self.search, searches)
+        _check_word("rule", self.rule, list(Rule) if dtype == TargetDType.INT4 else [Rule.QUOTIENT])
+        _check_word("group", str(self.group or groups[0]), map(str, groups))
+        _check_word("rest", self.rest, [TargetDType.BF16, TargetDType.FP8])
+        if self.inputs and dtype != TargetDType.NVFP4:
+            raise UsageError("`inputs` is for `dtype=nvfp4`: others scale activations as they come")
+        if self.rest == TargetDType.FP8 and self.dialect == Dialect.MODELOPT:
+            raise UsageError(
+                "`rest=fp8` is not written in the dialect of ModelOpt",
+                hint=f"leave `dialect` out, or pass `dialect={Dialect.COMPRESSED_TENSORS}`",
+            )
+
+
+# For each dtype: the dialects, searches and group sizes that there are, the default first.
+_FOUR_BITS: dict[str, tuple[list[Dialect], list[Search], list[int]]] = {
+    TargetDType.NVFP4: (
+        [Dialect.COMPRESSED_TENSORS, Dialect.MODELOPT],
+        [Search.NONE, Search.FOUR_OVER_SIX, Search.SWEEP],
+        [NVFP4_GROUP],
+    ),
+    TargetDType.MXFP4: (
+        [Dialect.COMPRESSED_TENSORS, Dialect.LING],
+        [Search.NONE, Search.MSE],
+        [MXFP4_GROUP],
+    ),
+    TargetDType.INT4: ([Dialect.COMPRESSED_TENSORS], [Search.NONE, Search.MSE], [32, 64, 128]),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +292,7 @@ class ConvertOptions:
     layout: str = Target.HF
     dtype: str = ""
     fp8: Fp8Options = field(default_factory=Fp8Options)
+    four_bits: FourBitOptions = field(default_factory=FourBitOptions)
     gguf: GgufOptions = field(default_factory=GgufOptions)
     megatron: MegatronOptions = field(default_factory=MegatronOptions)
     merged: str = DEFAULT_MERGED
@@ -244,9 +321,11 @@ class ConvertOptions:
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
             raise UsageError("`max_shard_bytes` must be positive")
         self.fp8.check(policies)
+        self.four_bits.check(self.dtype)
         self.gguf.check()
         self.megatron.check()
-        if self.dtype != TargetDType.FP8 and self.fp8 != Fp8Options():
+        has_fp8 = TargetDType.FP8 in (self.dtype, self.four_bits.rest)
+        if not has_fp8 and self.fp8 != Fp8Options():
             raise UsageError(
                 "`scheme`, `dialect`, `scale`, `scale_dtype` and `ignore` are for FP8",
                 hint="add `dtype=fp8`",
@@ -277,8 +356,15 @@ class ConvertOptions:
         return self.layout in (Target.MEGATRON, Target.RANKS)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        return asdict(self)
+        """Return the options as JSON values.
+
+        Those of four bits are left out where nothing asks for them, so that the digests of other
+        plans stay what they were before there were four bits.
+        """
+        value = asdict(self)
+        if self.four_bits == FourBitOptions():
+            del value["four_bits"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ConvertOptions":
@@ -287,6 +373,9 @@ class ConvertOptions:
         fp8 = dict(fields.pop("fp8"))
         fp8["scale_rules"] = tuple((pattern, policy) for pattern, policy in fp8["scale_rules"])
         fp8["ignore"] = tuple(fp8["ignore"])
+        four_bits = dict(fields.pop("four_bits", {}))
+        for name in ("include", "ignore"):
+            four_bits[name] = tuple(four_bits.get(name, ()))
         gguf, megatron = dict(fields.pop("gguf")), dict(fields.pop("megatron"))
         tp, pp, ep, etp, vpp, layers = megatron["parallel"]
         parallel = Parallel(tp, pp, ep, etp, vpp, tuple(layers))
@@ -295,6 +384,7 @@ class ConvertOptions:
         return cls(
             **{**fields, "drop": tuple(fields["drop"]), "exclude": tuple(fields["exclude"])},
             fp8=Fp8Options(**fp8),
+            four_bits=FourBitOptions(**four_bits),
             gguf=GgufOptions(**gguf),
             megatron=MegatronOptions(**{**megatron, "parallel": parallel}),
         )

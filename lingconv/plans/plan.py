@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lingconv.encodings import Encoding, encoding_from_json, encoding_to_json
 from lingconv.encodings.dtypes import DTYPES, GGML_TYPES
-from lingconv.encodings.scaling import Scaling
+from lingconv.encodings.scaling import Rule, Scaling, Search
 from lingconv.encodings.tensor_spec import TensorSpec, tensor_spec
 from lingconv.errors import UsageError
 from lingconv.plans.key_values import Metadata, value_from_json, value_to_json
@@ -54,13 +54,15 @@ class Term(NamedTuple):
 class Transfer(NamedTuple):
     """One target matrix and the terms that fill it: one source, or the average of all sources.
 
-    `copies`: bytes are copied unchanged; otherwise rows are decoded and encoded.
+    `copies`: bytes are copied unchanged; otherwise rows are decoded and encoded. `peers` are the
+    terms of other matrices of the same shape that share a scale of the whole matrix with it.
     """
 
     target: StoredMatrix
     terms: tuple[Term, ...]
     scaling: Scaling
     copies: bool
+    peers: tuple[tuple[Term, ...], ...] = ()
 
     @property
     def is_average(self) -> bool:
@@ -305,15 +307,22 @@ class _Numbers:
 
 def _line(transfer: Transfer, encodings: _Numbers) -> str:
     """Return a transfer as a line of text, for the digest."""
-    sources = " < ".join(
-        f"{term.sources} {_describe(segment.source, encodings)}"
-        f" {segment.first_row}+{segment.num_rows} {segment.first_col}+{segment.num_cols}"
-        for term in transfer.terms
-        for segment in term.segments
-    )
+    sources = _describe_terms(transfer.terms, encodings)
     scaling = f"{transfer.scaling.min_amax!r} {transfer.scaling.power_of_two}"
     target = _describe(transfer.target, encodings)
-    return f"{target} < {sources} | {scaling} {transfer.copies}\n"
+    line = f"{target} < {sources} | {scaling} {transfer.copies}"
+    policy = [word for word in transfer.scaling[2:] if word not in (Search.NONE, Rule.QUOTIENT)]
+    peers = [_describe_terms(terms, encodings) for terms in transfer.peers]
+    return " | ".join([line, *policy, *peers]) + "\n"
+
+
+def _describe_terms(terms: Sequence[Term], encodings: _Numbers) -> str:
+    return " < ".join(
+        f"{term.sources} {_describe(segment.source, encodings)}"
+        f" {segment.first_row}+{segment.num_rows} {segment.first_col}+{segment.num_cols}"
+        for term in terms
+        for segment in term.segments
+    )
 
 
 def _describe(stored: StoredMatrix, encodings: _Numbers) -> str:
@@ -345,18 +354,10 @@ def _file_to_json(file: OutputFile, encodings: _Numbers) -> dict[str, Any]:
         "transfers": [
             {
                 "target": _stored_to_json(transfer.target, encodings),
-                "from": [
-                    {
-                        "sources": term.sources,
-                        "segments": [
-                            [_stored_to_json(source, encodings), *window]
-                            for source, *window in term.segments
-                        ],
-                    }
-                    for term in transfer.terms
-                ],
+                "from": _terms_to_json(transfer.terms, encodings),
                 "scaling": list(transfer.scaling),
                 "copies": transfer.copies,
+                **_peers_to_json(transfer.peers, encodings),
             }
             for transfer in file.transfers
         ],
@@ -374,24 +375,53 @@ def _file_from_json(value: Mapping[str, Any], encodings: list[Any]) -> OutputFil
         tuple(
             Transfer(
                 _stored_from_json(item["target"], encodings),
-                tuple(
-                    Term(
-                        tuple(term["sources"]),
-                        tuple(
-                            MatrixSlice(_stored_from_json(stored, encodings), *window)
-                            for stored, *window in term["segments"]
-                        ),
-                    )
-                    for term in item["from"]
-                ),
-                Scaling(*item["scaling"]),
+                _terms_from_json(item["from"], encodings),
+                _scaling_from_json(item["scaling"]),
                 item["copies"],
+                tuple(_terms_from_json(terms, encodings) for terms in item.get("peers", ())),
             )
             for item in value["transfers"]
         ),
         value["container"],
         _metadata_from_json(value["metadata"]),
         value["state"],
+    )
+
+
+def _peers_to_json(
+    peers: Sequence[Sequence[Term]], encodings: _Numbers
+) -> dict[str, list[list[dict[str, Any]]]]:
+    return {"peers": [_terms_to_json(terms, encodings) for terms in peers]} if peers else {}
+
+
+def _scaling_from_json(value: Sequence[Any]) -> Scaling:
+    min_amax, power_of_two, *words = value
+    search, rule = words or (Search.NONE, Rule.QUOTIENT)
+    return Scaling(min_amax, power_of_two, Search(search), Rule(rule))
+
+
+def _terms_to_json(terms: Sequence[Term], encodings: _Numbers) -> list[dict[str, Any]]:
+    return [
+        {
+            "sources": term.sources,
+            "segments": [
+                [_stored_to_json(source, encodings), *window] for source, *window in term.segments
+            ],
+        }
+        for term in terms
+    ]
+
+
+def _terms_from_json(value: Sequence[Mapping[str, Any]], encodings: list[Any]) -> tuple[Term, ...]:
+    return tuple(
+        Term(
+            tuple(term["sources"]),
+            tuple(
+                MatrixSlice(_stored_from_json(stored, encodings), *window)
+                for stored, *window in term["segments"]
+            ),
+        )
+        for term in value
     )
 
 

@@ -150,7 +150,7 @@ class Comparison:
         rows, cols = strip.last - strip.first, matrix(pair.target)[1]
         left = arena.take("left", (rows, cols), _working(pair))
         source.fill(pair.segments, strip.first, left)
-        if encoding.has_block_scales and not exact:
+        if encoding.is_e4m3 and encoding.has_block_scales and not exact:
             right = arena.take("right", (rows, cols), np.uint8)  # the kernel applies the scales
             target.read(pair.target, 0, strip.first * cols, right)
         else:
@@ -207,7 +207,7 @@ class Comparison:
         if not encoding.has_scales or stored is None:
             return
         rounded = any(segment.source.encoding.has_scales for segment in pair.segments)
-        if rounded or (peaks is not None and stored.shape != peaks.shape):
+        if not encoding.is_e4m3 or rounded or (peaks is not None and stored.shape != peaks.shape):
             peaks = None  # the right value of such a scale is unknown
         row, _ = encoding.part_rows(1, strip.first, strip.last - strip.first, pair.target.height)
         counts = scales.check(stored, peaks, encoding, row)

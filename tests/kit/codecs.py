@@ -14,12 +14,13 @@ import gguf
 import numpy as np
 import torch
 
-from lingconv.encodings import Encoding, Fp8, Ggml, ScaleShape
+from lingconv.encodings import Encoding, Fp8, Ggml, Int4, Mxfp4, Nvfp4, ScaleShape
 from lingconv.encodings.codec import BF16_BITS, F32
 from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.ggml_ftype import is_written
 from lingconv.encodings.plain import PLAIN
-from lingconv.encodings.scaling import Scaling
+from lingconv.encodings.scaling import Rule, Scaling, Search
+from tests.kit import four_bits
 from tests.support import E4M3, reference_dequantize, reference_quantize
 
 TORCH = {
@@ -29,6 +30,7 @@ TORCH = {
     DType.F8_E8M0: torch.float8_e8m0fnu,
 }
 UNSCALED = Scaling(0.0, power_of_two=False)
+CT = Scaling(0.0, False, Search.NONE, Rule.BF16_QUOTIENT)  # what llm-compressor does on a CPU
 # float32 [rows, cols] -> the bytes of each tensor; those bytes and a shape -> float32 [rows, cols].
 Encode = Callable[[np.ndarray], list[np.ndarray]]
 Decode = Callable[[list[np.ndarray], tuple[int, int]], np.ndarray]
@@ -216,6 +218,10 @@ CASES = [
     fp8("fp8 channel f32 vector", CHANNEL, DType.F32, ScaleShape.VECTOR, suffix="_scale"),
     fp8("fp8 tensor f32", TENSOR, DType.F32, ScaleShape.SCALAR, suffix="_scale", writes=False),
     fp8("fp8 tensor bf16", TENSOR, DType.BF16, ScaleShape.SCALAR, suffix="_scale", writes=False),
+    four_bits.case("nvfp4", Nvfp4(), 0),
+    four_bits.case("mxfp4", Mxfp4(), 0),
+    four_bits.case("int4", Int4(32), 32, CT),
+    four_bits.case("int4", Int4(128), 128, CT),
     *(ggml(kind) for kind in GgmlType if kind.is_quantized and Ggml(kind).is_decodable),
 ]
 WRITTEN = [case for case in CASES if case.encode is not None]

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in safetensors: the CheckpointFormat value."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 
 from lingconv.containers.base import (
     SHARED,
@@ -18,8 +19,9 @@ from lingconv.containers.hf.identify import identify
 from lingconv.containers.hf.reader import SafetensorsReader
 from lingconv.containers.hf.writer import index_json, pack_safetensors
 from lingconv.containers.source_overrides import SourceOverrides
-from lingconv.encodings import Encoding
+from lingconv.encodings import Encoding, quantization_config
 from lingconv.encodings.dtypes import DType
+from lingconv.encodings.four_bits_config import MODELOPT, MODELOPT_FILE, modelopt_file
 from lingconv.errors import UsageError
 from lingconv.model.family import Family
 from lingconv.plans.options import DEFAULT_SHARD_BYTES, ConvertOptions, Target
@@ -75,10 +77,15 @@ class Safetensors:
         return ()
 
     def closing_files(self, plan: Plan) -> ClosingFiles:
-        """Return the index, which a single file does not need."""
-        if [file.name for file in plan.files] == [safetensors.SINGLE_NAME]:
-            return ClosingFiles()
-        return ClosingFiles(before={safetensors.INDEX_NAME: lambda: index_json(plan)})
+        """Return the index, which a single file does not need, and ModelOpt's own config."""
+        before: dict[str, Callable[[], bytes]] = {}
+        stated = plan.config.get(quantization_config.KEY, {})
+        if stated.get("quant_method") == MODELOPT:
+            own = modelopt_file(stated)
+            before[MODELOPT_FILE] = lambda: f"{json.dumps(own, indent=2)}\n".encode()
+        if [file.name for file in plan.files] != [safetensors.SINGLE_NAME]:
+            before[safetensors.INDEX_NAME] = lambda: index_json(plan)
+        return ClosingFiles(before=before)
 
 
 SAFETENSORS = Safetensors()

@@ -27,7 +27,17 @@ from lingconv.encodings.kernels.fp8_table import (
 )
 from lingconv.encodings.kernels.intrinsics import fused, prefetch
 from lingconv.encodings.kernels.jit import BF16, BOOL, BYTES, F32, FLOAT, INT, helper, kernel
-from lingconv.encodings.kernels.numeric import Array, bf16_from_bits, float_bits, float_of, load
+from lingconv.encodings.kernels.numeric import (
+    Array,
+    bf16_from_bits,
+    e4m3,
+    float_bits,
+    float_of,
+    from_magnitude,
+    is_nonfinite,
+    load,
+    magnitude_of,
+)
 from lingconv.encodings.kernels.tiles import CHUNK, LINE, PAIRS, chunks_of_block, has_chunks, spread
 
 # Rounding modes of `quantize` for scales, which are rounded before they are used.
@@ -38,11 +48,6 @@ SCALE_UE8M0: Final = 2
 NO_NONFINITE: Final = -1
 _EXPONENT: Final = 0x7F800000
 _MAGNITUDE: Final = 0x7FFFFFFF
-_MAX_E4M3_BITS: Final = 0x43E00000  # 448.0
-_MIN_NORMAL_E4M3_BITS: Final = 0x3C800000  # 2^-6, the smallest normal e4m3
-_REBIAS: Final = (0x7FFFF - (120 << 23)) & 0xFFFFFFFF  # half an ulp less, exponent bias 127 -> 7
-_SUBNORMAL_MAGIC: Final = 16384.0  # 2^14: its float32 ulp is 2^-9, the e4m3 subnormal step
-_SUBNORMAL_MAGIC_BITS: Final = 0x46800000
 _MIN_UE8M0_BITS: Final = 0x00400000  # 2^-127
 _MAX_FINITE_POWER_BITS: Final = 0x7F000000  # 2^127
 
@@ -52,26 +57,7 @@ _MOST_SCALE: Final = 2.0**90
 _ONES: Final = 0x7FFFFF  # a mantissa of ones, see `_quotient`
 _LIFT: Final = 2.0**7  # see `_short_code`
 _LEAST_LIFTED: Final = (127 - 6 + 7) << 23  # 2^-6, lifted
-_NAN_CODE: Final = 0x7F
 _WORTH_A_TABLE: Final = 8  # rows
-
-
-@helper
-def _e4m3(value: Any) -> Any:
-    """Return the e4m3fn code of a float32: saturates at 448, keeps -0 and NaN."""
-    bits = float_bits(value)
-    sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
-    magnitude = uint32(bits & uint32(_MAGNITUDE))
-    is_nan = magnitude > uint32(_EXPONENT)
-    magnitude = min(magnitude, uint32(_MAX_E4M3_BITS))
-    odd = uint32(uint32(magnitude >> uint32(20)) & uint32(1))
-    normal = uint32(uint32(uint32(magnitude + uint32(_REBIAS)) + odd) >> uint32(20))
-    subnormal = uint32(
-        float_bits(float_of(magnitude) + float32(_SUBNORMAL_MAGIC)) - uint32(_SUBNORMAL_MAGIC_BITS)
-    )
-    code = subnormal if magnitude < uint32(_MIN_NORMAL_E4M3_BITS) else normal
-    code = uint32(_NAN_CODE) if is_nan else code
-    return uint8(code | sign)
 
 
 @helper
@@ -91,54 +77,8 @@ def _round_scale(scale: Any, rounding: Any) -> Any:
     return float32(1.0) if rounded == float32(0.0) else rounded
 
 
-# An element is BF16 (uint16 bits) or float32: numba selects the overload by type.
-def _magnitude(value: Any) -> Any:
-    """Return the element's bits without the sign, in its own width; they order like |value|."""
-
-
-def _from_magnitude(magnitude: Any) -> Any:
-    """Return the absolute value, as float32, of a `_magnitude`."""
-
-
-def _is_nonfinite(magnitude: Any) -> Any:
-    """Return whether a magnitude is Inf or NaN."""
-
-
 def _new_magnitudes(line: Any) -> Any:
     """Return an array for the magnitudes of a line's elements."""
-
-
-@overload(_magnitude)
-def _magnitude_overload(value: Any) -> Any:
-    def bf16(value: Any) -> Any:
-        return uint16(value & uint16(0x7FFF))
-
-    def f32(value: Any) -> Any:
-        return uint32(float_bits(value) & uint32(_MAGNITUDE))
-
-    return bf16 if value == types.uint16 else f32
-
-
-@overload(_from_magnitude)
-def _from_magnitude_overload(magnitude: Any) -> Any:
-    def bf16(magnitude: Any) -> Any:
-        return load(magnitude)
-
-    def f32(magnitude: Any) -> Any:
-        return float_of(magnitude)
-
-    return bf16 if magnitude == types.uint16 else f32
-
-
-@overload(_is_nonfinite)
-def _is_nonfinite_overload(magnitude: Any) -> Any:
-    def bf16(magnitude: Any) -> Any:
-        return magnitude >= uint16(0x7F80)
-
-    def f32(magnitude: Any) -> Any:
-        return magnitude >= uint32(_EXPONENT)
-
-    return bf16 if magnitude == types.uint16 else f32
 
 
 @overload(_new_magnitudes)
@@ -187,12 +127,12 @@ def quantize(
             left = block_col * block_cols
             right = min(left + block_cols, cols)
             peak = _largest(peaks[left:right])
-            if _is_nonfinite(peak):
+            if is_nonfinite(peak):
                 if not allow_nonfinite:
                     return first
                 is_plain = False
                 peak = _finite_peak(source[first:last, left:right])
-            amax = max(_from_magnitude(peak), float32(min_amax))
+            amax = max(from_magnitude(peak), float32(min_amax))
             line[block_col] = _round_scale(amax / float32(E4M3_MAX), rounding)
             is_plain &= _is_plain_scale(line[block_col])
         if is_plain:
@@ -226,12 +166,12 @@ def _find_peaks(source: Array, first: int, last: int, peaks: Array) -> None:
     fours = first + (last - first) // 4 * 4
     for row in range(first, fours, 4):
         for col in range(peaks.size):
-            upper = max(_magnitude(source[row, col]), _magnitude(source[row + 1, col]))
-            lower = max(_magnitude(source[row + 2, col]), _magnitude(source[row + 3, col]))
+            upper = max(magnitude_of(source[row, col]), magnitude_of(source[row + 1, col]))
+            lower = max(magnitude_of(source[row + 2, col]), magnitude_of(source[row + 3, col]))
             peaks[col] = max(peaks[col], max(upper, lower))
     for row in range(fours, last):
         for col in range(peaks.size):
-            peaks[col] = max(peaks[col], _magnitude(source[row, col]))
+            peaks[col] = max(peaks[col], magnitude_of(source[row, col]))
 
 
 @helper
@@ -245,12 +185,12 @@ def _largest(peaks: Array) -> Any:
 @helper
 def _finite_peak(block: Array) -> Any:
     """Return the largest magnitude among the finite elements of a block."""
-    peak = _magnitude(block[0, 0])
+    peak = magnitude_of(block[0, 0])
     peak = np.bitwise_xor(peak, peak)
     for row in range(block.shape[0]):
         for col in range(block.shape[1]):
-            magnitude = _magnitude(block[row, col])
-            if not _is_nonfinite(magnitude):
+            magnitude = magnitude_of(block[row, col])
+            if not is_nonfinite(magnitude):
                 peak = max(peak, magnitude)
     return peak
 
@@ -258,7 +198,7 @@ def _finite_peak(block: Array) -> Any:
 @helper
 def _encode_long(line: Array, out: Array, divisors: Array) -> None:
     for col in range(line.size):
-        out[col] = _e4m3(load(line[col]) / divisors[col])
+        out[col] = e4m3(load(line[col]) / divisors[col])
 
 
 @helper
@@ -390,7 +330,7 @@ def encode_bf16_by_table(
     reciprocals, octaves, least = room
     _set_reciprocals(scales, reciprocals)
     for block in range(scales.size):
-        fill_octave(scales[block], _e4m3, octaves[block])
+        fill_octave(scales[block], e4m3, octaves[block])
         least[block] = least_normal(scales[block])
     for row in range(first, last):
         ahead = min(row + last - first, rows - 1)

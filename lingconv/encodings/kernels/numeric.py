@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numba import types
 from numba.extending import overload
-from numpy import float32, uint16, uint32
+from numpy import float32, uint8, uint16, uint32
 
 from lingconv.encodings.kernels.jit import BF16_LINE, F32_LINE, INT, helper, kernel
 
@@ -21,6 +21,12 @@ Array = np.ndarray[Any, Any]
 
 _EXPONENT: Final = 0x7F800000
 _MAGNITUDE: Final = 0x7FFFFFFF
+_MAX_E4M3_BITS: Final = 0x43E00000  # 448.0
+_MIN_NORMAL_E4M3_BITS: Final = 0x3C800000  # 2^-6, the smallest normal e4m3
+_REBIAS: Final = (0x7FFFF - (120 << 23)) & 0xFFFFFFFF  # half an ulp less, exponent bias 127 -> 7
+_SUBNORMAL_MAGIC: Final = 16384.0  # 2^14: its float32 ulp is 2^-9, the e4m3 subnormal step
+_SUBNORMAL_MAGIC_BITS: Final = 0x46800000
+_NAN_CODE: Final = 0x7F
 
 
 @helper
@@ -48,6 +54,24 @@ def bf16_from_bits(bits: Any) -> Any:
     is_nan = uint32(bits & uint32(_MAGNITUDE)) > uint32(_EXPONENT)
     quiet = uint32(uint32(bits >> uint32(16)) | uint32(0x40))
     return uint16(quiet if is_nan else rounded)
+
+
+@helper
+def e4m3(value: Any) -> Any:
+    """Return the e4m3fn code of a float32: saturates at 448, keeps -0 and NaN."""
+    bits = float_bits(value)
+    sign = uint32(uint32(bits >> uint32(24)) & uint32(0x80))
+    magnitude = uint32(bits & uint32(_MAGNITUDE))
+    is_nan = magnitude > uint32(_EXPONENT)
+    magnitude = min(magnitude, uint32(_MAX_E4M3_BITS))
+    odd = uint32(uint32(magnitude >> uint32(20)) & uint32(1))
+    normal = uint32(uint32(uint32(magnitude + uint32(_REBIAS)) + odd) >> uint32(20))
+    subnormal = uint32(
+        float_bits(float_of(magnitude) + float32(_SUBNORMAL_MAGIC)) - uint32(_SUBNORMAL_MAGIC_BITS)
+    )
+    code = subnormal if magnitude < uint32(_MIN_NORMAL_E4M3_BITS) else normal
+    code = uint32(_NAN_CODE) if is_nan else code
+    return uint8(code | sign)
 
 
 @helper
@@ -87,6 +111,51 @@ def _load_e4m3_body(value: Any) -> Any:
 
 def _identity_body(value: Any) -> Any:
     return value
+
+
+def magnitude_of(value: Any) -> Any:
+    """Return the element's bits without the sign, in its own width; they order like |value|."""
+
+
+def from_magnitude(magnitude: Any) -> Any:
+    """Return the absolute value, as float32, of a `magnitude_of`."""
+
+
+def is_nonfinite(magnitude: Any) -> Any:
+    """Return whether a magnitude is Inf or NaN."""
+
+
+@overload(magnitude_of)
+def _magnitude_overload(value: Any) -> Any:
+    def bf16(value: Any) -> Any:
+        return uint16(value & uint16(0x7FFF))
+
+    def f32(value: Any) -> Any:
+        return uint32(float_bits(value) & uint32(_MAGNITUDE))
+
+    return bf16 if value == types.uint16 else f32
+
+
+@overload(from_magnitude)
+def _from_magnitude_overload(magnitude: Any) -> Any:
+    def bf16(magnitude: Any) -> Any:
+        return load(magnitude)
+
+    def f32(magnitude: Any) -> Any:
+        return float_of(magnitude)
+
+    return bf16 if magnitude == types.uint16 else f32
+
+
+@overload(is_nonfinite)
+def _is_nonfinite_overload(magnitude: Any) -> Any:
+    def bf16(magnitude: Any) -> Any:
+        return magnitude >= uint16(0x7F80)
+
+    def f32(magnitude: Any) -> Any:
+        return magnitude >= uint32(_EXPONENT)
+
+    return bf16 if magnitude == types.uint16 else f32
 
 
 def store(out: Any, index: Any, bits: Any) -> Any:

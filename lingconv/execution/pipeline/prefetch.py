@@ -8,6 +8,7 @@ the last output file that needs them is written.
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from lingconv.plans.lowering import CopyStrip, Strip, rows_of
@@ -86,7 +87,15 @@ class Prefetcher:
         return nbytes
 
     def _keys(self, strip: Strip) -> set[_Key]:
-        return {(number, extent.file) for number, extent in self._needs(strip)}
+        """Return the files that a strip needs, those of its matrix's peers included."""
+        peers = () if isinstance(strip, CopyStrip) else chain(*strip.transfer.peers)
+        also = {
+            (number, segment.source.first_extent.file)
+            for term in peers
+            for number in term.sources
+            for segment in term.segments
+        }
+        return {(number, extent.file) for number, extent in self._needs(strip)} | also
 
     def _needs(self, strip: Strip) -> Iterator[tuple[int, ByteRange]]:
         """Yield the byte ranges that a strip reads; copied bytes come from the last source."""
@@ -113,7 +122,7 @@ def sources_of(file: OutputFile) -> set[_Key]:
 def extents_of(file: OutputFile) -> Iterator[tuple[int, ByteRange]]:
     """Yield the byte ranges that an output file reads, each with its source's number."""
     for transfer in file.transfers:
-        for term in transfer.terms:
+        for term in chain(transfer.terms, *transfer.peers):
             for number in term.sources:
                 for segment in term.segments:
                     yield from ((number, extent) for extent in segment.source.extents)

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lingconv.checkpoint.transposed import read_rows, transposed
+from lingconv.execution.pipeline.peaks import Peaks
 from lingconv.execution.pipeline.write_behind import BlockClone, PendingWrites
 from lingconv.plans.lowering import CopyStrip, RowStrip, Strip
 from lingconv.plans.plan import Source
@@ -28,7 +29,9 @@ class StripExecutor:
         *,
         allow_nonfinite: bool,
         gpu: str = "",
+        peaks: Peaks | None = None,
     ) -> None:
+        self._peaks = peaks
         self._opened = opened
         self._sources = sources
         # Copied bytes always come from the last source; the others are only averaged.
@@ -42,7 +45,11 @@ class StripExecutor:
         from lingconv.execution.pipeline.transcoder import Transcoder
 
         return Transcoder(
-            self._arena, self._opened, self._sources, allow_nonfinite=self._allow_nonfinite
+            self._arena,
+            self._opened,
+            self._sources,
+            allow_nonfinite=self._allow_nonfinite,
+            peaks=self._peaks,
         )
 
     @cached_property

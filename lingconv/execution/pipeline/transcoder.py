@@ -10,11 +10,13 @@ from lingconv.checkpoint.decoder import BF16_BITS, F32, Decoder, Nonfinite, sour
 from lingconv.checkpoint.transposed import transposed
 from lingconv.encodings.codec import RowRange
 from lingconv.encodings.dtypes import DType
+from lingconv.encodings.kernels.groups import largest_magnitude
 from lingconv.encodings.plain import PLAIN
 from lingconv.errors import CheckpointError
 from lingconv.execution.pipeline.averager import Averager
-from lingconv.plans.lowering import RowStrip, offset_of, works_in_f32
-from lingconv.plans.plan import Source
+from lingconv.execution.pipeline.peaks import Peaks
+from lingconv.plans.lowering import RowStrip, offset_of, row_strips, works_in_f32
+from lingconv.plans.plan import Source, Transfer
 from lingconv.storage import Blob
 from lingconv.storage.aligned_buffers import Arena, Array, as_bytes
 from lingconv.storage.local_output import WritableBlob
@@ -32,7 +34,9 @@ class Transcoder:
         sources: Sequence[Source],
         *,
         allow_nonfinite: bool,
+        peaks: Peaks | None = None,
     ) -> None:
+        self._peaks = peaks or Peaks()
         self._allow_nonfinite = allow_nonfinite
         self._arena = arena
         self._sources = sources
@@ -41,7 +45,13 @@ class Transcoder:
 
     def run(self, strip: RowStrip, output: WritableBlob) -> int:
         """Fill one strip of the file `output`; return how many bytes were written."""
-        return self._write_rows(strip, self._decode_rows(strip), output)
+        needs_amax = strip.transfer.target.encoding.needs_amax
+        amax = self._peaks.of(strip.transfer, self._find_amax) if needs_amax else 0.0
+        return self._write_rows(strip, self._decode_rows(strip), amax, output)
+
+    def _find_amax(self, transfer: Transfer) -> float:
+        """Return the largest magnitude of a matrix, which is read for that."""
+        return max(largest_magnitude(self._decode_rows(strip)) for strip in row_strips(transfer))
 
     def _decode_rows(self, strip: RowStrip) -> Array:
         """Return the strip's rows [rows, cols], decoded to BF16 bits or float32."""
@@ -56,27 +66,32 @@ class Transcoder:
             self._refuse(*self._averager.find_nonfinite(strip))
         return values
 
-    def _refuse(self, met: Nonfinite | None, number: int = -1) -> None:
-        """Raise CheckpointError for NaN or Inf in source `number`, unless that is allowed."""
-        if met is not None and not self._allow_nonfinite:
-            uri = self._sources[number].uri
+    def _refuse(self, met: Nonfinite | None, number: int = -1, *, keeps: bool = True) -> None:
+        """Raise CheckpointError for NaN or Inf in source `number`, unless that is allowed.
+
+        `keeps`: whether the target's encoding can store them, so that allowing them makes sense.
+        """
+        if met is not None and not (keeps and self._allow_nonfinite):
+            uri, name = self._sources[number].uri, met.source.name
+            otherwise = "pass `allow_nonfinite`" if keeps else f"keep it as it is: `ignore={name}`"
             raise CheckpointError(
-                f"{uri}/{met.source.extents[0].file}: {met.source.name}: NaN or Inf at or below row"
+                f"{uri}/{met.source.first_extent.file}: {name}: NaN or Inf at or below row"
                 f" {met.row} (or a value too large for the target's dtype)",
-                hint="mend the source, or pass `allow_nonfinite`",
+                hint=f"mend the source, or {otherwise}",
             )
 
-    def _write_rows(self, strip: RowStrip, values: Array, output: WritableBlob) -> int:
+    def _write_rows(self, strip: RowStrip, values: Array, amax: float, output: WritableBlob) -> int:
         transfer, target = strip.transfer, strip.transfer.target
         encoded = target.encoding.codec.encode(
             values,
-            row_range(strip),
+            row_range(strip)._replace(amax=amax),
             transfer.scaling,
             self._arena,
             allow_nonfinite=self._allow_nonfinite,
         )
         if encoded.bad_row >= 0:
-            self._refuse(_source_of(strip, encoded.bad_row))
+            keeps = target.encoding.holds_nonfinite
+            self._refuse(_source_of(strip, encoded.bad_row), keeps=keeps)
         elements, *others = encoded.parts
         written = output.write(as_bytes(transposed(self._arena, strip, elements)), strip.offset)
         return written + write_others(strip, others, output)

@@ -18,6 +18,7 @@ from lingconv.containers.base import FileBytes
 from lingconv.containers.registry import format_of
 from lingconv.errors import SAME_COMMAND, CheckpointError, Interrupted
 from lingconv.execution.delivery import Delivery
+from lingconv.execution.pipeline.peaks import Peaks
 from lingconv.execution.pipeline.prefetch import Prefetcher, extents_of, sources_of
 from lingconv.execution.pipeline.write_behind import BufferSlots, PendingWrites, WriterThread
 from lingconv.execution.progress import Progress
@@ -202,6 +203,7 @@ class WorkerPool:
         ]
         self._ranges_left: Counter[tuple[int, str, StatedSum]] = Counter()
         self._prefetcher = Prefetcher(storages, self._opened, ahead_bytes)
+        self._peaks = Peaks()
         self._error: BaseException | None = None
 
     def fill(self, files: list[OutputFile], jobs: int) -> None:
@@ -266,7 +268,11 @@ class WorkerPool:
         allow_nonfinite = self._plan.options.allow_nonfinite
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
         executor = StripExecutor(
-            self._opened, self._plan.sources, allow_nonfinite=allow_nonfinite, gpu=gpu
+            self._opened,
+            self._plan.sources,
+            allow_nonfinite=allow_nonfinite,
+            gpu=gpu,
+            peaks=self._peaks,
         )
         slots = BufferSlots(max(1, behind))
         file: _OpenFile | None = None

@@ -123,7 +123,7 @@ class WeightStream:
         self.bytes_read += sum(segment.nbytes for segment in segments)
         encoding = segments[0].source.encoding
         operand = x
-        if self._fp8_activations and encoding.has_scales:
+        if self._fp8_activations and encoding.is_e4m3:
             operand = fake_quantize(x, encoding)
         parts = []
         while strips:
