@@ -8,6 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.harness import (
     LINGCONV,
     Line,
     Run,
+    Sources,
     Words,
     arguments,
     beside_cp,
@@ -38,9 +40,31 @@ def conversions(work: Path, rounds: int) -> list[Line]:
         *beside_cp("BF16 -> FP8 block", bf16, quantize, rounds),
         *beside_cp("FP8 -> BF16", fp8_sources, widen, rounds, copied=bf16.large),
         *beside_cp("BF16 -> BF16, shards of 2 GB", bf16, reshard, rounds),
+        *four_bits(bf16, rounds),
     ]
     bf16.remove()
     fp8_sources.remove()
+    return lines
+
+
+def four_bits(bf16: Sources, rounds: int) -> list[Line]:
+    """Measure routed experts to four bits, with and without a search for better scales."""
+    jobs = {
+        "BF16 -> NVFP4": ["--nvfp4"],
+        "BF16 -> MXFP4": ["--mxfp4"],
+        "BF16 -> INT4": ["--int4"],
+        "BF16 -> NVFP4, four over six": ["--nvfp4", "--search", "four-over-six"],
+        "BF16 -> INT4, least squares": ["--int4", "--search", "mse"],
+    }
+    lines = []
+    for job, words in jobs.items():
+        bound = "2.0" if "--search" in words else "1.0"
+
+        def command(source: Path, out: Path, words: list[str] = words) -> Words:
+            return [*LINGCONV, "quantize", source, out, *words]
+
+        first, *_ = beside_cp(job, bf16, command, rounds)
+        lines.append(replace(first, bound=bound))
     return lines
 
 

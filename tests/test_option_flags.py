@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`([a-z_][a-z_.]*)(?:=[^`]*)?`")
 VALUES = (
     lingconv.ConvertOptions, lingconv.FourBitOptions, lingconv.Fp8Options, lingconv.GgufOptions,
-    MegatronOptions, lingconv.Resources, lingconv.PublishOptions, lingconv.ForwardOptions, lingconv.VerifyOptions,
+    MegatronOptions, lingconv.Resources, lingconv.PublishOptions, lingconv.ForwardOptions,
+    lingconv.VerifyOptions,
     SourceOverrides, RunRequest,
 )  # fmt: skip
 FUNCTIONS = (

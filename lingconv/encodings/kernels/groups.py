@@ -153,15 +153,29 @@ def unpack(packed: Array, codes: Array) -> None:
         pairs[j] = uint16(byte & uint16(0x0F)) | uint16(uint16(byte & uint16(0xF0)) << uint16(4))
 
 
+def _largest_bits(numbers: Any) -> Any:
+    """Return the bits of the largest magnitude of a line, as float32's."""
+
+
+@overload(_largest_bits)
+def _largest_bits_overload(numbers: Any) -> Any:
+    def bf16(numbers: Any) -> Any:
+        worst = uint16(0)
+        for i in range(numbers.size):
+            worst = max(worst, uint16(numbers[i] & uint16(0x7FFF)))
+        return uint32(uint32(worst) << uint32(16))
+
+    def f32(numbers: Any) -> Any:
+        bits = numbers.view(np.uint32)
+        worst = uint32(0)
+        for i in range(bits.size):
+            worst = max(worst, uint32(bits[i] & uint32(0x7FFFFFFF)))
+        return worst
+
+    return bf16 if numbers.dtype == types.uint16 else f32
+
+
 @kernel((BF16,), (F32,))
 def largest_magnitude(values: Array) -> float:
     """Return the largest magnitude of a matrix of BF16 (uint16) or float32; NaN counts as more."""
-    halves = room_for_peaks(values[0])
-    worst = uint32(0)
-    for row in range(values.shape[0]):
-        line = values[row]
-        count = line.size // 2
-        _halve(line, count, halves[0])
-        for i in range(count):
-            worst = max(worst, float_bits(_magnitude_at(halves[0], i)))
-    return float(float_of(worst))
+    return float(float_of(_largest_bits(values.reshape(-1))))
