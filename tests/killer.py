@@ -15,6 +15,7 @@ from tests.support import tree_digest
 
 OPTIONS = {
     "fp8": lingconv.ConvertOptions(dtype="fp8", max_shard_bytes=150_000),
+    "nvfp4": lingconv.ConvertOptions(dtype="nvfp4", max_shard_bytes=150_000),
     "gguf": lingconv.ConvertOptions(layout="gguf", gguf=lingconv.GgufOptions(outtype="q8_0")),
     "megatron": lingconv.ConvertOptions(layout="megatron", max_shard_bytes=1_500_000),
     "average": lingconv.ConvertOptions(dtype="bf16", max_shard_bytes=300_000),

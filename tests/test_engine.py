@@ -46,7 +46,7 @@ class StopAfter(Silent):
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["fp8", "gguf", "average"])
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4", "gguf", "average"])
 def test_kills(golden, tmp_path, kind, rounds):
     """kill -9 anywhere: the same command gives the same bytes, and writes no file twice."""
     seen = kill_many(kind, golden, tmp_path, rounds)
