@@ -92,6 +92,10 @@ def test_nvfp4_has_the_bytes_of_llm_compressor_where_nothing_is_shared(golden, m
     storages = [model.checkpoint.storage]
     execute(replace(plan, files=tuple(alone)), storages, tmp_path / "alone")
     assert_bytes_of("nvfp4a16-experts", tmp_path / "alone")
+    found = lingconv.verify(golden, tmp_path / "alone").findings
+    apart = [finding for finding in found if "runtimes keep one" in finding.message]
+    assert len(apart) == len(found) == 16  # the experts of two layers
+    assert apart[0].tensor == "layers.1.experts.0.gate"
 
 
 def test_gate_and_up_share_the_divisor_of_the_larger(golden, tmp_path):

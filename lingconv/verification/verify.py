@@ -16,6 +16,7 @@ from lingconv.verification.limits import Thresholds, thresholds_for
 from lingconv.verification.options import Level, VerifyOptions
 from lingconv.verification.pairing import pair_up, read_recipe, recorded_drops, recorded_mtp
 from lingconv.verification.progress import Watcher
+from lingconv.verification.shared_scales import shared_scale_findings
 from lingconv.verification.tensors import Comparison
 from lingconv.verification.verdict import (
     Finding,
@@ -54,6 +55,7 @@ def verify(
     source = _without(source, mtp, recorded_drops(recipe))
     refuse_faults(source)
     pairs, findings = pair_up(source, target, mtp)
+    findings += shared_scale_findings(target)
     comparison = Comparison(source, target, pairs, only_exact=options.level == Level.BYTES)
     watcher.stage("tensors", comparison.nbytes)
     comparison.run(jobs, watcher)
