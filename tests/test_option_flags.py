@@ -11,7 +11,9 @@ import pytest
 import lingconv
 from lingconv.cli.app import app
 from lingconv.cli.option_flags import flags_of, parameter_of, speller
+from lingconv.cli.terminal import terminal
 from lingconv.containers.source_overrides import SourceOverrides
+from lingconv.errors import Fault
 from lingconv.execution.request import RunRequest
 from lingconv.model.parallelism import Parallel
 from lingconv.plans.options import MegatronOptions
@@ -99,6 +101,23 @@ def test_every_option_that_a_message_names_is_a_field_and_a_flag():
 )
 def test_the_command_line_shows_flags(text, shown):
     assert speller(app)(text) == shown
+
+
+def test_keys_of_files_stay_what_they_are(capsys, monkeypatch):
+    """`ignore` and `version` are keys of configs and cards as well as options."""
+    monkeypatch.setattr(terminal, "spell", speller(app))
+    error = lingconv.CheckpointError(
+        "1 fault", faults=[Fault("config", "`ignore` is 5, not a list", "config.json")],
+        hint="leave it out: `ignore=PATTERN`",
+    )  # fmt: skip
+    terminal.error(error)
+    terminal.warning("README.md: `version` is a list of 1")
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 1 fault",
+        "  config.json: `ignore` is 5, not a list",
+        "hint: leave it out: `--ignore PATTERN`",
+        "warning: README.md: `version` is a list of 1",
+    ]
 
 
 def test_a_caller_in_python_reads_keywords(golden, tmp_path):

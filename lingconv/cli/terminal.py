@@ -38,13 +38,13 @@ class Terminal:
         else:
             short = [essence] if isinstance(essence, str) else essence
             for line in short if self.quiet else text:
-                print(self._shown(line))  # noqa: T201 - the one place that prints results
+                print(visible(line))  # noqa: T201 - the one place that prints results
         sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Say something about the run."""
         if not self.quiet:
-            self._say(self._shown(text))
+            self._say(visible(text))
 
     def event(self, name: str, **values: Any) -> None:
         """Tell a program what happens, on a line of its own."""
@@ -53,20 +53,21 @@ class Terminal:
 
     def warning(self, text: str) -> None:
         """Say what is odd, but not in the way."""
-        self._say(f"{_paint('warning', '33')}: {self._shown(text)}")
+        self._say(f"{_paint('warning', '33')}: {visible(text)}")
 
     def error(self, error: LingconvError) -> None:
         """Say what went wrong, where, and what to do."""
-        self._say(f"{_paint('error', '31')}: {self._shown(error.message)}")
+        spell = spelling(error, self.spell)
+        self._say(f"{_paint('error', '31')}: {visible(spell(error.message))}")
         shown = error.details if self.verbose else error.details[:_MAX_DETAILS]
         for detail in shown:
-            self._say(f"  {self._shown(detail)}")
+            self._say(f"  {visible(spell(detail))}")
         if len(error.details) > len(shown):
             self._say(f"  ... and {len(error.details) - len(shown)} more (-v shows all)")
         if self.verbose and error.__cause__ is not None:
             self._say(f"  caused by: {visible(repr(error.__cause__))}")
         if error.hint:
-            self._say(f"{_paint('hint', '36')}: {self._shown(error.hint)}")
+            self._say(f"{_paint('hint', '36')}: {visible(self.spell(error.hint))}")
         if self.json:
             self._say(json.dumps({"error": _error_json(error, self.spell)}))
 
@@ -79,20 +80,27 @@ class Terminal:
             " with the lines above and the output of `lingconv env`"
         )
 
-    def _shown(self, text: str) -> str:
-        return visible(self.spell(text))
-
     def _say(self, text: str) -> None:
         # In one write, so that threads do not talk into each other's lines.
         print(f"{text}\n", end="", file=sys.stderr)  # noqa: T201 - the one place that talks
 
 
+def spelling(error: LingconvError, spell: Callable[[str], str]) -> Callable[[str], str]:
+    """Return how the text of an error, other than its hint, is to be shown.
+
+    What is wrong with a checkpoint is told in the words of its files, whose keys may have the names
+    of options.
+    """
+    return str if isinstance(error, CheckpointError) else spell
+
+
 def _error_json(error: LingconvError, spell: Callable[[str], str]) -> dict[str, Any]:
+    shown = spelling(error, spell)
     value: dict[str, Any] = {
         "type": type(error).__name__,
         "exit_code": error.exit_code,
-        "message": spell(error.message),
-        "details": [spell(detail) for detail in error.details],
+        "message": shown(error.message),
+        "details": [shown(detail) for detail in error.details],
         "hint": spell(error.hint),
     }
     if isinstance(error, CheckpointError):
