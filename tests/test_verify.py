@@ -302,6 +302,64 @@ class TestBadInput:
         assert lingconv.verify(golden, tmp_path / "out", VerifyOptions(mtp="drop")).ok
 
 
+DOWN = "model.layers.1.mlp.experts.0.down_proj.weight"
+FP8_SCALES = {
+    "f32": Fp8Options(),
+    "ue8m0": Fp8Options(scale="ue8m0"),
+    "e8m0": Fp8Options(scale="ue8m0", scale_dtype="e8m0"),
+    "ct": Fp8Options(dialect="compressed-tensors"),
+    "channel": Fp8Options(scheme="channel"),
+}
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("value", [1e-38, 1e-40, 3e38])
+@pytest.mark.parametrize("name", FP8_SCALES)
+def test_blocks_at_the_ends_of_bf16(name, value, golden, tmp_path):
+    """What is written of them is right: scales that vanish, that are subnormal, that are huge."""
+    shutil.copytree(golden, tmp_path / "source")
+    rewrite(tmp_path / "source", lambda held: held[DOWN][:128, :128].fill_(value))
+    options = ConvertOptions(dtype="fp8", fp8=FP8_SCALES[name])
+    lingconv.convert(tmp_path / "source", tmp_path / "out", options)
+    tensors_only = VerifyOptions(level="tensors")
+    verdict = lingconv.verify(tmp_path / "source", tmp_path / "out", tensors_only)
+    assert verdict.ok, verdict.findings
+
+
+class TestNonfinite:
+    """NaN and Inf that are copied: SRC is broken, and so is DST."""
+
+    BIAS, EMBEDDING = "model.layers.1.mlp.gate.expert_bias", "model.word_embeddings.weight"
+
+    @pytest.fixture
+    def source(self, golden, tmp_path):
+        def spoil(held):
+            held[self.BIAS][2] = math.nan
+            held[self.EMBEDDING][7, 3:6] = math.inf
+
+        shutil.copytree(golden, tmp_path / "source")
+        rewrite(tmp_path / "source", spoil)
+        return tmp_path / "source"
+
+    @pytest.mark.parametrize("options", [
+        ConvertOptions(), ConvertOptions(dtype="fp8"), ConvertOptions(layout="megatron"),
+        ConvertOptions(layout="hf-merged"),
+    ])  # fmt: skip
+    def test_they_are_named(self, source, tmp_path, options):
+        lingconv.convert(source, tmp_path / "out", options)
+        found = lingconv.verify(source, tmp_path / "out", VerifyOptions(level="tensors")).findings
+        assert [(finding.tensor, finding.message) for finding in found] == [
+            ("embedding", "3 of 131,072 elements are NaN or Inf, in SRC already"),
+            ("layers.1.expert_bias", "1 of 8 elements are NaN or Inf, in SRC already"),
+        ]
+
+    def test_where_they_were_allowed_they_are_a_warning(self, source, tmp_path):
+        lingconv.convert(source, tmp_path / "out", ConvertOptions(allow_nonfinite=True))
+        verdict = lingconv.verify(source, tmp_path / "out", VerifyOptions(level="tensors"))
+        assert verdict.ok
+        assert sum("in SRC already" in fault.message for fault in verdict.warnings) == 2
+
+
 # The kernel ---------------------------------------------------------------------------------------
 
 
@@ -374,6 +432,7 @@ def reference_sums(a, b, scale):
         ((np.abs(a) > 0) & (b == 0)).sum(),
         (np.abs(a) > np.float32(1.5) * scale).sum(),
         (~good & ~same).sum(),
+        (~good & same).sum(),
     ]
 
 
@@ -395,6 +454,7 @@ class TestScales:
             (2.0**-7, 3.5),  # exactly reached: 448 x 2^-7
             (1e-4 / 448, 1e-7),  # clamped, as Ling's converter does
             (1.0, 0.0),  # nothing to scale
+            (1.0, 2.0**-150 * 448),  # rounded to zero, and 1 in its place
         ],
     )
     def test_right_ones(self, scale, peak):
@@ -413,6 +473,8 @@ class TestScales:
     def test_labels_are_held_to_the_bits(self):
         assert self.check(0.003, None, self.UE8M0).mislabelled == 1
         assert self.check(2.0**-9, None, self.UE8M0).mislabelled == 0
+        assert self.check(2.0**-127, None, self.UE8M0).mislabelled == 0  # E8M0's code 0
+        assert self.check(3 * 2.0**-129, None, self.UE8M0).mislabelled == 1
         assert self.check(0.003, None).mislabelled == 0
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])

@@ -83,6 +83,11 @@ def recorded_drops(recipe: Mapping[str, Any]) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+def allows_nonfinite(recipe: Mapping[str, Any]) -> bool:
+    """Return whether a recipe records that NaN and Inf were allowed."""
+    return recipe.get("allow_nonfinite") is True
+
+
 def read_recipe(target: Model) -> Mapping[str, Any]:
     """Return the options of the conversion that wrote DST, from lingconv.json; {} without one."""
     with suppress(LingconvError, ValueError):

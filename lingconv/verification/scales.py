@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lingconv.encodings import Encoding
-from lingconv.encodings.dtypes import E4M3_MAX
+from lingconv.encodings.dtypes import E4M3_MAX, DType, StoredType
 
 Array = np.ndarray[Any, Any]
 
@@ -19,6 +19,14 @@ _FIT = 2.0**-8
 _MIN_AMAX = 1e-4 * (1 + _FIT)
 _MANTISSA = np.uint32(0x007FFFFF)
 _INFINITY = np.uint32(0x7F800000)
+
+
+# The smallest scale of each dtype; one that is rounded to zero becomes 1, as that of zeros does.
+_LEAST: dict[StoredType, float] = {
+    DType.F32: 2.0**-149,
+    DType.BF16: 2.0**-133,
+    DType.F8_E8M0: 2.0**-127,
+}
 
 
 class ScaleCounts(NamedTuple):
@@ -39,12 +47,16 @@ def check(scales: Array, peaks: Array | None, encoding: Encoding, first_row: int
     """
     bits = scales.view(np.uint32)
     invalid = bits - 1 >= _INFINITY - 1  # zero wraps around; signs, Inf and NaN are above
-    power_of_two = (bits & _MANTISSA) == 0
+    # A subnormal has no implicit bit: 2^-127, E8M0's code 0, is one.
+    mantissa = bits & _MANTISSA
+    power_of_two = (mantissa == 0) | ((bits <= _MANTISSA) & ((mantissa & (mantissa - 1)) == 0))
     wrong = {"invalid": invalid}
     if encoding.has_power_of_two_scales:
         wrong["mislabelled"] = ~invalid & ~power_of_two
     if peaks is not None:
-        wrong["unfit"] = ~invalid & ~_fits(scales, peaks, power_of_two)
+        vanishes = peaks / E4M3_MAX <= _LEAST[encoding.stored_types[1]] / 2
+        stands_in = (scales == 1) & vanishes
+        wrong["unfit"] = ~invalid & ~stands_in & ~_fits(scales, peaks, power_of_two)
     counts = {what: int(np.count_nonzero(bad)) for what, bad in wrong.items()}
     example = None
     for what in (what for what, count in counts.items() if count):

@@ -146,6 +146,7 @@ class Comparison:
         stored = _read_scales(pair, strip, target)
         if exact and _same_bytes(pair, strip, arena, source, target):
             self._check_scales(strip, stored, None)
+            self._count_nonfinite(strip, arena, target)
             return
         rows, cols = strip.last - strip.first, matrix(pair.target)[1]
         left = arena.take("left", (rows, cols), _working(pair))
@@ -173,6 +174,22 @@ class Comparison:
                 with self._lock:
                     self._totals[strip.pair][rows_of.logical].add(sums, worst)
         self._check_scales(strip, stored, peaks)
+
+    def _count_nonfinite(self, strip: _ComparedRows, arena: Arena, target: Decoder) -> None:
+        """Count NaN and Inf in rows whose bytes are the same on both sides."""
+        pair = self._pairs[strip.pair]
+        rows, cols = strip.last - strip.first, matrix(pair.target)[1]
+        values = arena.take("right", (rows, cols), _decoded(pair.target.encoding))
+        target.fill(pair.target.segments(strip.first, rows), 0, values)
+        for rows_of in pair.rows:
+            first = max(strip.first, rows_of.start) - strip.first
+            last = min(strip.last, rows_of.start + rows_of.num_rows) - strip.first
+            count = kernel.count_nonfinite(values[first:last]) if first < last else 0
+            if count:
+                sums = kernel.new_sums(1, 1)
+                sums[0, 0, kernel.SHARED_NONFINITE] = count
+                with self._lock:
+                    self._totals[strip.pair][rows_of.logical].add(sums, None)
 
     def _piece(
         self, strip: _ComparedRows, left: Array, right: Array, first_row: int, scale_grid: Array

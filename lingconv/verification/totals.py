@@ -104,6 +104,7 @@ def tensor_figures(pair: Pair, name: LogicalName, total: Total, limit: Limit) ->
         zeroed=int(sums[kernel.ZEROED]),
         saturated=int(sums[kernel.SATURATED]),
         nonfinite=nonfinite,
+        shared_nonfinite=int(sums[kernel.SHARED_NONFINITE]),
         allowed=limit.rel_error,
         ok=ok,
         worst_block=total.worst,

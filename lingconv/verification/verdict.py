@@ -37,7 +37,7 @@ class TensorFigures:
     `rel_error` is |difference| / |source| in the Frobenius norm, `snr_db` the same in decibels
     (infinite if nothing differs). Counts are of elements: `beyond` the limit of a single element,
     `zeroed` in DST only, `saturated` above FP8's range at their scale, `nonfinite` NaN or Inf on
-    one side only.
+    one side only, `shared_nonfinite` on both.
     """
 
     name: str
@@ -53,6 +53,7 @@ class TensorFigures:
     zeroed: int
     saturated: int
     nonfinite: int
+    shared_nonfinite: int
     allowed: float
     ok: bool
     worst_block: WorstBlock | None

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,13 @@ from lingconv.plans.options import Mtp
 from lingconv.verification.diagnosis import ErrorDiagnosis
 from lingconv.verification.limits import Thresholds, thresholds_for
 from lingconv.verification.options import Level, VerifyOptions
-from lingconv.verification.pairing import pair_up, read_recipe, recorded_drops, recorded_mtp
+from lingconv.verification.pairing import (
+    allows_nonfinite,
+    pair_up,
+    read_recipe,
+    recorded_drops,
+    recorded_mtp,
+)
 from lingconv.verification.progress import Watcher
 from lingconv.verification.shared_scales import shared_scale_findings
 from lingconv.verification.tensors import Comparison
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 FORWARD_BYTES = 100_000_000_000
 _EXPLAINED = 12
 _ORDER = ("config", "label", "quantization config", "missing tensor", "extra tensor", "shape")
-_LAST = ("scale", "value", "forward")
+_LAST = ("source", "scale", "value", "forward")
 
 
 def verify(
@@ -63,6 +69,9 @@ def verify(
     thresholds = thresholds_for(tensors, options)
     values = [*_scale_findings(scales), *_value_findings(tensors, thresholds)]
     findings += _explain(values, source, target)
+    unsound = [*_nonfinite_findings(tensors)]
+    if not allows_nonfinite(recipe):
+        findings += unsound
     forward = None
     if options.level == Level.FORWARD and ids_BS is not None:
         forward, failed = _forward(source, target, ids_BS, options, mtp, watcher, findings)
@@ -77,7 +86,10 @@ def verify(
         scales=tuple(scales),
         forward=forward,
         thresholds=thresholds.to_json(),
-        warnings=tuple(fault for fault in target.faults if not fault.fatal),
+        warnings=(
+            *(fault for fault in target.faults if not fault.fatal),
+            *(Fault(f.kind, f.message, tensor=f.tensor, fatal=False) for f in unsound),
+        ),
         scale_histogram=comparison.scale_histogram,
         bytes_read=comparison.bytes_read,
         seconds=time.monotonic() - started,
@@ -123,6 +135,14 @@ def _scale_findings(scales: Iterable[ScaleFigures]) -> list[Finding]:
             message = f"{bad:,} of {item.blocks:,} scales are wrong: {item.example}"
             findings.append(Finding("scale", item.name, message))
     return findings
+
+
+def _nonfinite_findings(tensors: Iterable[TensorFigures]) -> Iterator[Finding]:
+    """Yield the tensors that are as broken in SRC as in DST."""
+    for item in tensors:
+        if item.shared_nonfinite:
+            count = f"{item.shared_nonfinite:,} of {item.elements:,} elements"
+            yield Finding("source", item.name, f"{count} are NaN or Inf, in SRC already")
 
 
 def _value_findings(tensors: Iterable[TensorFigures], thresholds: Thresholds) -> list[Finding]:

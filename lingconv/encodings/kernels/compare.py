@@ -19,7 +19,7 @@ from numba.extending import overload
 from numpy import float32, float64, uint32
 
 from lingconv.encodings.kernels.jit import BF16, BYTES, F32, FLOAT, INT, helper, kernel
-from lingconv.encodings.kernels.numeric import Array, float_bits, load
+from lingconv.encodings.kernels.numeric import Array, float_bits, is_nonfinite, load, magnitude_of
 
 SIGNAL: Final = 0  # sum of left^2
 DOT: Final = 1  # sum of left x right
@@ -30,7 +30,8 @@ BEYOND: Final = 5  # elements with |left - right| > relative x |left| + floor x 
 ZEROED: Final = 6  # elements that are zero on the right only
 SATURATED: Final = 7  # elements with |left| > ceiling x scale
 NONFINITE: Final = 8  # elements that are NaN or Inf on one side, or differently on both
-NUM_SUMS: Final = 9
+SHARED_NONFINITE: Final = 9  # elements that are NaN or Inf, alike, on both sides
+NUM_SUMS: Final = 10
 
 _MAGNITUDE: Final = 0x7FFFFFFF
 _EXPONENT: Final = 0x7F800000
@@ -100,7 +101,9 @@ def compare(
                 beyond += uint32(gap > slope * size + lowest)
                 zeros += uint32(b == float32(0))
             top = uint32(peak).view(np.float32)
-            if worst >= uint32(_EXPONENT):
+            # Squares of numbers near 2^64 and above are infinite in float32.
+            overflows = not (signal < float32(np.inf) and noise < float32(np.inf))
+            if overflows or worst >= uint32(_EXPONENT):
                 where = (row, begin, end, block_row, block_col)
                 _look_closely(left, right, where, slope, lowest, highest, scale, sums)
                 continue
@@ -143,7 +146,7 @@ def _look_closely(
     scale: Any,
     sums: Array,
 ) -> None:
-    """Add the sums of a line that contains NaN or Inf, element by element."""
+    """Add the sums of a line with NaN, Inf or very large numbers, element by element."""
     row, begin, end, block_row, block_col = where
     total = sums[block_row, block_col]
     for col in range(begin, end):
@@ -152,8 +155,8 @@ def _look_closely(
         other = uint32(float_bits(b) & uint32(_MAGNITUDE))
         if max(size, other) >= uint32(_EXPONENT):
             both_nan = min(size, other) > uint32(_EXPONENT)
-            if not both_nan and float_bits(a) != float_bits(b):
-                total[NONFINITE] += 1
+            alike = both_nan or float_bits(a) == float_bits(b)
+            total[SHARED_NONFINITE if alike else NONFINITE] += 1
             continue
         gap = abs(a - b)
         total[SIGNAL] += float64(a) * float64(a)
@@ -175,6 +178,17 @@ def count_different(left: Array, right: Array) -> int:
         for col in range(cols):
             different += float_bits(load(left[row, col])) != float_bits(load(right[row, col]))
     return different
+
+
+@kernel((BF16,), (F32,))
+def count_nonfinite(values: Array) -> int:
+    """Return the number of elements that are NaN or Inf."""
+    rows, cols = values.shape
+    count = 0
+    for row in range(rows):
+        for col in range(cols):
+            count += is_nonfinite(magnitude_of(values[row, col]))
+    return count
 
 
 def new_sums(block_rows: int, block_cols: int) -> np.ndarray[Any, Any]:

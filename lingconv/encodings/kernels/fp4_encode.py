@@ -54,7 +54,7 @@ _SWEEP_BELOW: Final = 3
 _SWEEP_ABOVE: Final = 7
 # Half a step of two bits of mantissa: 1.75 and more become 2.
 _HALF_STEP: Final = 1 << 21
-_MAX_E8M0: Final = 254
+_MAX_E8M0: Final = 252  # 2^125: six times that is still finite
 
 
 @helper
@@ -281,7 +281,7 @@ def _exponent(amax: Any, offset: Any) -> Any:
 def _rounded_exponent(amax: Any) -> Any:
     """Return the E8M0 code of a magnitude that is rounded to two bits of mantissa, less 2."""
     field = int(uint32(float_bits(amax) + uint32(_HALF_STEP)) >> uint32(23))
-    return uint8(max(field - 2, 0))
+    return uint8(min(max(field - 2, 0), _MAX_E8M0))
 
 
 _MXFP4 = BYTES, BYTES, BOOL
