@@ -1,8 +1,10 @@
 """What this machine offers: processors, disk space, memory in use."""
 
 import os
+import re
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 from lingconv.errors import ResourceError
@@ -31,8 +33,18 @@ def existing_folder(destination: Path) -> Path:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most memory that this process held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory that this process held so far.
+
+    Linux tells it of the program itself; `ru_maxrss` begins with what the program's parent held.
+    """
+    try:
+        held = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.M)
+    except OSError:
+        held = None
+    if held:
+        return int(held[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def allow_open_files(count: int) -> None:
