@@ -38,7 +38,8 @@ def peak_resident_bytes() -> int:
     Linux tells it of the program itself; `ru_maxrss` begins with what the program's parent held.
     """
     try:
-        held = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+        status = Path("/proc/self/status").read_text("ascii")
+        held = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     except OSError:
         held = None
     if held:
