@@ -20,7 +20,7 @@ def recognise(
     """
     form = format_named(checkpoint.format)
     identity = form.identify(checkpoint, families, overrides or SourceOverrides())
-    matcher = Matcher(identity.checkpoint, identity.family, identity.layout)
+    matcher = Matcher(identity.checkpoint, identity.family, identity.layout, identity.symbols)
     matcher.match()
     return Model(
         checkpoint=identity.checkpoint,

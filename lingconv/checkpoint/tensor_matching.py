@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from lingconv.checkpoint.chunk_bands import Gap, stored_in_boxes, with_bands
+from lingconv.checkpoint.leftover_tensors import sort_leftovers
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings import Encoding, Fp8, encoding_of, four_bits, quantization_config
@@ -25,7 +26,15 @@ _WITHOUT_MTP = "the config asks for MTP layers: pass `mtp=drop` to go on without
 class Matcher:
     """Matches expected with stored tensors; mismatches are collected in `faults`."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        layout: Layout,
+        symbols: Mapping[str, Any],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.symbols = symbols
         self.tensors = checkpoint.tensors
         self.absent = checkpoint.absent
         self.family = family
@@ -51,7 +60,9 @@ class Matcher:
             found = self._find(tensor)
             if found is not None:
                 self.stored[tensor.name] = found
-        self._sort_rest()
+        rest = sort_leftovers(self.checkpoint, self.family, self.layout, self.symbols, self.used)
+        self.dropped.update(rest.dropped)
+        self.faults += rest.faults
         self._check_stated()
 
     def _read_stated(self, config: Mapping[str, Any]) -> StatedQuantization | None:
@@ -172,25 +183,6 @@ class Matcher:
         """Return whether the config states another block size."""
         return self.stated is not None and (encoding.block_rows, encoding.block_cols) != self.block
 
-    def _sort_rest(self) -> None:
-        """Classify the stored tensors that the layout does not have: dropped, or faults."""
-        for name in sorted(self.tensors.keys() - self.used):
-            held = self.tensors[name]
-            reason = self.family.drop_reason(name, self.layout.name)
-            owner = _scale_owner(name)
-            if reason is not None:
-                self.dropped[name] = reason
-            elif owner is not None:
-                there = owner in self.tensors
-                message = "scale of a weight that is " + (
-                    f"{self.tensors[owner].dtype}, not FP8" if there else "not there"
-                )
-                self._fault("scale", message, held)
-            else:
-                message = f"is no tensor of {self.family.title} by {self.described_in}"
-                hint = "pass `drop=PATTERN` to leave tensors out knowingly"
-                self._fault("extra tensor", message, held, hint=hint)
-
     def _check_stated(self) -> None:
         """Compare config.json with the tensors: FP8 or not, and which dtype."""
         fp8 = [item.name for item in self.stored.values() if item.encoding.has_scales]
@@ -266,13 +258,6 @@ def _odd_dtypes(
                 rest = f"{len(unannounced[usual])} are {usual.label}"
                 message = f"{len(names)} {role} tensors are {encoding.label}, {rest}"
                 yield Fault("dtype", message, tensor=names[0], fatal=False)
-
-
-def _scale_owner(name: str) -> str | None:
-    for suffix in SCALE_SUFFIXES:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return None
 
 
 def _extent(held: StoredTensor) -> ByteRange:

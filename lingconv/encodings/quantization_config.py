@@ -129,10 +129,12 @@ def _read_compressed_tensors(stated: Mapping[str, Any]) -> StatedQuantization:
 
 def _read_modelopt(stated: Mapping[str, Any]) -> StatedQuantization:
     algorithm = stated.get("quant_algo")
-    if algorithm not in ("NVFP4", "W4A16_NVFP4"):
-        raise ValueError(f"`quant_algo` is {shown(algorithm)}; NVFP4 and W4A16_NVFP4 are read")
     kept = _names(stated.get("ignore") or stated.get("exclude_modules"))
     method = four_bits_config.MODELOPT
+    if algorithm == "FP8":  # one scale for each matrix
+        return StatedQuantization(method, (0, 0), kept)
+    if algorithm not in ("NVFP4", "W4A16_NVFP4"):
+        raise ValueError(f"`quant_algo` is {shown(algorithm)}; FP8, NVFP4 and W4A16_NVFP4 are read")
     return StatedQuantization(method, DEFAULT_BLOCK, kept, four_bits=(Nvfp4.kind,))
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
+from lingconv.checkpoint.leftover_tensors import CALIBRATED
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.containers.base import PlacementRequest
 from lingconv.containers.registry import built_in, format_for
+from lingconv.encodings import quantization_config
 from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.model.family import Family, PhysicalName
@@ -94,6 +96,12 @@ class _Planner:
         """Yield the warnings of all checkpoints, each text once."""
         odd = (str(f) for model in self.average.models for f in model.faults if not f.fatal)
         yield from dict.fromkeys(odd)
+        scales = sum(reason == CALIBRATED for reason in self.model.dropped.values())
+        if scales and quantization_config.KEY in self.model.checkpoint.config:
+            yield (
+                f"{scales:,} calibrated scales of activations or of the KV cache are left out;"
+                f" where `{quantization_config.KEY}` asks for them, runtimes will miss them"
+            )
 
     def _config(self, transfers: list[Transfer]) -> dict[str, Any]:
         """Return config.json; empty for self-contained formats, which have none."""
