@@ -22,6 +22,10 @@ from typing import Any
 SAME_COMMAND = "run the same command again: it goes on where it stopped"
 
 
+# The kind of faults that name a config key which changes what is computed, and is not understood.
+MATHEMATICS = "mathematics"
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that is wrong or odd in a checkpoint.

@@ -240,7 +240,8 @@ class MegatronModel:
 class Family:
     """A model family: its logical tensors with their addresses in every layout.
 
-    `config` has the keys of a rebuilt config.json besides the symbols; `merged` are the refinements
+    `config` has the keys of a rebuilt config.json besides the symbols, `neutral` those that would
+    change what is computed, each with the values that do not; `merged` are the refinements
     of Hugging Face's layout that stack experts, each with a description.
     """
 
@@ -253,6 +254,7 @@ class Family:
     drops: tuple[Drop, ...]
     scale_policies: Mapping[str, ScalePolicy]
     config: Mapping[str, Any]
+    neutral: Mapping[str, tuple[Any, ...]]
     merged: Mapping[str, str]
     gguf: GgufModel | None
     megatron: MegatronModel | None
@@ -384,6 +386,14 @@ class Family:
                     for entry in templates
                 ]
         return entries
+
+    def beyond(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the keys of a config.json that ask for other mathematics, with their values."""
+        for key, neutral in self.neutral.items():
+            value = config.get(key)
+            values = value if isinstance(value, list) else [value]
+            if any(each is not None and each not in neutral for each in values):
+                yield key, value
 
     def key(self, symbol: str, layout: str) -> str:
         """Return the config key of a symbol in a layout."""

@@ -73,7 +73,7 @@ def _read(entry: Traversable) -> Family:
 
 _TENSOR_WORDS = {"group", "name", "role", "axes", "when", "repeat", "keep_dtype", "fused"}
 _BOUNDS = ("least", "most", "at_most", "divides")
-_SYMBOL_WORDS = ("default", "rule", *_BOUNDS)
+_SYMBOL_WORDS = ("default", "rule", "said", *_BOUNDS)
 _SYMBOL_SUFFIXES = ("_as", "_with", "_without")
 _INTERLEAVE = "_interleave"
 _SPLIT = "_split"
@@ -101,6 +101,7 @@ def parse_family(data: Mapping[str, Any]) -> Family:
             for name, entry in data.get("scale_policy", {}).items()
         },
         config=family.get("config", {}),
+        neutral={key: tuple(values) for key, values in family.get("neutral", {}).items()},
         merged=_parse_merged(data.get("merged", {}), rules),
         gguf=_parse_gguf(data["gguf"]) if "gguf" in data else None,
         megatron=MegatronModel(**data["megatron"]) if "megatron" in data else None,
@@ -128,7 +129,8 @@ def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
         if word.endswith(suffix)
     }
     bounds = {word: entry[word] for word in _BOUNDS if word in entry}
-    return Symbol(name, keys, entry.get("default"), rule, spellings, presence, **bounds)
+    said = entry.get("said", False)
+    return Symbol(name, keys, entry.get("default"), rule, spellings, presence, **bounds, said=said)
 
 
 def _parse_merged(entry: Mapping[str, str], rules: list[TensorRule]) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ the symbols read before it, and returns the symbol's value. A spelling says how 
 value, and reads it back. Family files refer to both by name, so that they stay data.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -62,6 +63,30 @@ def original_positions(own: Any, symbols: Symbols) -> Any:
     return own or symbols["max_position_embeddings"]
 
 
+def yarn_attention_factor(own: Any, symbols: Symbols) -> Any:
+    """Return the factor on cos and sin that YaRN is given, or 0: it follows from the stretch.
+
+    As transformers 5 has it (modeling_rope_utils.py): the key, else the quotient of two magnitudes
+    (DeepSeek's `mscale` and `mscale_all_dim`) where both are given.
+    """
+    mscale, all_dim = symbols["yarn_mscale"], symbols["yarn_mscale_all_dim"]
+    if own or not mscale or not all_dim:
+        return own or 0.0
+    factor = rope_stretch(symbols)
+    return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """Return YaRN's factor on cos and sin for a stretch by `factor` (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_stretch(symbols: Symbols) -> float:
+    """Return how many times longer a scaled context is than the original one."""
+    given = float(symbols["rope_factor"])
+    return given or symbols["max_position_embeddings"] / symbols["yarn_original_positions"]
+
+
 def has_decoder(own: Any, symbols: Symbols) -> Any:
     """Return whether this is a whole model, not a stand-alone MTP export."""
     return symbols["layers"] > 0
@@ -94,6 +119,7 @@ RULES: dict[str, Rule] = {
     "dense_layers": Rule(dense_layers, Kind.INT, (Kind.INT,)),
     "all_layers": Rule(all_layers, Kind.INT),
     "original_positions": Rule(original_positions, Kind.INT, (Kind.INT,)),
+    "yarn_attention_factor": Rule(yarn_attention_factor, Kind.FLOAT, (Kind.FLOAT,)),
     "has_decoder": Rule(has_decoder, Kind.BOOL),
     "own_head": Rule(own_head, Kind.BOOL),
     "has_shared": Rule(has_shared, Kind.BOOL),
@@ -117,8 +143,8 @@ _SWITCHES = ("qk_norm", "qkv_bias", "dense_bias", "expert_bias")
 def megatron_notes(symbols: Symbols) -> list[str]:
     """Return where Megatron computes otherwise than the modeling file that the weights come from.
 
-    It scores a group by its best `topk // group_topk` experts, the modeling file always by two; it
-    always normalises the weights of sigmoid routers; and its GPT models know no YaRN.
+    It scores a group by its best `topk // group_topk` experts, the modeling file always by two, and
+    always normalises the weights of sigmoid routers.
     """
     notes = []
     groups, chosen = symbols["groups_per_token"], symbols["experts_per_token"]
@@ -130,8 +156,6 @@ def megatron_notes(symbols: Symbols) -> list[str]:
         )
     if not symbols["norm_topk_prob"]:
         notes.append("Megatron normalises the weights of the chosen experts, the model does not")
-    if symbols["rope_scaling"] == "yarn":
-        notes.append("Megatron's arguments hold no YaRN scaling of RoPE: set it yourself")
     return notes
 
 
@@ -160,8 +184,56 @@ def _if_yarn(own: Any, symbols: Symbols) -> Any:
     return own if symbols["rope_scaling"] == "yarn" and own else None
 
 
+def _if_scaled(own: Any, symbols: Symbols) -> Any:
+    return own if symbols["rope_scaling"] != "default" and own else None
+
+
 def _read_rope_scaling(own: Any, symbols: Symbols) -> Any:
     return "default" if own == "none" else own
+
+
+def _rope_scaling_of_llama_cpp(own: Any, symbols: Symbols) -> Any:
+    return _scaling_among(own, ("linear", "yarn"), "GGUF has")
+
+
+def _is_linear(own: Any, symbols: Symbols) -> Any:
+    """Return the kind of scaling that Megatron's interpolation factor stands for."""
+    return "linear"
+
+
+def _factor_if_linear(own: Any, symbols: Symbols) -> Any:
+    """Return the factor by which Megatron divides positions; other kinds it does not have."""
+    if not _scaling_among(symbols["rope_scaling"], ("linear",), "Megatron has"):
+        return None
+    factor = rope_stretch(symbols)
+    return int(factor) if factor == int(factor) else factor
+
+
+def _scaling_among(kind: str, known: tuple[str, ...], who: str) -> str | None:
+    """Return a kind of RoPE scaling, or None for none; raise CheckpointError for an unknown one."""
+    if kind == "default":
+        return None
+    if kind in known:
+        return kind
+    raise CheckpointError(
+        f"config.json: `rope_scaling` is {shown(kind)}, and {who} only {' and '.join(known)}",
+        hint="to convert it for the context that it had before, pass `settings=rope_scaling=null`",
+    )
+
+
+def _read_beside_usual(own: Any, symbols: Symbols) -> Any:
+    return own * yarn_magnitude(rope_stretch(symbols))
+
+
+def _write_beside_usual(own: Any, symbols: Symbols) -> Any:
+    """Return what llama.cpp multiplies its own magnitude of YaRN by (ggml's rope_yarn)."""
+    factor = _if_yarn(own, symbols)
+    return factor / yarn_magnitude(rope_stretch(symbols)) if factor else None
+
+
+def _unread(own: Any, symbols: Symbols) -> Any:
+    """Return nothing: the key is written for people, and the format's runtime does not read it."""
+    return None
 
 
 def _read_gating_function(own: Any, symbols: Symbols) -> Any:
@@ -216,11 +288,18 @@ def _share_of_head_dim(own: Any, symbols: Symbols) -> Any:
 
 
 AS_IT_IS = Spelling(_as_it_is, _as_it_is)
+UNREAD = Spelling(_unread, _if_yarn, (Kind.FLOAT,))
 SPELLINGS: dict[str, Spelling] = {
     "with_mtp_layers": Spelling(_without_mtp_layers, _with_mtp_layers),
     "gating_function": Spelling(_read_gating_function, _write_gating_function, (Kind.INT,)),
-    "rope_scaling": Spelling(_read_rope_scaling, _if_yarn),
+    "rope_scaling": Spelling(_read_rope_scaling, _if_scaled),
+    "llama_cpp_rope_scaling": Spelling(_read_rope_scaling, _rope_scaling_of_llama_cpp),
+    "linear_rope_scaling": Spelling(_is_linear, _factor_if_linear, (Kind.FLOAT,)),
+    "factor_if_linear": Spelling(_as_it_is, _factor_if_linear, (Kind.FLOAT,)),
+    "if_scaled": Spelling(_as_it_is, _if_scaled),
     "if_yarn": Spelling(_as_it_is, _if_yarn),
+    "unread_if_yarn": UNREAD,
+    "beside_llama_cpps_magnitude": Spelling(_read_beside_usual, _write_beside_usual, (Kind.FLOAT,)),
     "widths_of_an_expert": Spelling(_read_widths, _nothing),
     "opposite": Spelling(_opposite, _opposite),
     "layer_frequency": Spelling(

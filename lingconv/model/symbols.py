@@ -33,7 +33,7 @@ class Symbol:
     `spellings` say how a layout writes the value; `presence` is a glob of tensor names in a layout
     that keeps no key for a switch, and what the switch is where there is such a tensor. The value
     is a `kind` from `least` to `most`, no more than the symbol `at_most`, of which it is a whole
-    part where it `divides` one.
+    part where it `divides` one. Where `said`, a config that has no key for it is told of.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Symbol:
     most: float | None = None
     at_most: str = ""
     divides: str = ""
+    said: bool = False
 
     @property
     def kind(self) -> Kind:

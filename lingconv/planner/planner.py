@@ -14,7 +14,7 @@ from lingconv.containers.base import PlacementRequest
 from lingconv.containers.registry import built_in, format_for
 from lingconv.encodings import quantization_config
 from lingconv.encodings.name_pattern import Pattern, among
-from lingconv.errors import CheckpointError, Fault, UsageError
+from lingconv.errors import MATHEMATICS, CheckpointError, Fault, UsageError
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.planner.coverage import check_sources, check_targets, dropped
@@ -72,6 +72,7 @@ class _Planner:
 
     def build(self) -> Plan:
         refuse_all_faults(self.average.models, self._excused)
+        self._refuse_other_mathematics()
         extra = [fault.tensor for fault in self.model.faults if fault.kind == "extra tensor"]
         self.choice.check_patterns(extra)
         transfers = self._transfers()
@@ -91,6 +92,16 @@ class _Planner:
             total_parameters=sum(prod(transfer.target.shape) for transfer in transfers),
             warnings=(*self._warnings(), *placed.notes),
         )
+
+    def _refuse_other_mathematics(self) -> None:
+        """Raise CheckpointError where a target has no keys for what the config asks for."""
+        odd = [fault for fault in self.model.faults if fault.kind == MATHEMATICS]
+        if odd and self.layout.base != HF:
+            raise CheckpointError(
+                f"config.json asks for what {self.options.layout} has no key for",
+                faults=odd,
+                hint="to convert the weights all the same, set each to null: `settings=KEY=null`",
+            )
 
     def _warnings(self) -> Iterator[str]:
         """Yield the warnings of all checkpoints, each text once."""

@@ -12,6 +12,7 @@ from lingconv.containers.stored_tensor import HeaderError
 from lingconv.errors import CheckpointError, UsageError
 from lingconv.model.family import Family, GgufModel
 from lingconv.model.layout import Layout
+from lingconv.model.symbol_rules import UNREAD
 from lingconv.plans.key_values import Metadata, Value, ValueType
 from lingconv.plans.options import GgufOptions, Target
 
@@ -55,7 +56,19 @@ def describe(
         )
     numbers = dict(_numbers(family, target.symbols))
     found = {**general, **named, **numbers, **_encoding(target.file_type), **tokens}
-    return _written(found), warnings
+    return _written(found), [*warnings, *_unread(family, target.symbols)]
+
+
+def _unread(family: Family, symbols: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the model says otherwise than usual and llama.cpp does not read."""
+    for symbol in family.symbols:
+        if symbol.spellings.get(Target.GGUF) is UNREAD and symbols[symbol.name] != symbol.default:
+            value = symbol.written(Target.GGUF, symbols)
+            if value is not None:
+                yield (
+                    f"llama.cpp computes with {symbol.default:g} in place of `{symbol.key('hf')}`,"
+                    f" {value:g}: it does not read that of this architecture"
+                )
 
 
 def _written(metadata: dict[str, Value]) -> dict[str, Value]:

@@ -1,7 +1,7 @@
 """Which model a Hugging Face checkpoint holds: by its config.json, and by tensor names."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +9,13 @@ from lingconv.containers.base import Identity
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.hf.small_files import CONFIG_FIELDS
 from lingconv.containers.source_overrides import SourceOverrides
-from lingconv.errors import CheckpointError
-from lingconv.errors.value_kinds import checked
+from lingconv.errors import MATHEMATICS, CheckpointError, Fault
+from lingconv.errors.value_kinds import checked, shown
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import HF, build_layout
 from lingconv.model.layout_detection import experts_layout, with_mtp_apart
+from lingconv.model.symbol_rules import RULES
+from lingconv.model.symbols import look_up
 from lingconv.storage.file_names import CONFIG_NAME
 
 
@@ -28,6 +30,8 @@ def identify(
     config, odd = checked(stated, CONFIG_FIELDS, CONFIG_NAME)
     checkpoint = replace(checkpoint, config=config, faults=(*checkpoint.faults, *odd))
     family, architecture = find_family(checkpoint, families)
+    faults = (*checkpoint.faults, *_odd_mathematics(config, family))
+    checkpoint = replace(checkpoint, faults=faults)
     symbols = _resolve_symbols(checkpoint, family)
     names = checkpoint.tensors.keys()
     layout_name = experts_layout(family, HF, names)
@@ -35,6 +39,19 @@ def identify(
     if layout_name != HF:
         layout = with_mtp_apart(layout, build_layout(family, symbols, HF), names)
     return Identity(checkpoint, family, architecture, symbols, layout)
+
+
+def _odd_mathematics(config: Mapping[str, Any], family: Family) -> Iterator[Fault]:
+    """Yield what a config asks for beyond what the family computes, and what it leaves open."""
+    for key, value in family.beyond(config):
+        message = f"`{key}` is {shown(value)}, which {family.title} does not have"
+        yield Fault(MATHEMATICS, message, CONFIG_NAME, fatal=False)
+    for symbol in family.symbols:
+        keys = symbol.keys.get(HF, ())
+        if symbol.said and all(look_up(config, key) is None for key in keys):
+            value = RULES[symbol.rule].value(None, {}) if symbol.rule else symbol.default
+            message = f"has none of {', '.join(f'`{key}`' for key in keys)}: {value} is taken"
+            yield Fault("config", message, CONFIG_NAME, fatal=False)
 
 
 def find_family(checkpoint: Checkpoint, families: Sequence[Family]) -> tuple[Family, str]:

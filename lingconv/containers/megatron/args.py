@@ -40,6 +40,8 @@ def megatron_args(
         args[VOCABULARY] = options.megatron.parallel.padded(args[VOCABULARY], multiple)
     return {
         **args,
+        "vocab_size": symbols["vocab_size"],
+        "tokenizer_type": "HuggingFaceTokenizer",
         "seq_length": symbols["max_position_embeddings"],
         _DTYPE_KEY: TORCH_NAMES[dtype],
         "bf16": dtype == DType.BF16,

@@ -36,6 +36,9 @@ ARGS_NAME = "Megatron's arguments"
 # So many experts, missing or not, are looked for one by one; more than so many are in no model.
 _ALWAYS_CHECKED, _MOST = 100_000, 1_000_000
 
+# Defaults that mean "not given", as of a scaling of RoPE: nobody has to say that there is none.
+_NOT_GIVEN = ("default", 0.0)
+
 
 def identify(
     checkpoint: Checkpoint, families: Sequence[Family], overrides: SourceOverrides
@@ -113,7 +116,10 @@ def _config_from_shapes(
         if symbol.name in found and keys:
             config[keys[0]] = found[symbol.name]
         elif (
-            keys and MEGATRON in symbol.keys and not any(key in overrides.settings for key in keys)
+            keys
+            and MEGATRON in symbol.keys
+            and symbol.default not in _NOT_GIVEN
+            and not any(key in overrides.settings for key in keys)
         ):
             missing.append(keys[0])
     if missing:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lingconv.checkpoint.recognised_checkpoint import Model, refuse_faults
-from lingconv.errors import CheckpointError, Fault, UsageError
+from lingconv.errors import MATHEMATICS, CheckpointError, Fault, UsageError
 from lingconv.model.family import LogicalName
 from lingconv.storage.local_files import replace_file
 from lingconv.storage.local_output import explained_writing
@@ -231,13 +231,16 @@ def check_model(model: Model, *, mtp: bool) -> None:
                 f"{stored.extents[0].file}: {stored.name}: {stored.encoding.label} cannot be"
                 " read as numbers"
             )
+    odd = [fault for fault in model.faults if fault.kind == MATHEMATICS]
+    if odd:
+        raise CheckpointError("config.json asks for what is not computed here", faults=odd)
     symbols = model.symbols
     if not symbols["whole"]:
         raise CheckpointError(f"{model.checkpoint.storage.uri} holds MTP layers only, no decoder")
-    if symbols["rope_scaling"] not in ("default", "yarn"):
+    if symbols["rope_scaling"] not in ("default", "linear", "yarn"):
         raise CheckpointError(
             f"config.json: rope_scaling `{symbols['rope_scaling']}` is not computed here",
-            hint="`yarn` is, and none at all",
+            hint="`linear` and `yarn` are, and none at all",
         )
     if symbols["score_function"] not in ("sigmoid", "softmax"):
         raise CheckpointError(f"config.json: score_function `{symbols['score_function']}`?")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
+from lingconv.model.symbol_rules import rope_stretch, yarn_magnitude
+
 Symbols = Mapping[str, Any]
 
 
@@ -70,17 +72,18 @@ def rope(positions: int, config: Symbols, dtype: torch.dtype, device: str) -> Ro
 
 
 def _frequencies(config: Symbols) -> tuple[Tensor, float]:
-    """Return theta_j and the factor on cos and sin.
+    """Return theta_j and the factor on cos and sin, for contexts that are stretched as well.
 
     YaRN as in arXiv 2309.00071, section 3, with the ends of the ramp rounded to whole dimensions as
     in Hugging Face's modeling_rope_utils.py.
     """
     rotary_dim, base = config["rotary_dim"], config["rope_theta"]
     theta = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    if config["rope_scaling"] == "linear":
+        return theta / rope_stretch(config), 1.0
     if config["rope_scaling"] != "yarn":
         return theta, 1.0
-    original = config["yarn_original_positions"]
-    factor = config["yarn_factor"] or config["max_position_embeddings"] / original
+    original, factor = config["yarn_original_positions"], rope_stretch(config)
 
     def dimension(rotations: float) -> float:
         """Return the dimension that turns this many times within the original context."""
@@ -91,7 +94,7 @@ def _frequencies(config: Symbols) -> tuple[Tensor, float]:
     high = min(math.ceil(dimension(config["yarn_beta_slow"])), rotary_dim - 1)
     places = torch.arange(rotary_dim // 2, dtype=torch.float32)
     stretched = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
-    magnitude = config["yarn_attention_factor"] or (0.1 * math.log(factor) + 1 if factor > 1 else 1)
+    magnitude = config["yarn_attention_factor"] or yarn_magnitude(factor)
     return theta / factor * stretched + theta * (1 - stretched), magnitude
 
 
