@@ -124,7 +124,9 @@ def test_gguf_has_what_llama_cpp_reads(name, source, tmp_path):
         _, factor = of_transformers(scaling)
         theirs = found.get("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(4.0))
         assert theirs == pytest.approx(factor, rel=1e-6)
-    warnings = [text for text in lingconv.plan(source, GGUF).warnings if "llama.cpp computes" in text]
+    warnings = [
+        text for text in lingconv.plan(source, GGUF).warnings if "llama.cpp computes" in text
+    ]
     assert len(warnings) == (2 if "beta_fast" in scaling else 0)
 
 

@@ -235,6 +235,45 @@ def test_tokens_get_types_and_padding(golden, tmp_path):
     assert types[5] == 1
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_were_added_beside_tokenizer_json(file, golden, tmp_path):
+    """transformers adds them when it loads; ids and texts are its."""
+    from transformers import PreTrainedTokenizerFast
+
+    source = copy_checkpoint(golden, tmp_path / "in")
+    held = json.loads((source / "tokenizer.json").read_text())
+    first = len(PreTrainedTokenizerFast.from_pretrained(source))
+    texts = {"<section>": first, "<|tool|>": first + 1}
+    assert not texts.keys() & {token["content"] for token in held["added_tokens"]}
+    if file == "added_tokens.json":
+        (source / file).write_text(json.dumps(texts))
+    else:
+        entries = {
+            str(number): {"content": text, "special": text == "<|tool|>", "normalized": False}
+            for text, number in texts.items()
+        }
+        edit_json(source / file, lambda config: config.update(added_tokens_decoder=entries))
+        theirs = PreTrainedTokenizerFast.from_pretrained(source)
+        assert {text: theirs.convert_tokens_to_ids(text) for text in texts} == texts
+    convert(source, tmp_path / "out.gguf", to_gguf("bf16"))
+    found = metadata_of(tmp_path / "out.gguf")
+    assert found["tokenizer.ggml.tokens"][first : first + 2] == [*texts]
+    assert found["tokenizer.ggml.token_type"][first : first + 2] == [4, 3]
+
+
+@pytest.mark.parametrize(("decoder", "says"), [
+    ({"5": {"content": "other"}}, "token 5 is '.*' in tokenizer.json, and 'other' in the"),
+    ({"x": {"content": "new"}}, "added token 'new' with the id 'x'"),
+    ({"261": {"special": True}}, r"`added_tokens_decoder.'261'`.*content"),
+    ({"600": {"content": "new"}}, "has token 600, the model has 512"),
+])  # fmt: skip
+def test_added_tokens_that_cannot_be(decoder, says, golden, tmp_path):
+    source = copy_checkpoint(golden, tmp_path / "in")
+    edit_json(source / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=decoder))
+    with pytest.raises(CheckpointError, match=says):
+        convert(source, tmp_path / "out.gguf", to_gguf("bf16"))
+
+
 def forget_control_tokens(tokenizer):
     for token in tokenizer["added_tokens"]:
         token["content"] = token["content"].replace("role", "part")

@@ -23,7 +23,7 @@ from lingconv.cli.common_options import (
     SourceFlags,
     Verify,
 )
-from lingconv.cli.convert_options import ConvertFlags, ExpertsAs, OutputFlags
+from lingconv.cli.convert_options import ConvertFlags, DType, ExpertsAs, OutputFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress
 from lingconv.cli.terminal import terminal
@@ -47,6 +47,7 @@ def experts(
     split: Annotated[
         bool, typer.Option("--split", help="The other way: a tensor for each expert.")
     ] = False,
+    dtype: DType = None,
     *,
     written: OutputFlags,
     verify: Verify = False,
@@ -58,15 +59,18 @@ def experts(
     said: SourceFlags,
     printed: DisplayFlags,
 ) -> None:
-    """Stack the experts of each layer into one tensor, MTP layers included; dtypes are kept.
+    """Stack the experts of each layer into one tensor, MTP layers included.
 
-    The same as `convert --to hf-merged`, and `convert --to hf` with `--split`.
+    Dtypes are kept unless `--dtype` names another. The same as `convert --to hf-merged`, and `convert --to hf` with `--split`.
 
     Examples: `lingconv merge experts Ling-1T-FP8 out --experts-as transformers`,
     `lingconv merge experts out Ling-1T-FP8 --split`
     """
     options = replace(
-        written.options(), layout=Target.HF if split else Target.HF_MERGED, merged=experts_as
+        written.options(),
+        layout=Target.HF if split else Target.HF_MERGED,
+        merged=experts_as,
+        dtype=dtype or "",
     )
     convert.run(
         source,

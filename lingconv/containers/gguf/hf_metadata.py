@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.errors import CheckpointError
-from lingconv.errors.value_kinds import Field, Kind, Schema, checked
+from lingconv.errors.value_kinds import Field, Kind, Schema, checked, shown
 from lingconv.plans.key_values import Value, ValueType
 from lingconv.storage import Storage
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME
@@ -29,6 +29,8 @@ from lingconv.storage.records import (
 )
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+ADDED_TOKENS = "added_tokens.json"
 _TEMPLATES = "additional_chat_templates/"
 _LOGGERS = ("metadata", "gguf.vocab", "gguf.gguf_writer")
 _MAX_FLOAT32 = 3.4e38
@@ -61,6 +63,12 @@ _TOKENIZER_CONFIG_FIELDS: Schema = {
     "chat_template": Field((Kind.TEXT, Kind.LIST), items=(Kind.OBJECT,)),
     **{f"{name}_token": Field((Kind.TEXT, Kind.OBJECT)) for name in _SPECIAL},
     **{f"add_{name}_token": Field((Kind.BOOL,)) for name in _SPECIAL},
+    "added_tokens_decoder": Field((Kind.OBJECT,), items=(Kind.OBJECT,)),
+}
+_ADDED_FIELDS: Schema = {
+    "content": Field((Kind.TEXT,), required=True),
+    "special": Field((Kind.BOOL,)),
+    "normalized": Field((Kind.BOOL,)),
 }
 _TOKENIZER_FIELDS: Schema = {
     "model": Field((Kind.OBJECT,), required=True),
@@ -111,7 +119,7 @@ _FILES: Mapping[str, Callable[[Storage, str], bytes]] = {
     CARD_NAME: _card,
     "generation_config.json": _record(_GENERATION_FIELDS),
     TOKENIZER: _tokenizer,
-    "tokenizer_config.json": _record(_TOKENIZER_CONFIG_FIELDS),
+    TOKENIZER_CONFIG: _record(_TOKENIZER_CONFIG_FIELDS),
     "merges.txt": _as_it_is,
     "chat_template.jinja": _as_it_is,
     "chat_template.json": _record({"chat_template": _TEXT}),
@@ -160,6 +168,29 @@ class HfFiles:
         storage = self._checkpoint.storage
         return read_checked(storage, TOKENIZER, _TOKENIZER_FIELDS, MAX_TOKENIZER_BYTES)
 
+    def added_tokens(self) -> dict[str, dict[str, Any]]:
+        """Return the tokens that were added beside tokenizer.json, as its `added_tokens` has them.
+
+        transformers adds them when it loads the tokenizer: those of `added_tokens_decoder` in
+        tokenizer_config.json, by id, and those of the older added_tokens.json, by text.
+        """
+        storage, held = self._checkpoint.storage, self._checkpoint.side_files
+        found: dict[str, dict[str, Any]] = {}
+        if ADDED_TOKENS in held:
+            for text, number in read_checked(storage, ADDED_TOKENS, {}).items():
+                found[text] = {"id": _token_id(number, ADDED_TOKENS, text)}
+        if TOKENIZER_CONFIG in held:
+            config = read_checked(storage, TOKENIZER_CONFIG, _TOKENIZER_CONFIG_FIELDS)
+            for key, entry in (config.get("added_tokens_decoder") or {}).items():
+                where = f"{TOKENIZER_CONFIG}: `added_tokens_decoder.{shown(key)}`"
+                known, faults = checked(entry, _ADDED_FIELDS, where)
+                if faults:
+                    raise CheckpointError(str(faults[0]), faults=faults)
+                number = int(key) if key.isascii() and key.isdigit() else key
+                text = known["content"]
+                found[text] = {**known, "id": _token_id(number, TOKENIZER_CONFIG, text)}
+        return found
+
     def general(self, architecture: str, parameters: tuple[int, int, int, int]) -> dict[str, Value]:
         """Return the `general.*` key-values: name, version, size label, licence, base models ...
 
@@ -186,6 +217,13 @@ class HfFiles:
             gguf.SpecialVocab(self.folder, load_merges=True).add_to_gguf(writer, quiet=True)
         found = _collected(writer)
         return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
+
+
+def _token_id(value: Any, file: str, text: str) -> int:
+    """Return an id, or raise CheckpointError for what is none."""
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{file} has an added token {shown(text)} with the id {shown(value)}")
+    return value
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def describe_tokenizer(
     """
     value = files.tokenizer()
     vocab, added = _read(value)
+    _add_others(vocab, added, files.added_tokens())
     warnings: list[str] = []
     with _explained():
         tokenizer = _load(files)
@@ -89,6 +90,29 @@ def _read(value: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Mapping[s
             )
         by_text[text] = entry
     return vocab, by_text
+
+
+def _add_others(
+    vocab: Mapping[str, int],
+    added: dict[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Add the tokens that other files name and tokenizer.json has not.
+
+    Raises CheckpointError where two files give one id to different tokens.
+    """
+    texts = {number: text for text, number in vocab.items()}
+    texts |= {entry["id"]: text for text, entry in added.items()}
+    for text, entry in others.items():
+        known = texts.get(entry["id"])
+        if known is None:
+            added[text] = entry
+        elif known != text:
+            raise CheckpointError(
+                f"token {entry['id']:,} is {shown(known)} in {TOKENIZER}, and {shown(text)} in the"
+                " files beside it",
+                hint="take all files of the tokenizer from one save of it",
+            )
 
 
 def _is_merge(merge: Any) -> bool:
