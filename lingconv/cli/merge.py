@@ -61,7 +61,8 @@ def experts(
 ) -> None:
     """Stack the experts of each layer into one tensor, MTP layers included.
 
-    Dtypes are kept unless `--dtype` names another. The same as `convert --to hf-merged`, and `convert --to hf` with `--split`.
+    Dtypes are kept unless `--dtype` names another. The same as `convert --to hf-merged`, and
+    `convert --to hf` with `--split`.
 
     Examples: `lingconv merge experts Ling-1T-FP8 out --experts-as transformers`,
     `lingconv merge experts out Ling-1T-FP8 --split`
