@@ -211,7 +211,7 @@ class Run:
         """Write the files `todo`, which are some of the plan's."""
         allow_open_files(len(self._plan.source_files))
         with ExitStack() as stack:
-            storages = _fetched(
+            storages = _with_downloads(
                 self._plan,
                 todo,
                 self._storages,
@@ -290,7 +290,7 @@ def _ahead_bytes(spare_bytes: int, jobs: int) -> int:
     return min(_MOST_AHEAD_BYTES, max(0, spare_bytes)) // max(1, jobs // 2)
 
 
-def _fetched(
+def _with_downloads(
     plan: Plan,
     todo: Sequence[OutputFile],
     storages: Sequence[Storage],
@@ -318,9 +318,9 @@ def _fetched(
         names = [name for source, name in order if source == number]
         largest = max((storage.stat(name).size for name in names), default=0)
         room = resources.disk_share(publishes=publishes) // len(far) or _AT_ONCE * largest
-        spool = Downloader(storage, folder.state / f"fetched-{number}", names, room)
-        stack.callback(spool.close)
-        found.append(spool)
+        downloader = Downloader(storage, folder.state / f"fetched-{number}", names, room)
+        stack.callback(downloader.close)
+        found.append(downloader)
     return found
 
 

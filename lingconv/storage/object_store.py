@@ -146,7 +146,10 @@ class ObjectStorage:
     def stat(self, name: str) -> FileStat:
         """Return size and stamp as they are now."""
         where = f"{self.uri}/{name}"
-        return stat_of(asked(where, lambda: self._system.info(f"{self._root}/{name}")))
+        info = asked(where, lambda: self._system.info(f"{self._root}/{name}"))
+        if info.get("type") == "directory":
+            raise CheckpointError(f"{self.uri} has no file {name}, but a folder of that name")
+        return stat_of(info)
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return bytes of a file."""
