@@ -11,9 +11,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError
+from lingconv.storage.hub.contact import watched_session
 from lingconv.storage.upload_target import ListedFile
 from lingconv.version import __version__
 
@@ -84,7 +85,7 @@ def _entries(repository: str, url: str) -> Iterator[Any]:
 def _get(url: str) -> tuple[Any, str]:
     """Return a JSON answer, and where the next page is."""
     headers = build_hf_headers(library_name="lingconv", library_version=__version__)
-    with get_session().stream(
+    with watched_session().stream(
         "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)

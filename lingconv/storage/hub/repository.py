@@ -20,6 +20,7 @@ from lingconv.storage.file_names import CARD_NAME, MARK
 from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.client import Backoff, Cause, hub_api, patiently, status_of, translated
 from lingconv.storage.hub.files import RemoteFile, as_listed, find_commit, list_files
+from lingconv.storage.retries import Retry, tell
 from lingconv.storage.upload_target import (
     ListedFile,
     PublishedCommit,
@@ -188,7 +189,7 @@ class Repository:
     ) -> None:
         names = [operation.path_in_repo for operation in operations]
         seen = {name: self.files.get(name) for name in self._claims.union(names)}
-        backoff, moves = Backoff(), 0
+        backoff, moves = Backoff(str(self.address)), 0
         while True:
             try:
                 info = self._api.create_commit(
@@ -210,7 +211,10 @@ class Repository:
                     return
                 self._refuse_changed(seen)
                 if moved:  # so that many who write at once do not meet again
-                    time.sleep(random.uniform(0, LONGEST_TURN_S))
+                    wait = random.uniform(0, LONGEST_TURN_S)
+                    moved_on = "somebody else committed in between"
+                    tell(Retry(str(self.address), moved_on, wait, moves, MOVES))
+                    time.sleep(wait)
             else:
                 self.head = info.oid
                 self._look_at(names)
