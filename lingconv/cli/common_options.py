@@ -299,7 +299,8 @@ Recheck = Annotated[
     bool,
     typer.Option(
         "--recheck",
-        help="Compare finished files byte by byte with the plan; write differing ones again.",
+        help="Compare finished files byte by byte with the plan, published ones by their digests;"
+        " write differing ones again.",
         rich_help_panel=RUN,
     ),
 ]

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError
+from lingconv.storage.hub.client import without_secrets
 from lingconv.storage.hub.contact import watched_session
 from lingconv.storage.upload_target import ListedFile
 from lingconv.version import __version__
@@ -22,6 +23,7 @@ TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 # A page of the Hub has 1,000 files in some 300 kB.
 MAX_ANSWER_BYTES = 32 << 20
 MAX_PAGES = 1_000
+_REFUSED_CARD = 400
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPORT = "the server answers as no Hub does: report it to whoever runs it"
 
@@ -60,6 +62,30 @@ def files_of(repository: str, commit: str) -> dict[str, ListedFile]:
     return found
 
 
+def refusals_of(card: str) -> list[str]:
+    """Return why the Hub would refuse a model card, in its own words; nothing where it takes it.
+
+    Raises what the client raises.
+    """
+    url = f"{constants.ENDPOINT}/api/validate-yaml"
+    headers = build_hf_headers(library_name="lingconv", library_version=__version__)
+    asked = {"content": card, "repoType": "model"}
+    with watched_session().stream(
+        "POST", url, headers=headers, json=asked, timeout=TIMEOUT, follow_redirects=True
+    ) as response:
+        if response.status_code != _REFUSED_CARD:
+            hf_raise_for_status(response)
+            return []
+        answer = _json_of(url, response)
+    errors = answer.get("errors") if isinstance(answer, dict) else None
+    messages = [
+        without_secrets(str(each["message"]))
+        for each in (errors if isinstance(errors, list) else ())
+        if isinstance(each, dict) and "message" in each
+    ]
+    return messages or ["it does not say why"]
+
+
 def _digest(entry: dict[str, Any]) -> str:
     """Return the SHA-256 of a large file, the git hash of any other; empty where there is none."""
     large = entry.get("lfs")
@@ -89,17 +115,22 @@ def _get(url: str) -> tuple[Any, str]:
         "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)
-        body = bytearray()
-        for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > MAX_ANSWER_BYTES:
-                raise CheckpointError(
-                    f"{url}: the answer has more than {MAX_ANSWER_BYTES:,} bytes", hint=_REPORT
-                )
-        try:
-            return json.loads(body), response.links.get("next", {}).get("url", "")
-        except RecursionError as exc:
-            raise CheckpointError(f"{url}: the answer is nested too deep", hint=_REPORT) from exc
+        return _json_of(url, response), response.links.get("next", {}).get("url", "")
+
+
+def _json_of(url: str, response: "httpx.Response") -> Any:
+    """Return what an answer holds, read up to a bound."""
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise CheckpointError(
+                f"{url}: the answer has more than {MAX_ANSWER_BYTES:,} bytes", hint=_REPORT
+            )
+    try:
+        return json.loads(body)
+    except RecursionError as exc:
+        raise CheckpointError(f"{url}: the answer is nested too deep", hint=_REPORT) from exc
 
 
 def _odd(repository: str, what: str) -> CheckpointError:
