@@ -101,6 +101,7 @@ class Hub:
         self.lies = {}  # path -> how many bytes more than there are the listing says
         self.bad_names = []
         self.on_commit = None
+        self.ignored = ()  # endings of the names that the `.gitignore` of a repository has
         self.card_faults = {}  # what a card may not hold -> what the Hub says of it
         self.endpoint = self.store = ""
 
@@ -282,7 +283,7 @@ class Hub:
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": file["path"].endswith(tuple(self.ignored)),
                     "oid": files.get(file["path"]),
                 }
                 for file in asked

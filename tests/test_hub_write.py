@@ -347,6 +347,20 @@ def test_push_asks_for_the_card_before_a_byte_is_sent(hub, golden, folder, tmp_p
     lingconv.push(folder, "hf://org/out")
 
 
+@pytest.mark.parametrize("ignored", ["config.json", ".safetensors"])
+def test_what_a_gitignore_leaves_out_is_said_before_a_byte_is_sent(hub, golden, folder, ignored):
+    """The client itself drops such files without a word: `_should_ignore` of its operations."""
+    hub.ignored = [ignored]
+    for send in (
+        lambda: convert(golden, "hf://org/out", FP8, publish=CREATE),
+        lambda: lingconv.push(folder, "hf://org/pushed", CREATE),
+    ):
+        with pytest.raises(DestinationError, match="gitignore leaves out files") as caught:
+            send()
+        assert all(name.endswith(ignored) for name in caught.value.details)
+    assert (hub.stored, hub.requests["make_commit"]) == ({}, 0)
+
+
 def test_push_leaves_a_card_of_somebody_else(hub, folder):
     (folder / "README.md").write_text("# the source's\n")
     hub.add("org/out", {"README.md": b"# mine"})

@@ -57,6 +57,9 @@ class ObjectUpload:
     def card_for(self) -> None:
         """Return that this is no place for model cards."""
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Take any."""
+
     def check_card(self, card: Path | bytes) -> None:
         """Take any: it is a file like all others."""
 

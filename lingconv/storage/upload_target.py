@@ -79,6 +79,9 @@ class UploadTarget(Protocol):
         Empty where somebody else wrote one; None where a store is no place for model cards.
         """
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise DestinationError for names that would not be taken, before anything is sent."""
+
     def check_card(self, card: Path | bytes) -> None:
         """Raise CheckpointError for a model card that would be refused, before anything is sent."""
 

@@ -96,7 +96,7 @@ class Publisher:
         if opened and opened != number:
             replace_file(note, [f"{opened}\n".encode()])
         self.pull_request = opened
-        self._check_card()
+        self._check_small_files()
         self._refuse_foreign()
         todo = self._again() if self._folder.rechecks else self._unfinished()
         self._progress.sending(sum(file.nbytes for file in [*self._waiting, *todo]))
@@ -127,9 +127,14 @@ class Publisher:
                 todo.append(file)
         return todo
 
-    def _check_card(self) -> None:
-        """Ask the store whether it would take the card that comes last."""
-        if repository := self._store.card_for():
+    def _check_small_files(self) -> None:
+        """Ask the store whether it would take all names, and the card that comes last."""
+        weights = [file.name for file in self._plan.files]
+        repository = self._store.card_for()
+        card = [CARD_NAME] if repository else []
+        names = [*weights, *self._plan.side_files, *closing_names(self._plan), *card]
+        self._store.check_names(list(dict.fromkeys(names)))
+        if repository:
             self._store.check_card(self._card(repository))
 
     def _refuse_foreign(self) -> None:

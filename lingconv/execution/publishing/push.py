@@ -93,6 +93,7 @@ def push(
         small.pop(CARD_NAME, None)
         if repository.card_for():
             small[CARD_NAME] = model_card(described).encode()
+    repository.check_names([*weights, *small])
     if CARD_NAME in small:
         repository.check_card(small[CARD_NAME])
     record = _read_json(folder / RECORD_NAME)

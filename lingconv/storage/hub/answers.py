@@ -6,7 +6,8 @@ is packed a thousand times over, or a list whose next page is itself, would take
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -24,6 +25,7 @@ TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 MAX_ANSWER_BYTES = 32 << 20
 MAX_PAGES = 1_000
 _REFUSED_CARD = 400
+_NAMES_AT_ONCE = 256  # huggingface_hub, _commit_api.py: UPLOAD_BATCH_MAX_NUM_FILES
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPORT = "the server answers as no Hub does: report it to whoever runs it"
 
@@ -68,11 +70,7 @@ def refusals_of(card: str) -> list[str]:
     Raises what the client raises.
     """
     url = f"{constants.ENDPOINT}/api/validate-yaml"
-    headers = build_hf_headers(library_name="lingconv", library_version=__version__)
-    asked = {"content": card, "repoType": "model"}
-    with watched_session().stream(
-        "POST", url, headers=headers, json=asked, timeout=TIMEOUT, follow_redirects=True
-    ) as response:
+    with _posted(url, {"content": card, "repoType": "model"}) as response:
         if response.status_code != _REFUSED_CARD:
             hf_raise_for_status(response)
             return []
@@ -84,6 +82,39 @@ def refusals_of(card: str) -> list[str]:
         if isinstance(each, dict) and "message" in each
     ]
     return messages or ["it does not say why"]
+
+
+def ignored_names(repository: str, revision: str, names: Sequence[str]) -> list[str]:
+    """Return the names that the `.gitignore` of a repository keeps out of commits.
+
+    Raises what the client raises.
+    """
+    revision = quote(revision or "main", safe="")
+    url = f"{constants.ENDPOINT}/api/models/{repository}/preupload/{revision}"
+    found = []
+    for start in range(0, len(names), _NAMES_AT_ONCE):
+        asked = [{"path": name, "sample": "", "size": 1} for name in names[start:][:_NAMES_AT_ONCE]]
+        with _posted(url, {"files": asked}) as response:
+            hf_raise_for_status(response)
+            answer = _json_of(url, response)
+        files = answer.get("files") if isinstance(answer, dict) else None
+        if not isinstance(files, list):
+            raise _odd(repository, f"how it takes files is {answer!r:.80}")
+        found += [
+            str(each.get("path"))
+            for each in files
+            if isinstance(each, dict) and each.get("shouldIgnore")
+        ]
+    return found
+
+
+def _posted(url: str, asked: Any) -> AbstractContextManager["httpx.Response"]:
+    """Send a question as JSON; the answer is still to be read."""
+    headers = build_hf_headers(library_name="lingconv", library_version=__version__)
+    sent: AbstractContextManager[httpx.Response] = watched_session().stream(
+        "POST", url, headers=headers, json=asked, timeout=TIMEOUT, follow_redirects=True
+    )
+    return sent
 
 
 def _digest(entry: dict[str, Any]) -> str:

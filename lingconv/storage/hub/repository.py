@@ -24,7 +24,7 @@ from lingconv.errors import (
 )
 from lingconv.storage.file_names import CARD_NAME, MARK
 from lingconv.storage.hub.address import HubAddress
-from lingconv.storage.hub.answers import refusals_of
+from lingconv.storage.hub.answers import ignored_names, refusals_of
 from lingconv.storage.hub.client import Backoff, Cause, hub_api, patiently, status_of, translated
 from lingconv.storage.hub.files import RemoteFile, as_listed, find_commit, list_files
 from lingconv.storage.hub.storage import HubStorage
@@ -149,6 +149,20 @@ class Repository:
     def storage(self) -> HubStorage:
         """Return what it holds at the newest commit that was seen."""
         return HubStorage(self.address._replace(revision=self.head), self.files)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise DestinationError for names that the repository's `.gitignore` leaves out."""
+        address = self.address
+        ignored = patiently(
+            str(address), lambda: ignored_names(address.repository, address.revision, names)
+        )
+        if ignored:
+            raise DestinationError(
+                f"{address}: its .gitignore leaves out files of the checkpoint",
+                details=ignored,
+                hint="take the patterns that match them out of the repository's .gitignore, then"
+                " run the same command again",
+            )
 
     def check_card(self, card: Path | bytes) -> None:
         """Raise CheckpointError for a model card that the Hub would refuse, with its reasons."""
