@@ -330,8 +330,9 @@ def test_a_card_that_the_hub_refuses_is_said_before_a_byte_is_sent(hub, golden, 
     assert caught.value.details == (f"{REFUSAL} ***",)
     assert (hub.stored, hub.requests["make_commit"]) == ({}, 0)
     assert hub.requests["validate"] == 1  # it is no passing trouble
-    hub.card_faults = {}
-    convert(source, target, options, publish=CREATE)
+    assert "with `fresh`" in caught.value.hint
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# tuned\n")
+    convert(source, target, options, publish=CREATE, fresh=True)
 
 
 def test_push_asks_for_the_card_before_a_byte_is_sent(hub, golden, folder, tmp_path):

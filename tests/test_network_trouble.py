@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 from huggingface_hub import close_session
+from huggingface_hub.utils import _detect_agent
 
 import lingconv
 from lingconv import ConvertOptions, NetworkError, PublishOptions, convert
@@ -75,6 +76,28 @@ def refuse(monkeypatch, count):
 
 def unresolved(*arguments, **words):
     raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_a_connection_that_is_not_answered_is_told_when_its_time_is_over(
+    monkeypatch, tmp_path, golden, told, slept
+):
+    """The client alone waits for as long as the system does: minutes."""
+    asked = []
+
+    def unanswered(address, timeout=None, **words):
+        if timeout != _detect_agent._REGISTRY_FETCH_TIMEOUT:  # a question of the client's own
+            asked.append(timeout)
+        raise TimeoutError("timed out")
+
+    point_client_at(monkeypatch, "http://hub.invalid:84", tmp_path)
+    monkeypatch.setattr(socket, "create_connection", unanswered)
+    for publish in (PublishOptions(create=True), PublishOptions()):
+        with pytest.raises(NetworkError, match="after 9 tries: timed out"):
+            convert(golden, "hf://org/x", publish=publish)
+    assert asked == [10.0] * 18
+    assert [(each.reason, each.failures) for each in told] == [
+        ("timed out", number) for number in range(1, 9)
+    ] * 2
 
 
 # The first contact -------------------------------------------------------------------------------

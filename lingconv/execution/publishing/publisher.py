@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from lingconv.errors import ResourceError
+from lingconv.errors import CheckpointError, ResourceError
 from lingconv.execution.closing.closing_files import closing_names, record_of
 from lingconv.execution.closing.model_card import CardInputs, model_card, published_record
 from lingconv.execution.progress import Progress
@@ -38,6 +38,10 @@ _TURN_S = 0.1
 _STATE_NAME = "pull_request"
 # Weights of which a repository holds one set; of GGUF files it may hold several.
 _SHARDS = (".safetensors", ".distcp", ".pt", ".bin")
+_MEND_CARD = (
+    f"mend the front matter of the source's {CARD_NAME} (the lines between the two `---`), then run"
+    " the same command with `fresh`"
+)
 _AT_ONCE = 2  # one is written while another is sent
 
 
@@ -134,8 +138,12 @@ class Publisher:
         card = [CARD_NAME] if repository else []
         names = [*weights, *self._plan.side_files, *closing_names(self._plan), *card]
         self._store.check_names(list(dict.fromkeys(names)))
-        if repository:
+        if not repository:
+            return
+        try:
             self._store.check_card(self._card(repository))
+        except CheckpointError as exc:  # a source that was mended is another one to this run
+            raise CheckpointError(exc.message, details=exc.details, hint=_MEND_CARD) from exc
 
     def _refuse_foreign(self) -> None:
         """Refuse a repository that another model is in, unless it is to be replaced."""

@@ -16,11 +16,11 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError
 from lingconv.storage.hub.client import without_secrets
-from lingconv.storage.hub.contact import watched_session
+from lingconv.storage.hub.contact import CONNECT_S, watched_session
 from lingconv.storage.upload_target import ListedFile
 from lingconv.version import __version__
 
-TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+TIMEOUT = httpx.Timeout(30.0, connect=CONNECT_S)
 # A page of the Hub has 1,000 files in some 300 kB.
 MAX_ANSWER_BYTES = 32 << 20
 MAX_PAGES = 1_000

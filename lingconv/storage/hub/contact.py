@@ -11,14 +11,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_session
+from huggingface_hub.utils import httpx
 
+CONNECT_S = 10.0
 _HOPELESS = (socket.gaierror, ConnectionRefusedError)
 _answered: set[str] = set()
 
 
 def watched_session() -> Any:
-    """Return the session of huggingface_hub, whose answers are noted from now on."""
+    """Return the session of huggingface_hub, whose answers are noted from now on.
+
+    By itself it waits for a connection as long as the system does, which is minutes of silence.
+    """
     session = get_session()
+    if session.timeout == httpx.Timeout(None):
+        session.timeout = httpx.Timeout(None, connect=CONNECT_S)
     hooks = session.event_hooks["response"]
     if _note not in hooks:
         hooks.append(_note)

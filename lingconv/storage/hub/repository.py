@@ -172,8 +172,8 @@ class Repository:
             raise CheckpointError(
                 f"{self.address}: the Hub refuses the front matter of {CARD_NAME}",
                 details=reasons,
-                hint=f"mend the front matter of the source's {CARD_NAME} (the lines between the two"
-                " `---`), then run the same command again",
+                hint=f"mend the front matter of {CARD_NAME} (the lines between the two `---`), then"
+                " run the same command again",
             )
 
     def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, ListedFile]:
