@@ -101,6 +101,8 @@ class Hub:
         self.lies = {}  # path -> how many bytes more than there are the listing says
         self.bad_names = []
         self.on_commit = None
+        self.ignored = ()  # endings of the names that the `.gitignore` of a repository has
+        self.card_faults = {}  # what a card may not hold -> what the Hub says of it
         self.endpoint = self.store = ""
 
     # -- what tests do to it
@@ -281,7 +283,7 @@ class Hub:
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": file["path"].endswith(tuple(self.ignored)),
                     "oid": files.get(file["path"]),
                 }
                 for file in asked
@@ -364,7 +366,9 @@ class Hub:
         return Response("", 200 if oid in self.blobs else 404)
 
     async def validate(self, request, repository):
-        return JSONResponse({"errors": [], "warnings": []})
+        card = (await request.json())["content"]
+        errors = [{"message": said} for text, said in self.card_faults.items() if text in card]
+        return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     async def make_commit(self, request, repository, repo, rev):
         sha, files = repository.files(rev)

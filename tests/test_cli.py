@@ -233,9 +233,12 @@ def test_small_commands():
 
 
 def test_every_command_has_help():
-    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env"):
+    for each in ("inspect", "plan", "convert", "quantize", "synth", "formats", "env", "diff"):
         out, _ = run(each, "--help")
         assert "--json" in out
+        assert "<bool>" not in out, each
+    for words in ((), ("merge",), ("merge", "checkpoints"), ("forward",), ("verify",), ("push",)):
+        assert "<bool>" not in run(*words, "--help")[0], words
 
 
 def test_sizes():

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import httpx
+from starlette.responses import JSONResponse
 
 import lingconv
 import lingconv.storage.byte_ranges as ranges
@@ -21,6 +22,7 @@ from lingconv import (
 )
 from lingconv.api import merge_checkpoints
 from lingconv.plans.checkpoint_weights import mean
+from lingconv.storage.hub import answers
 from lingconv.storage.hub import files as remote
 from lingconv.storage.hub.address import is_hub, parse_address
 from tests.hub_server import TOKEN, Fire, Hub
@@ -272,6 +274,53 @@ def test_a_listing_that_leads_out_of_the_repository(hub, tmp_path, name):
     with pytest.raises(CheckpointError, match="leads out of it"):
         convert("hf://org/tiny-ling-v2", tmp_path / "out", FP8)
     assert not (tmp_path / "out").exists()
+
+
+def odd_hub(monkeypatch, answer):
+    """Let the Hub answer each listing with `answer`, a function of the entries that are right."""
+    right = Hub.list_tree
+
+    async def list_tree(self, request, repository, repo, rev):
+        listed = await right(self, request, repository, repo, rev)
+        return answer(self, request, json.loads(listed.body))
+
+    routes = [
+        (methods, path, list_tree if action is right else action)
+        for methods, path, action in Hub.ROUTES
+    ]
+    monkeypatch.setattr(Hub, "ROUTES", routes)
+    monkeypatch.setattr(Hub, "list_tree", list_tree)
+
+
+def test_a_listing_without_end(hub, monkeypatch):
+    def same_page(server, request, entries):
+        link = f'<{server.endpoint}{request.url.path}?recursive=True>; rel="next"'
+        return JSONResponse([], headers={"Link": link})
+
+    odd_hub(monkeypatch, same_page)
+    monkeypatch.setattr(answers, "MAX_PAGES", 20)
+    with pytest.raises(CheckpointError, match="more than 20 pages"):
+        lingconv.inspect("hf://org/tiny-ling-v2")
+    assert hub.requests["list_tree"] == 20
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [5],
+        {"files": 5},
+        [{"type": "file", "path": 5, "size": 5, "oid": "x"}],
+        [{"type": "file", "path": "x", "size": -5, "oid": "x"}],
+        [{"type": "file", "path": "x", "size": True, "oid": "x"}],
+        [{"type": "file", "path": "x", "size": 5}],
+        [{"type": "file", "path": "x", "size": 5, "oid": "x"}] * 2,
+    ],
+)
+def test_a_listing_that_is_none(hub, monkeypatch, listed):
+    odd_hub(monkeypatch, lambda *_: JSONResponse(listed))
+    with pytest.raises(CheckpointError, match=r"listed|list of files") as caught:
+        lingconv.inspect("hf://org/tiny-ling-v2")
+    assert "answers as no Hub does" in caught.value.hint
 
 
 def test_ten_thousand_files(hub, golden, tmp_path):

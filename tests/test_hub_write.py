@@ -1,6 +1,7 @@
 """Writing to the Hub: straight from a conversion, and a folder that is finished."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lingconv import (
 )
 from lingconv.api import write_report
 from lingconv.storage.file_names import MARK
+from lingconv.storage.hub.repository import Repository
 from lingconv.storage.local import LocalStorage
 from tests.hub_killer import MAX_DISK, kill_under_fire
 from tests.hub_server import TOKEN, Fire, Hub
@@ -308,6 +310,125 @@ def test_who_may_not_write_is_told_so_at_once(hub, golden, monkeypatch):
         convert(golden, "local", FP8, publish=CREATE)
     with pytest.raises(UsageError, match="only whole repositories"):
         convert(golden, "hf://org/open/folder", FP8)
+
+
+LICENCE = "license: our-own-licence"
+REFUSAL = '"license" must be one of [apache-2.0, mit, ...]'
+
+
+@pytest.mark.parametrize("target", ["hf://org/out", "hf://org/out/x.gguf"])
+def test_a_card_that_the_hub_refuses_is_said_before_a_byte_is_sent(hub, golden, tmp_path, target):
+    """As https://github.com/huggingface/huggingface_hub/issues/1927 has it."""
+    source = tmp_path / "source"
+    shutil.copytree(golden, source)
+    (source / "README.md").write_text(f"---\n{LICENCE}\n---\n# tuned\n")
+    hub.card_faults = {LICENCE: f"{REFUSAL} {TOKEN}"}
+    options = ConvertOptions(layout="gguf" if target.endswith("gguf") else "hf")
+    with pytest.raises(CheckpointError, match=r"refuses the front matter of README\.md") as caught:
+        convert(source, target, options, publish=CREATE)
+    assert caught.value.exit_code == 3
+    assert caught.value.details == (f"{REFUSAL} ***",)
+    assert (hub.stored, hub.requests["make_commit"]) == ({}, 0)
+    assert hub.requests["validate"] == 1  # it is no passing trouble
+    assert "with `fresh`" in caught.value.hint
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# tuned\n")
+    convert(source, target, options, publish=CREATE, fresh=True)
+
+
+def test_push_asks_for_the_card_before_a_byte_is_sent(hub, golden, folder, tmp_path):
+    hub.card_faults = {"base_model: /data": "base_model is no repository", LICENCE: REFUSAL}
+    plain = tmp_path / "plain"
+    shutil.copytree(golden, plain)
+    for source, card in ((folder, LICENCE), (plain, "base_model: /data/ckpts/iter_0001200")):
+        (source / "README.md").write_text(f"---\n{card}\n---\n# tuned\n")
+        with pytest.raises(CheckpointError, match="refuses the front matter"):
+            lingconv.push(source, "hf://org/out", CREATE)
+    assert (hub.stored, hub.requests["make_commit"]) == ({}, 0)
+    hub.card_faults = {}
+    lingconv.push(folder, "hf://org/out")
+
+
+@pytest.mark.parametrize("ignored", ["config.json", ".safetensors"])
+def test_what_a_gitignore_leaves_out_is_said_before_a_byte_is_sent(hub, golden, folder, ignored):
+    """The client itself drops such files without a word: `_should_ignore` of its operations."""
+    hub.ignored = [ignored]
+    for send in (
+        lambda: convert(golden, "hf://org/out", FP8, publish=CREATE),
+        lambda: lingconv.push(folder, "hf://org/pushed", CREATE),
+    ):
+        with pytest.raises(DestinationError, match="gitignore leaves out files") as caught:
+            send()
+        assert all(name.endswith(ignored) for name in caught.value.details)
+    assert (hub.stored, hub.requests["make_commit"]) == ({}, 0)
+
+
+def test_push_leaves_a_card_of_somebody_else(hub, folder):
+    (folder / "README.md").write_text("# the source's\n")
+    hub.add("org/out", {"README.md": b"# mine"})
+    lingconv.push(folder, "hf://org/out")
+    assert hub.tree("org/out")["README.md"] == b"# mine"
+
+
+@pytest.mark.parametrize("layout", ["hf", "hf-merged", "gguf", "megatron", "megatron-ranks"])
+def test_what_was_sent_is_read_back_before_the_last_commit(hub, golden, monkeypatch, layout):
+    """Damage of a file between its last byte on disk and its sending, which digests agree with."""
+    target = "hf://org/out/x.gguf" if layout == "gguf" else "hf://org/out"
+    options = ConvertOptions(layout=layout)
+    add = Repository.add_weights
+
+    def damaged(repository, files, before, total):
+        for path in files.values():
+            data = bytearray(path.read_bytes())
+            data[:64] = bytes(64)
+            path.write_bytes(data)
+        return add(repository, files, before, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Repository, "add_weights", damaged)
+        with pytest.raises(CheckpointError) as caught:
+            convert(golden, target, options, publish=CREATE)
+    assert "org/out" in f"{caught.value} {caught.value.details}"
+    assert "config.json" not in hub.tree("org/out")
+    again = convert(golden, target, options, publish=PublishOptions(), recheck=True)
+    assert again.files_differing == again.files_written > 0
+    assert lingconv.verify(golden, target).ok
+
+
+def test_files_of_another_size_are_no_checkpoint(hub, golden, monkeypatch):
+    """Bytes behind the end: a header says nothing of them."""
+    add = Repository.add_weights
+
+    def longer(repository, files, before, total):
+        for path in files.values():
+            path.write_bytes(path.read_bytes() + b"x")
+        return add(repository, files, before, total)
+
+    monkeypatch.setattr(Repository, "add_weights", longer)
+    with pytest.raises(CheckpointError, match="does not hold the plan's files") as caught:
+        convert(golden, "hf://org/out", FP8, publish=CREATE)
+    assert len(caught.value.details) == 14
+    assert "config.json" not in hub.tree("org/out")
+
+
+def test_a_recheck_compares_the_digests_that_are_listed(hub, golden, tmp_path):
+    """Every file is made again; what the Hub lists with the same digest is not sent again."""
+    first = convert(golden, "hf://org/out", FP8, publish=CREATE)
+    commits = len(hub.repositories["org/out"].log)
+    again = convert(golden, "hf://org/out", FP8, recheck=True)
+    assert (again.files_written, again.files_differing) == (first.files_written, 0)
+    assert len(hub.repositories["org/out"].log) == commits
+    assert set(hub.stored.values()) == {1}
+    convert(golden, tmp_path / "local", FP8)
+    assert_published(hub, "org/out", tmp_path / "local")
+
+
+def test_rechecks_that_cannot_be_are_refused_by_name(golden):
+    for target, resources in (
+        ("s3://bucket/x", Resources()),
+        ("hf://org/out", Resources(executor="ray")),
+    ):
+        with pytest.raises(UsageError, match="`recheck`"):
+            convert(golden, target, FP8, resources=resources, recheck=True)
 
 
 def test_gguf_files_stand_side_by_side(hub, golden, tmp_path):

@@ -22,7 +22,8 @@ from lingconv.errors import CheckpointError, UsageError
 from lingconv.model.family import Family, Role
 from lingconv.model.family_file import presets
 from lingconv.model.layout import HF, build_layout
-from lingconv.storage import FileStat
+from lingconv.storage import Blob, FileStat, whole_size
+from lingconv.storage.overlay import MadeBlob
 
 _WEIGHTS = "weights"
 _DEVIATION = 0.02  # initializer_range of the released configs
@@ -121,12 +122,18 @@ class SynthStorage:
         return self._stats[name]
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        """Return bytes of a small file."""
-        data = self._small.get(name, b"")
-        return data[offset : None if size is None else offset + size]
+        """Return bytes of a file."""
+        left = max(0, self.stat(name).size - offset)
+        buffer = bytearray(whole_size(name, left) if size is None else min(size, left))
+        if buffer:
+            self.open(name).read_into(offset, memoryview(buffer))
+        return bytes(buffer)
 
-    def open(self, name: str) -> "SynthBlob":
-        """Open the virtual weights."""
+    def open(self, name: str) -> Blob:
+        """Open a file: the virtual weights, or a small one."""
+        self.stat(name)
+        if name != _WEIGHTS:
+            return MadeBlob(name, self._small[name])
         return SynthBlob(list(self.tensors.values()), self._roles, self._seed)
 
     def release(self, name: str) -> None:
@@ -152,7 +159,16 @@ class SynthBlob:
         """Do nothing: no file is open."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes at `offset`, across as many tensors as it covers."""
+        """Fill `buffer` with the bytes at `offset`, across as many tensors as it covers.
+
+        Raises CheckpointError when the file ends before.
+        """
+        size = self._tensors[-1].offset + self._tensors[-1].nbytes
+        if offset + len(buffer) > size:
+            raise CheckpointError(
+                f"{_WEIGHTS} ends at byte {size:,}, before what is to be read",
+                hint="report it: the plan is not that of these weights",
+            )
         index = bisect.bisect_right(self._offsets, offset) - 1
         done = 0
         while done < len(buffer):
@@ -164,6 +180,17 @@ class SynthBlob:
             index += 1
 
     def _fill(self, tensor: StoredTensor, start: int, into: np.ndarray[Any, Any]) -> None:
+        """Fill `into` from byte `start` of a tensor; kernels take whole, aligned elements alone."""
+        unit = tensor.dtype.itemsize
+        before, behind = start % unit, -(start + into.size) % unit
+        if not (before or behind or into.ctypes.data % unit):
+            self._compute(tensor, start, into)
+            return
+        whole = np.empty(before + into.size + behind, np.uint8)
+        self._compute(tensor, start - before, whole)
+        into[:] = whole[before : before + into.size]
+
+    def _compute(self, tensor: StoredTensor, start: int, into: np.ndarray[Any, Any]) -> None:
         role = self._roles[tensor.name]
         digest = hashlib.sha256(f"{self._seed}:{tensor.name}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1

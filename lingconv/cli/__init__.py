@@ -43,9 +43,11 @@ def _run() -> int:
     # From here on a signal is answered; what is imported takes the most of a short command.
     from lingconv.cli.app import app
     from lingconv.cli.option_flags import speller
+    from lingconv.cli.retry_notes import hear_retries
     from lingconv.cli.terminal import terminal
 
     terminal.spell = speller(app)
+    hear_retries()
     try:
         app()
     except SystemExit as exc:

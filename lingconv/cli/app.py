@@ -19,10 +19,12 @@ from lingconv.cli import (
     synth,
     verify,
 )
+from lingconv.cli.command_classes import Command, Group
 from lingconv.version import __version__
 
 app = typer.Typer(
     name="lingconv",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -65,5 +67,5 @@ for command in (
     formats.formats,
     env.env,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(merge.app, name="merge")

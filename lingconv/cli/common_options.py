@@ -16,7 +16,6 @@ from lingconv.execution.plan_share import PlanShare
 from lingconv.execution.resources import LOCAL, Resources
 from lingconv.storage.upload_target import PublishOptions
 
-NO_VALUE = ""  # the metavar of a flag: Typer would show `<bool>`
 RUN = "Run"
 HUB = "Hub"
 
@@ -58,7 +57,6 @@ Verify = Annotated[
     bool,
     typer.Option(
         "--verify",
-        metavar=NO_VALUE,
         help="Verify the output after converting.",
         rich_help_panel=RUN,
     ),
@@ -86,25 +84,20 @@ class DisplayFlags:
 
     json: Annotated[
         bool,
-        typer.Option(
-            "--json", metavar=NO_VALUE, callback=_set_json, help="Print one JSON document."
-        ),
+        typer.Option("--json", callback=_set_json, help="Print one JSON document."),
     ] = False
     quiet: Annotated[
         bool,
         typer.Option(
             "-q",
             "--quiet",
-            metavar=NO_VALUE,
             callback=_set_quiet,
             help="Print only the result, such as the output's path.",
         ),
     ] = False
     verbose: Annotated[
         bool,
-        typer.Option(
-            "-v", "--verbose", metavar=NO_VALUE, callback=_set_verbose, help="Print all details."
-        ),
+        typer.Option("-v", "--verbose", callback=_set_verbose, help="Print all details."),
     ] = False
 
 
@@ -183,7 +176,6 @@ class PublishFlags:
         bool,
         typer.Option(
             "--create",
-            metavar=NO_VALUE,
             help="Create the repository, as a private one.",
             rich_help_panel=HUB,
         ),
@@ -192,22 +184,18 @@ class PublishFlags:
         bool,
         typer.Option(
             "--public",
-            metavar=NO_VALUE,
             help="With `--create`: make the repository public.",
             rich_help_panel=HUB,
         ),
     ] = False
     pull_request: Annotated[
         bool,
-        typer.Option(
-            "--pr", metavar=NO_VALUE, help="Write to a new pull request.", rich_help_panel=HUB
-        ),
+        typer.Option("--pr", help="Write to a new pull request.", rich_help_panel=HUB),
     ] = False
     replace: Annotated[
         bool,
         typer.Option(
             "--replace",
-            metavar=NO_VALUE,
             help="Replace another checkpoint in the repository.",
             rich_help_panel=HUB,
         ),
@@ -266,7 +254,6 @@ class HubFlags:
         bool,
         typer.Option(
             "--download",
-            metavar=NO_VALUE,
             help="Download whole files just before they are needed, instead of byte ranges.",
             rich_help_panel=HUB,
         ),
@@ -296,7 +283,6 @@ FromMainParams = Annotated[
     bool,
     typer.Option(
         "--from-main-params",
-        metavar=NO_VALUE,
         help="Read the optimizer's FP32 main parameters instead of the rounded weights.",
         rich_help_panel="Megatron",
     ),
@@ -305,7 +291,6 @@ Fresh = Annotated[
     bool,
     typer.Option(
         "--fresh",
-        metavar=NO_VALUE,
         help="Start over: remove the files that an earlier run wrote to DST.",
         rich_help_panel=RUN,
     ),
@@ -314,8 +299,8 @@ Recheck = Annotated[
     bool,
     typer.Option(
         "--recheck",
-        metavar=NO_VALUE,
-        help="Compare finished files byte by byte with the plan; write differing ones again.",
+        help="Compare finished files byte by byte with the plan, published ones by their digests;"
+        " write differing ones again.",
         rich_help_panel=RUN,
     ),
 ]

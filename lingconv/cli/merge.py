@@ -10,6 +10,7 @@ import typer
 import lingconv
 from lingconv.cli import convert
 from lingconv.cli import plan as plan_command
+from lingconv.cli.command_classes import Command, Group
 from lingconv.cli.common_options import (
     Destination,
     DisplayFlags,
@@ -35,10 +36,10 @@ from lingconv.plans.options import DEFAULT_MERGED, Target
 WEIGHTS = "Weights"
 _BAR_WIDTH = 40
 
-app = typer.Typer(no_args_is_help=True, help="Merge experts, or average checkpoints.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Merge experts, or average checkpoints.")
 
 
-@app.command()
+@app.command(cls=Command)
 @grouped
 def experts(
     source: Source,
@@ -184,7 +185,7 @@ class WeightFlags:
         return weighting.mean(count)
 
 
-@app.command()
+@app.command(cls=Command)
 @grouped
 def checkpoints(
     sources: Annotated[

@@ -17,7 +17,8 @@ from lingconv.cli.common_options import (
     Source,
     Verify,
 )
-from lingconv.cli.convert_options import Fp8Flags, OutputFlags
+from lingconv.cli.convert_options import OutputFlags
+from lingconv.cli.format_options import Fp8Flags
 from lingconv.cli.four_bit_options import FourBitFlags
 from lingconv.cli.option_groups import grouped
 from lingconv.errors import UsageError

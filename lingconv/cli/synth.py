@@ -11,10 +11,10 @@ from lingconv.cli.convert_options import (
     OUTPUT,
     DType,
     MaxShardSize,
-    OutType,
     layout_of,
     shard_bytes,
 )
+from lingconv.cli.format_options import OutType
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.progress_display import make_progress
 from lingconv.plans.options import AUTO, ConvertOptions, GgufOptions

@@ -14,8 +14,10 @@ from lingconv.execution.request import RunRequest
 from lingconv.execution.resources import LOCAL, RAY
 from lingconv.execution.run_folder import RunFolder, pinned_commits
 from lingconv.plans.plan import Plan
+from lingconv.storage import Storage
 from lingconv.storage.hub.address import HubAddress, is_hub, parse_address
 from lingconv.storage.locations import is_object, is_remote, open_upload_target, staging_folder_of
+from lingconv.storage.provenance import read_source_record
 from lingconv.storage.upload_target import PublishOptions
 
 if TYPE_CHECKING:
@@ -64,6 +66,11 @@ class Destination:
 
     def _check_options(self) -> None:
         """Raise UsageError for options that do not apply to this kind of target."""
+        if is_object(self._store) and self._request.recheck:
+            raise UsageError(
+                "`recheck` compares digests, and object stores list none that all clients make",
+                hint="leave it out; `lingconv verify SRC DST` compares what the store holds",
+            )
         replaces = self._options == PublishOptions(replace=True)
         if is_hub(self._store) or self._options == PublishOptions():
             return
@@ -88,6 +95,11 @@ class Destination:
             raise UsageError("`address` is that of a cluster: add `executor=ray`")
         if on_ray and self._resources.part is not None:
             raise UsageError("a cluster writes whole targets", hint="leave `part` out")
+        if on_ray and self._request.recheck:
+            raise UsageError(
+                "`recheck` reads finished files on one machine, not on a cluster",
+                hint="leave `executor` out: the same command then goes on here",
+            )
 
     def _refuse_in_parts(self) -> None:
         """Raise UsageError for options that cannot be combined with `--part`."""
@@ -138,7 +150,7 @@ class Destination:
                 self._folder,
                 self._request,
                 commits=self._commits,
-                publish=self._publish(plan),
+                publish=self._publish(plan, storages[-1]),
                 store=(self._store, self._options) if self._store else None,
             )
         return engine.execute(
@@ -147,19 +159,20 @@ class Destination:
             self._folder,
             self._request,
             commits=self._commits,
-            publish=self._publish(plan),
+            publish=self._publish(plan, storages[-1]),
         )
 
-    def _publish(self, plan: Plan) -> Publish | None:
+    def _publish(self, plan: Plan, base: Storage) -> Publish | None:
         if not self._store:
             return None
         share = self._resources.disk_share(publishes=True)
 
         def begin(folder: RunFolder, progress: Progress) -> "Publisher":
-            from lingconv.execution.publishing.publisher import Publisher
+            from lingconv.execution.publishing.publisher import Origin, Publisher
 
             store = open_upload_target(self._store, self._options)
-            return Publisher(store, self._options, plan, folder, progress, share)
+            origin = Origin(read_source_record(base), engine.base_card(plan, base))
+            return Publisher(store, self._options, plan, origin, folder, progress, share)
 
         return begin
 

@@ -123,7 +123,7 @@ def execute(
         commit_url=published.url if published else "",
         branch=published.branch if published else "",
         state=folder.state,
-        files_differing=done.differing,
+        files_differing=publisher.differing if publisher else done.differing,
     )
 
 
@@ -192,7 +192,10 @@ class Run:
         return Written(todo, found, len(differing))
 
     def _differing(self, finished: list[OutputFile]) -> list[OutputFile]:
-        """Return the finished files whose bytes differ from the plan's; none without `recheck`."""
+        """Return the finished files whose bytes differ from the plan's; none without `recheck`.
+
+        A publisher has its own way: it has all files written anew, and compares their digests.
+        """
         if not self._request.recheck or self._publisher or not finished:
             return []
         pool = self._pool(self._storages, compares=True)
@@ -211,7 +214,7 @@ class Run:
         """Write the files `todo`, which are some of the plan's."""
         allow_open_files(len(self._plan.source_files))
         with ExitStack() as stack:
-            storages = _fetched(
+            storages = _with_downloads(
                 self._plan,
                 todo,
                 self._storages,
@@ -239,10 +242,10 @@ class Run:
     def complete(self) -> "PublishedCommit | None":
         """Write the closing files (index, config, record); return the commit if published."""
         plan, folder, base = self._plan, self._folder, self._storages[-1]
-        record, card = read_source_record(base), _base_card(plan, base)
+        record, card = read_source_record(base), base_card(plan, base)
         last = closing_files(plan, record, card if plan.weighting else "", __version__)
         if self._publisher:
-            return self._publisher.finish(record, card, last)
+            return self._publisher.finish(last)
         for name, data in last.items():
             replace_file(folder.path(name), [data])
         if format_for(plan.options.layout).is_self_contained:  # it has no files beside it
@@ -290,7 +293,7 @@ def _ahead_bytes(spare_bytes: int, jobs: int) -> int:
     return min(_MOST_AHEAD_BYTES, max(0, spare_bytes)) // max(1, jobs // 2)
 
 
-def _fetched(
+def _with_downloads(
     plan: Plan,
     todo: Sequence[OutputFile],
     storages: Sequence[Storage],
@@ -318,9 +321,9 @@ def _fetched(
         names = [name for source, name in order if source == number]
         largest = max((storage.stat(name).size for name in names), default=0)
         room = resources.disk_share(publishes=publishes) // len(far) or _AT_ONCE * largest
-        spool = Downloader(storage, folder.state / f"fetched-{number}", names, room)
-        stack.callback(spool.close)
-        found.append(spool)
+        downloader = Downloader(storage, folder.state / f"fetched-{number}", names, room)
+        stack.callback(downloader.close)
+        found.append(downloader)
     return found
 
 
@@ -358,7 +361,7 @@ def carry_side_files(plan: Plan, storages: Sequence[Storage], folder: RunFolder)
             replace_file(path, (storage.read(name, start, _CHUNK_BYTES) for start in starts))
 
 
-def _base_card(plan: Plan, storage: Storage) -> str:
+def base_card(plan: Plan, storage: Storage) -> str:
     """Return the model card of the source; empty if it has none that can be read."""
     if CARD_NAME in plan.sources[-1].files:
         with suppress(LingconvError):

@@ -12,8 +12,9 @@ class RunRequest:
     """The resources of a run, its progress callbacks, and how it treats its target.
 
     `fresh` removes the files of an earlier run. `recheck` compares every finished file with the
-    bytes that the plan gives, and writes those that differ again. `publish` are the options of an
-    upload. None of them changes a byte of the output.
+    bytes that the plan gives, and writes those that differ again; for a repository all files are
+    written again, and those sent whose digest is not the listed one. `publish` are the options of
+    an upload. None of them changes a byte of the output.
     """
 
     resources: Resources = field(default_factory=Resources)

@@ -92,7 +92,7 @@ class RunFolder:
         self._identity = identity
         self._fresh = fresh
         self._sources = sources
-        self._recheck = recheck
+        self.rechecks = recheck
         self._is_moved = False
         self._locks = RunLocks(self.state, share)
         self._journal = Journal(self.state, f"journal.{share}.jsonl" if share else JOURNAL_NAME)
@@ -267,7 +267,7 @@ class RunFolder:
             return False
         now = FileState.of(path)
         noted = self._journal.finished.get(name, now)
-        if now.size == nbytes and noted.agrees(now, is_moved=self._is_moved or self._recheck):
+        if now.size == nbytes and noted.agrees(now, is_moved=self._is_moved or self.rechecks):
             return True
         raise DestinationError(
             f"{path} was changed after it was finished",
@@ -283,7 +283,7 @@ class RunFolder:
     def partial(self, name: str, nbytes: int) -> tuple[PartialFile, Pieces]:
         """Return the unfinished file, a new one if there is none, and its journaled pieces."""
         path = self._partial_path(name)
-        held = "" if self._recheck else id_of(path, nbytes)
+        held = "" if self.rechecks else id_of(path, nbytes)
         if not held:
             return PartialFile(path, nbytes, new_id(), is_new=True), Pieces(set(), {})
         return PartialFile(path, nbytes, held, is_new=False), self._journal.pieces(name, held)

@@ -1,13 +1,18 @@
 """Folders of object stores and whatever else fsspec opens: `s3://bucket/folder`, `gs://`, `az://`.
 
 The client is the one that fsspec names for the scheme (s3fs, gcsfs, adlfs ...), installed and
-configured as its own documentation says; it finds credentials and tries again by itself.
+configured as its own documentation says; it finds credentials and tries again by itself, which is
+told as far as it logs it (S3).
 """
 
+import logging
 import re
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from fsspec.core import url_to_fs
 
@@ -21,6 +26,7 @@ from lingconv.errors import (
 )
 from lingconv.storage import MAX_FILES, Blob, FileStat, whole_size
 from lingconv.storage.byte_ranges import PARALLEL, Ranges
+from lingconv.storage.client_logs import Overheard, listen
 from lingconv.storage.folder_listing import too_many_files
 
 T = TypeVar("T")
@@ -32,17 +38,76 @@ _REFUSED = re.compile(
 )
 
 
+# What clients log of their own tries: botocore's endpoint.py and retryhandler.py, and s3fs.
+_CLIENT_LOGS = (
+    Overheard(
+        ("botocore.endpoint", "botocore.retryhandler"),
+        "S3",
+        re.compile(
+            r"(?s)^(?:Exception received when sending HTTP request\.|retry needed[:,])"
+            r"(?P<reason>.*)"
+        ),
+        re.compile(r"^Response received to retry, sleeping for (?P<wait>[\d.]+) seconds"),
+    ),
+    Overheard(
+        ("s3fs",),
+        "S3",
+        re.compile(r"(?s)^Retryable error: (?P<reason>.*)"),
+        re.compile(r"^Retryable error: "),
+    ),
+)
+_LINK = re.compile(r"(?P<host>[A-Za-z][A-Za-z0-9+.-]{0,20}://[^/?\s\"']+)[^\s\"']*")
+_CONNECT_S = 10.0
+_answered: set[str] = set()
+
+
 def open_file_system(uri: str) -> tuple[Any, str]:
     """Return the client for an address, and the path that it knows the folder by.
 
-    Raises UsageError where the client is not installed.
+    Raises UsageError where the client is not installed, NetworkError where the store's host has no
+    address or refuses the connection: the client itself would try for long.
     """
     try:
         system, root = url_to_fs(uri)
     except (ImportError, ValueError) as exc:
         raise UsageError(f"{uri} cannot be opened: {exc}", hint="install what it names") from exc
     system.use_listings_cache = False
+    for overheard in _CLIENT_LOGS:
+        listen(overheard, logging.DEBUG, _without_paths)
+    _check_contact(uri, system)
     return system, str(root).rstrip("/")
+
+
+def _without_paths(text: str) -> str:
+    """Return what a client said with no more of its links than their hosts."""
+    return _LINK.sub(r"\g<host>", " ".join(text.split()))
+
+
+def _check_contact(uri: str, system: Any) -> None:
+    """Raise NetworkError where a host that never answered in this process cannot be reached."""
+    endpoint = asked(uri, lambda: _endpoint_of(system))
+    parts = urlsplit(endpoint)
+    if not parts.hostname or endpoint in _answered or getproxies():
+        return
+    try:
+        place = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection(place, _CONNECT_S).close()
+    except (socket.gaierror, ConnectionRefusedError) as exc:
+        raise NetworkError(
+            f"{uri}: {parts.netloc} cannot be reached: {exc}",
+            hint="check the network and the endpoint that the store's client is told"
+            " (S3: `AWS_ENDPOINT_URL`), then run the same command again",
+        ) from exc
+    except OSError:  # may be over in a moment: the client finds out, and says so
+        return
+    _answered.add(endpoint)
+
+
+def _endpoint_of(system: Any) -> str:
+    """Return the URL of a store, for the clients that tell it (s3fs); else nothing."""
+    if "s3" not in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
+        return ""
+    return str(system.s3.meta.endpoint_url or "")
 
 
 def asked(uri: str, action: Callable[[], T]) -> T:
@@ -149,7 +214,10 @@ class ObjectStorage:
     def stat(self, name: str) -> FileStat:
         """Return size and stamp as they are now."""
         where = f"{self.uri}/{name}"
-        return stat_of(asked(where, lambda: self._system.info(f"{self._root}/{name}")))
+        info = asked(where, lambda: self._system.info(f"{self._root}/{name}"))
+        if info.get("type") == "directory":
+            raise CheckpointError(f"{self.uri} has no file {name}, but a folder of that name")
+        return stat_of(info)
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return bytes of a file."""

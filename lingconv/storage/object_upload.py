@@ -9,7 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from lingconv.errors import CheckpointError
-from lingconv.storage.object_store import asked, list_objects, open_file_system, stat_of
+from lingconv.storage.object_store import (
+    ObjectStorage,
+    asked,
+    list_objects,
+    open_file_system,
+    stat_of,
+)
 from lingconv.storage.upload_target import (
     ListedFile,
     PublishedCommit,
@@ -50,6 +56,16 @@ class ObjectUpload:
 
     def card_for(self) -> None:
         """Return that this is no place for model cards."""
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Take any."""
+
+    def check_card(self, card: Path | bytes) -> None:
+        """Take any: it is a file like all others."""
+
+    def storage(self) -> ObjectStorage:
+        """Return what the folder holds now."""
+        return ObjectStorage(self._uri)
 
     def complete(
         self, small: Mapping[str, Path | bytes], sent: Mapping[str, ListedFile]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lingconv.errors import CheckpointError, DestinationError, UsageError
+from lingconv.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,15 @@ class UploadTarget(Protocol):
 
         Empty where somebody else wrote one; None where a store is no place for model cards.
         """
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise DestinationError for names that would not be taken, before anything is sent."""
+
+    def check_card(self, card: Path | bytes) -> None:
+        """Raise CheckpointError for a model card that would be refused, before anything is sent."""
+
+    def storage(self) -> Storage:
+        """Return what it holds now, to be read."""
 
     def complete(
         self, small: Mapping[str, Path | bytes], sent: Mapping[str, ListedFile]

@@ -6,7 +6,7 @@ A new storage is one more `StorageCase` in `CASES`; `tests/test_storages.py` has
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -49,19 +49,11 @@ SECRET_NAME, SECRET = "secret.txt", b"nobody may read this"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StorageCase:
-    """A storage, and what is known of it.
-
-    `unit`: ranges begin and end at multiples of it. `makes_its_own` tells that it holds other files
-    than it is given. `fails` are tests that are known to fail, as patterns of their names with the
-    reason; `may_fail` those that fail or not, by what else is installed.
-    """
+    """A storage; `makes_its_own` tells that it holds other files than it is given."""
 
     name: str
     make: Make
-    unit: int = 1
     makes_its_own: bool = False
-    fails: Mapping[str, str] = field(default_factory=dict)
-    may_fail: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -125,9 +117,9 @@ def downloads(files: Files, folder: Path, patch: pytest.MonkeyPatch) -> Iterator
     with hub(files, folder, patch) as far:
         room = sum(map(len, files.values())) - max(map(len, files.values()))
         order = sorted(files, key=lambda name: len(files[name]))
-        spool = Downloader(far, folder / "spool", order, room)
-        yield spool
-        spool.close()
+        downloader = Downloader(far, folder / "fetched", order, room)
+        yield downloader
+        downloader.close()
 
 
 @contextmanager
@@ -138,30 +130,11 @@ def synthetic(files: Files, folder: Path, patch: pytest.MonkeyPatch) -> Iterator
     yield SynthStorage(family, family.resolve(config, HF), config, seed=7)
 
 
-_CACHE = {
-    r"leads_out\[\w+-(read|open)-.*\.\.": "the cache is asked for a name that is not listed, and"
-    " its client raises ValueError"
-}
 CASES = [
     StorageCase("local", local),
     StorageCase("overlay", overlay),
-    StorageCase(
-        "objects",
-        objects,
-        fails={r"-stat-(sub)?\]": "the stat of a folder is that of an empty file"},
-    ),
-    StorageCase("hub", hub, fails=_CACHE),
-    StorageCase("downloads", downloads, fails=_CACHE),
-    StorageCase(
-        "synthetic",
-        synthetic,
-        unit=4,
-        makes_its_own=True,
-        fails={
-            r"(not_there|leads_out).*-(open|read)-": "any name is opened, `read` is empty",
-            r"test_read_returns": "`read` knows small files alone",
-            r"every_file_that_is_listed": "`open` knows the weights alone",
-            r"beyond_the_end": "IndexError, or ValueError, beyond the end",
-        },
-    ),
+    StorageCase("objects", objects),
+    StorageCase("hub", hub),
+    StorageCase("downloads", downloads),
+    StorageCase("synthetic", synthetic, makes_its_own=True),
 ]

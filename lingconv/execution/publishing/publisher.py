@@ -15,24 +15,41 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from lingconv.errors import ResourceError
+from lingconv.errors import CheckpointError, ResourceError
 from lingconv.execution.closing.closing_files import closing_names, record_of
 from lingconv.execution.closing.model_card import CardInputs, model_card, published_record
 from lingconv.execution.progress import Progress
+from lingconv.execution.publishing.read_back import check_sent
 from lingconv.execution.run_folder import RunFolder
 from lingconv.plans.plan import OutputFile, Plan
 from lingconv.storage.file_names import CARD_NAME, RECORD_NAME
 from lingconv.storage.local_files import replace_file
-from lingconv.storage.upload_target import PublishedCommit, PublishOptions, UploadTarget
+from lingconv.storage.upload_target import (
+    ListedFile,
+    PublishedCommit,
+    PublishOptions,
+    UploadTarget,
+)
 from lingconv.version import __version__
 
 _TURN_S = 0.1
 _STATE_NAME = "pull_request"
 # Weights of which a repository holds one set; of GGUF files it may hold several.
 _SHARDS = (".safetensors", ".distcp", ".pt", ".bin")
+_MEND_CARD = (
+    f"mend the front matter of the source's {CARD_NAME} (the lines between the two `---`), then run"
+    " the same command with `fresh`"
+)
 _AT_ONCE = 2  # one is written while another is sent
+
+
+class Origin(NamedTuple):
+    """What the base of a plan says of itself: its lingconv.json, and its model card."""
+
+    record: Mapping[str, Any] | None
+    card: str
 
 
 class Publisher:
@@ -43,6 +60,7 @@ class Publisher:
         store: UploadTarget,
         options: PublishOptions,
         plan: Plan,
+        origin: Origin,
         folder: RunFolder,
         progress: Progress,
         max_disk_bytes: int,
@@ -51,6 +69,7 @@ class Publisher:
         self.pull_request = 0
         self._options = options
         self._plan = plan
+        self._origin = origin
         self._folder = folder
         self._progress = progress
         largest = max(file.nbytes for file in plan.files)
@@ -61,6 +80,8 @@ class Publisher:
                 f"the largest file has {largest:,} bytes, there is room for {self.room:,}",
                 hint="raise `max_disk_bytes`, or make smaller files: `max_shard_bytes`",
             )
+        self.differing = 0  # files that a recheck found to be others than were sent
+        self._before: dict[str, ListedFile] = {}
         self._waiting: list[OutputFile] = []
         self._is_closing = False
         self._error: BaseException | None = None
@@ -70,7 +91,8 @@ class Publisher:
     def begin(self) -> list[OutputFile]:
         """Look at the store; return the weight files that are still to be written.
 
-        Raises DestinationError when it holds another model.
+        Raises DestinationError when it holds another model, and CheckpointError for a model card
+        that it would refuse.
         """
         note = self._folder.state / _STATE_NAME
         number = int(note.read_text()) if note.exists() else 0
@@ -78,7 +100,23 @@ class Publisher:
         if opened and opened != number:
             replace_file(note, [f"{opened}\n".encode()])
         self.pull_request = opened
+        self._check_small_files()
         self._refuse_foreign()
+        todo = self._again() if self._folder.rechecks else self._unfinished()
+        self._progress.sending(sum(file.nbytes for file in [*self._waiting, *todo]))
+        self._thread.start()
+        return todo
+
+    def _again(self) -> list[OutputFile]:
+        """Return all files: each is written anew, and sent if the store lists another digest."""
+        self._before = dict(self._folder.sent)
+        self._folder.sent.clear()
+        for file in self._plan.files:
+            self._folder.remove(file.name)
+        return list(self._plan.files)
+
+    def _unfinished(self) -> list[OutputFile]:
+        """Return the files that are neither sent nor finished; finished ones wait to be sent."""
         todo = []
         for file in self._plan.files:
             sent = self._folder.sent.get(file.name)
@@ -91,9 +129,21 @@ class Publisher:
                 self._waiting.append(file)
             else:
                 todo.append(file)
-        self._progress.sending(sum(file.nbytes for file in [*self._waiting, *todo]))
-        self._thread.start()
         return todo
+
+    def _check_small_files(self) -> None:
+        """Ask the store whether it would take all names, and the card that comes last."""
+        weights = [file.name for file in self._plan.files]
+        repository = self._store.card_for()
+        card = [CARD_NAME] if repository else []
+        names = [*weights, *self._plan.side_files, *closing_names(self._plan), *card]
+        self._store.check_names(list(dict.fromkeys(names)))
+        if not repository:
+            return
+        try:
+            self._store.check_card(self._card(repository))
+        except CheckpointError as exc:  # a source that was mended is another one to this run
+            raise CheckpointError(exc.message, details=exc.details, hint=_MEND_CARD) from exc
 
     def _refuse_foreign(self) -> None:
         """Refuse a repository that another model is in, unless it is to be replaced."""
@@ -152,6 +202,7 @@ class Publisher:
         before, total = len(self._folder.sent), len(self._plan.files)
         sent = self._store.add_weights(paths, before, total)
         for name, listed in sent.items():
+            self.differing += self._before.get(name, listed) != listed
             self._folder.finish_sending(name, listed)
         nbytes = sum(file.nbytes for file in batch)
         seconds = time.monotonic() - started
@@ -161,9 +212,7 @@ class Publisher:
             self.room += nbytes
             self._changed.notify_all()
 
-    def finish(
-        self, source_record: Mapping[str, Any] | None, base_card: str, last: Mapping[str, bytes]
-    ) -> PublishedCommit:
+    def finish(self, last: Mapping[str, bytes]) -> PublishedCommit:
         """Wait until all weights are there, add what makes them a checkpoint, and check it all.
 
         That is the small files of the source, `last`, and the card; one that somebody else wrote
@@ -178,21 +227,25 @@ class Publisher:
             raise self._error
         carried = {name: self._folder.root / name for name in self._plan.side_files}
         small: dict[str, Path | bytes] = {**carried, **last}
-        record = record_of(self._plan, source_record, __version__)
         if RECORD_NAME in small:
-            small[RECORD_NAME] = published_record(record)
+            small[RECORD_NAME] = published_record(self._record)
         repository = self._store.card_for()
         if repository is not None:
             small.pop(CARD_NAME, None)
         if repository:
-            small[CARD_NAME] = self._card(record, base_card, repository)
+            small[CARD_NAME] = self._card(repository)
+        check_sent(self._store.storage(), self._plan, self._folder.sent, small)
         return self._store.complete(small, self._folder.sent)
 
-    def _card(self, record: Mapping[str, Any], base_card: str, repository: str) -> bytes:
+    @property
+    def _record(self) -> dict[str, Any]:
+        return record_of(self._plan, self._origin.record, __version__)
+
+    def _card(self, repository: str) -> bytes:
         described = CardInputs(
-            record,
+            self._record,
             self._plan.config,
-            base_card,
+            self._origin.card,
             repository,
             self._plan.files[0].name,
         )

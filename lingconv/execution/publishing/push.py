@@ -24,7 +24,6 @@ from lingconv.storage import Storage
 from lingconv.storage.file_names import CARD_NAME, CONFIG_NAME, PARTIAL_SUFFIX, RECORD_NAME, SUFFIX
 from lingconv.storage.hub.address import HubAddress
 from lingconv.storage.hub.repository import Repository
-from lingconv.storage.hub.storage import HubStorage
 from lingconv.storage.local import LocalStorage
 from lingconv.storage.overlay import Overlay
 from lingconv.storage.upload_target import ListedFile, PublishedCommit, PublishOptions
@@ -90,8 +89,13 @@ def push(
     small: dict[str, Path | bytes] = {n: folder / n for n in files if n not in weights}
     if proof.report is not None:
         small[REPORT_NAME] = proof.report
-    if described is not None and repository.card_for():
-        small[CARD_NAME] = model_card(described).encode()
+    if described is not None:
+        small.pop(CARD_NAME, None)
+        if repository.card_for():
+            small[CARD_NAME] = model_card(described).encode()
+    repository.check_names([*weights, *small])
+    if CARD_NAME in small:
+        repository.check_card(small[CARD_NAME])
     record = _read_json(folder / RECORD_NAME)
     if record:
         small[RECORD_NAME] = published_record(record)
@@ -228,7 +232,7 @@ def add_proof(address: HubAddress, proof: Proof) -> PublishedCommit | None:
     repository.prepare()
     if RECORD_NAME not in repository.files or not repository.card_for():
         return None
-    storage = HubStorage(address._replace(revision=repository.head), repository.files)
+    storage = repository.storage()
     has_card = CARD_NAME in repository.files
     weights = sorted(name for name in repository.files if name.endswith(_WEIGHTS))
     described = CardInputs(

@@ -6,21 +6,26 @@ is packed a thousand times over, or a list whose next page is itself, would take
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError
+from lingconv.storage.hub.client import without_secrets
+from lingconv.storage.hub.contact import CONNECT_S, watched_session
 from lingconv.storage.upload_target import ListedFile
 from lingconv.version import __version__
 
-TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+TIMEOUT = httpx.Timeout(30.0, connect=CONNECT_S)
 # A page of the Hub has 1,000 files in some 300 kB.
 MAX_ANSWER_BYTES = 32 << 20
 MAX_PAGES = 1_000
+_REFUSED_CARD = 400
+_NAMES_AT_ONCE = 256  # huggingface_hub, _commit_api.py: UPLOAD_BATCH_MAX_NUM_FILES
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPORT = "the server answers as no Hub does: report it to whoever runs it"
 
@@ -59,6 +64,59 @@ def files_of(repository: str, commit: str) -> dict[str, ListedFile]:
     return found
 
 
+def refusals_of(card: str) -> list[str]:
+    """Return why the Hub would refuse a model card, in its own words; nothing where it takes it.
+
+    Raises what the client raises.
+    """
+    url = f"{constants.ENDPOINT}/api/validate-yaml"
+    with _posted(url, {"content": card, "repoType": "model"}) as response:
+        if response.status_code != _REFUSED_CARD:
+            hf_raise_for_status(response)
+            return []
+        answer = _json_of(url, response)
+    errors = answer.get("errors") if isinstance(answer, dict) else None
+    messages = [
+        without_secrets(str(each["message"]))
+        for each in (errors if isinstance(errors, list) else ())
+        if isinstance(each, dict) and "message" in each
+    ]
+    return messages or ["it does not say why"]
+
+
+def ignored_names(repository: str, revision: str, names: Sequence[str]) -> list[str]:
+    """Return the names that the `.gitignore` of a repository keeps out of commits.
+
+    Raises what the client raises.
+    """
+    revision = quote(revision or "main", safe="")
+    url = f"{constants.ENDPOINT}/api/models/{repository}/preupload/{revision}"
+    found = []
+    for start in range(0, len(names), _NAMES_AT_ONCE):
+        asked = [{"path": name, "sample": "", "size": 1} for name in names[start:][:_NAMES_AT_ONCE]]
+        with _posted(url, {"files": asked}) as response:
+            hf_raise_for_status(response)
+            answer = _json_of(url, response)
+        files = answer.get("files") if isinstance(answer, dict) else None
+        if not isinstance(files, list):
+            raise _odd(repository, f"how it takes files is {answer!r:.80}")
+        found += [
+            str(each.get("path"))
+            for each in files
+            if isinstance(each, dict) and each.get("shouldIgnore")
+        ]
+    return found
+
+
+def _posted(url: str, asked: Any) -> AbstractContextManager["httpx.Response"]:
+    """Send a question as JSON; the answer is still to be read."""
+    headers = build_hf_headers(library_name="lingconv", library_version=__version__)
+    sent: AbstractContextManager[httpx.Response] = watched_session().stream(
+        "POST", url, headers=headers, json=asked, timeout=TIMEOUT, follow_redirects=True
+    )
+    return sent
+
+
 def _digest(entry: dict[str, Any]) -> str:
     """Return the SHA-256 of a large file, the git hash of any other; empty where there is none."""
     large = entry.get("lfs")
@@ -84,21 +142,26 @@ def _entries(repository: str, url: str) -> Iterator[Any]:
 def _get(url: str) -> tuple[Any, str]:
     """Return a JSON answer, and where the next page is."""
     headers = build_hf_headers(library_name="lingconv", library_version=__version__)
-    with get_session().stream(
+    with watched_session().stream(
         "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)
-        body = bytearray()
-        for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > MAX_ANSWER_BYTES:
-                raise CheckpointError(
-                    f"{url}: the answer has more than {MAX_ANSWER_BYTES:,} bytes", hint=_REPORT
-                )
-        try:
-            return json.loads(body), response.links.get("next", {}).get("url", "")
-        except RecursionError as exc:
-            raise CheckpointError(f"{url}: the answer is nested too deep", hint=_REPORT) from exc
+        return _json_of(url, response), response.links.get("next", {}).get("url", "")
+
+
+def _json_of(url: str, response: "httpx.Response") -> Any:
+    """Return what an answer holds, read up to a bound."""
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise CheckpointError(
+                f"{url}: the answer has more than {MAX_ANSWER_BYTES:,} bytes", hint=_REPORT
+            )
+    try:
+        return json.loads(body)
+    except RecursionError as exc:
+        raise CheckpointError(f"{url}: the answer is nested too deep", hint=_REPORT) from exc
 
 
 def _odd(repository: str, what: str) -> CheckpointError:

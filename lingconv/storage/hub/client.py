@@ -37,6 +37,9 @@ from lingconv.errors import (
     ResourceError,
     UsageError,
 )
+from lingconv.storage.client_logs import Overheard, listen
+from lingconv.storage.hub.contact import host_out_of_reach, watched_session
+from lingconv.storage.retries import Retry, tell
 from lingconv.version import __version__
 
 T = TypeVar("T")
@@ -54,6 +57,22 @@ _SECRETS = (
     re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://\S+"),
 )
 _MAX_SAID = 500
+# What the client logs of its own tries: huggingface_hub 1.x, utils/_http.py and file_download.py.
+_AT = r"\w+://(?P<host>[^/:?\s]+)"
+_CLIENT_LOGS = (
+    Overheard(
+        ("huggingface_hub.utils._http",),
+        "the Hub",
+        re.compile(rf"(?s)^(?P<reason>.*) thrown while requesting \w+ {_AT}"),
+        re.compile(r"(?:Retrying in|Waiting) (?P<wait>[\d.]+)s.*(?P<failures>\d+)/(?P<most>\d+)"),
+    ),
+    Overheard(
+        ("huggingface_hub.file_download",),
+        "the Hub",
+        re.compile(rf"(?s)^Error while downloading from {_AT}\S*: (?P<reason>.*)\n"),
+        re.compile(r"Trying to resume download"),
+    ),
+)
 _LOG_IN = "run `hf auth login`, or set `HF_TOKEN`"
 
 
@@ -62,9 +81,10 @@ class Unfinished(Exception):
 
 
 class Backoff:
-    """How often something failed in a row, and how long to wait before the next try."""
+    """How often something at an address failed in a row, and the wait before the next try."""
 
-    def __init__(self) -> None:
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
         self._failures = 0
 
     def reset(self) -> None:
@@ -72,13 +92,15 @@ class Backoff:
         self._failures = 0
 
     def pause(self, error: Exception) -> bool:
-        """Wait after `error`; return False at once when there is no use in another try."""
+        """Say so and wait after `error`; return False at once where another try is of no use."""
         self._failures += 1
         if not is_passing(error) or self._failures >= TRIES:
             return False
         growing = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._failures - 1))
         asked = _asked_wait(error)
-        time.sleep(growing * random.uniform(0.5, 1.0) if asked is None else asked)
+        wait = growing * random.uniform(0.5, 1.0) if asked is None else asked
+        tell(Retry(self._uri, _reason(error), wait, self._failures, TRIES))
+        time.sleep(wait)
         return True
 
 
@@ -87,8 +109,9 @@ def patiently(uri: str, action: Callable[[], T]) -> T:
 
     Raises an error of `lingconv.errors` that names `uri`.
     """
-    backoff = Backoff()
+    backoff = Backoff(uri)
     while True:
+        watched_session()
         try:
             return action()
         except LingconvError:
@@ -128,6 +151,8 @@ def hub_api() -> HfApi:
     """
     if "HF_HUB_VERBOSITY" not in os.environ:
         logging.set_verbosity(logging.ERROR)
+    for overheard in _CLIENT_LOGS:
+        listen(overheard, logging.WARNING, without_secrets)
     return HfApi(library_name="lingconv", library_version=__version__)
 
 
@@ -162,6 +187,8 @@ def is_passing(error: Exception) -> bool:
     status = status_of(error)
     if status:
         return status in _BUSY or _is_old_link(error)
+    if host_out_of_reach(error):
+        return False
     # The client reads some answers as JSON before it looks at their status.
     if isinstance(error, Unfinished | httpx.TransportError | JSONDecodeError):
         return True
@@ -213,9 +240,21 @@ def translated(error: Exception, uri: str) -> LingconvError:
         return ResourceError(f"{uri}: the Hub has no room for it ({_said(error)})")
     if status and status not in _BUSY:
         return NetworkError(f"{uri}: the Hub answers {status} ({_said(error)})", hint=SAME_COMMAND)
-    reason = f"the Hub answers {status}" if status else _plain(error)
+    if host := host_out_of_reach(error):
+        return NetworkError(
+            f"{uri}: {host} cannot be reached: {_plain(error)}",
+            hint="check the network and `HF_ENDPOINT`, then run the same command again",
+        )
     tried = f"no luck after {TRIES} tries: " if is_passing(error) else ""
-    return NetworkError(f"{uri}: {tried}{reason}", hint=SAME_COMMAND)
+    return NetworkError(f"{uri}: {tried}{_reason(error)}", hint=SAME_COMMAND)
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a request failed, on one line and without secrets."""
+    status = status_of(error)
+    if not status:
+        return _plain(error)
+    return f"the {'store' if _is_old_link(error) else 'Hub'} answers {status}"
 
 
 def _said(error: Exception) -> str:

@@ -156,19 +156,19 @@ class Downloader:
 
 
 class DownloadedBlob:
-    """An open file of a spool."""
+    """An open file of a Downloader."""
 
     descriptor = None
 
-    def __init__(self, spool: Downloader, name: str) -> None:
-        self._spool = spool
+    def __init__(self, downloader: Downloader, name: str) -> None:
+        self._downloader = downloader
         self._name = name
         self._blob: Blob | None = None
         self._lock = threading.Lock()
 
     def expect(self, offset: int, nbytes: int) -> None:
         """Have the file fetched; or those bytes, when it is read by ranges already."""
-        if not self._spool.expect(self._name) and self._blob is not None:
+        if not self._downloader.expect(self._name) and self._blob is not None:
             self._blob.expect(offset, nbytes)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -178,9 +178,9 @@ class DownloadedBlob:
     def _opened(self) -> Blob:
         with self._lock:
             if self._blob is None:
-                coming = self._spool.want(self._name)
+                coming = self._downloader.want(self._name)
                 if coming is None:
-                    self._blob = self._spool.open_ranges(self._name)
+                    self._blob = self._downloader.open_ranges(self._name)
                 else:
                     self._blob = LocalBlob(coming.result())
             return self._blob

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from lingconv.errors import CheckpointError, LingconvError, NetworkError
 from lingconv.storage.hub.address import HubAddress
@@ -26,6 +26,7 @@ from lingconv.storage.hub.client import (
     patiently,
     translated,
 )
+from lingconv.storage.hub.contact import watched_session
 from lingconv.storage.upload_target import ListedFile
 
 
@@ -90,7 +91,7 @@ class RemoteFile:
         end = offset + len(buffer)
         if end > self.file.size:
             raise CheckpointError(f"{self.address} ends at byte {self.file.size:,}, before {end:,}")
-        backoff = Backoff()
+        backoff = Backoff(self.uri)
         done = 0
         while done < len(buffer):
             failure: Exception | None = None
@@ -112,7 +113,7 @@ class RemoteFile:
         """Yield the bytes of one answer, at most `count` of them."""
         link = self._current_link()
         headers = {**link.headers, "Range": f"bytes={offset}-{offset + count - 1}"}
-        with get_session().stream(
+        with watched_session().stream(
             "GET", link.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as response:
             if response.status_code in REFUSED:

@@ -15,11 +15,20 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
-from lingconv.errors import DestinationError, LingconvError, PermissionDenied, UsageError
+from lingconv.errors import (
+    CheckpointError,
+    DestinationError,
+    LingconvError,
+    PermissionDenied,
+    UsageError,
+)
 from lingconv.storage.file_names import CARD_NAME, MARK
 from lingconv.storage.hub.address import HubAddress
+from lingconv.storage.hub.answers import ignored_names, refusals_of
 from lingconv.storage.hub.client import Backoff, Cause, hub_api, patiently, status_of, translated
 from lingconv.storage.hub.files import RemoteFile, as_listed, find_commit, list_files
+from lingconv.storage.hub.storage import HubStorage
+from lingconv.storage.retries import Retry, tell
 from lingconv.storage.upload_target import (
     ListedFile,
     PublishedCommit,
@@ -137,6 +146,36 @@ class Repository:
         RemoteFile(where, held).fetch(0, memoryview(card))
         return self.address.repository if MARK.encode() in card else ""
 
+    def storage(self) -> HubStorage:
+        """Return what it holds at the newest commit that was seen."""
+        return HubStorage(self.address._replace(revision=self.head), self.files)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise DestinationError for names that the repository's `.gitignore` leaves out."""
+        address = self.address
+        ignored = patiently(
+            str(address), lambda: ignored_names(address.repository, address.revision, names)
+        )
+        if ignored:
+            raise DestinationError(
+                f"{address}: its .gitignore leaves out files of the checkpoint",
+                details=ignored,
+                hint="take the patterns that match them out of the repository's .gitignore, then"
+                " run the same command again",
+            )
+
+    def check_card(self, card: Path | bytes) -> None:
+        """Raise CheckpointError for a model card that the Hub would refuse, with its reasons."""
+        text = (card if isinstance(card, bytes) else card.read_bytes()).decode("utf-8", "replace")
+        reasons = patiently(str(self.address), lambda: refusals_of(text))
+        if reasons:
+            raise CheckpointError(
+                f"{self.address}: the Hub refuses the front matter of {CARD_NAME}",
+                details=reasons,
+                hint=f"mend the front matter of {CARD_NAME} (the lines between the two `---`), then"
+                " run the same command again",
+            )
+
     def commit(self, contents: Mapping[str, Path | bytes], message: str) -> dict[str, ListedFile]:
         """Put files into the repository in one commit; return what it has now for each of them.
 
@@ -144,6 +183,8 @@ class Repository:
         same files since they were seen.
         """
         new = {name: content for name, content in contents.items() if not self.holds(name, content)}
+        if CARD_NAME in new:
+            self.check_card(new[CARD_NAME])
         additions = [CommitOperationAdd(name, content) for name, content in new.items()]
         if additions:
             self._commit(additions, message)
@@ -188,7 +229,7 @@ class Repository:
     ) -> None:
         names = [operation.path_in_repo for operation in operations]
         seen = {name: self.files.get(name) for name in self._claims.union(names)}
-        backoff, moves = Backoff(), 0
+        backoff, moves = Backoff(str(self.address)), 0
         while True:
             try:
                 info = self._api.create_commit(
@@ -210,7 +251,10 @@ class Repository:
                     return
                 self._refuse_changed(seen)
                 if moved:  # so that many who write at once do not meet again
-                    time.sleep(random.uniform(0, LONGEST_TURN_S))
+                    wait = random.uniform(0, LONGEST_TURN_S)
+                    moved_on = "somebody else committed in between"
+                    tell(Retry(str(self.address), moved_on, wait, moves, MOVES))
+                    time.sleep(wait)
             else:
                 self.head = info.oid
                 self._look_at(names)

@@ -83,11 +83,15 @@ class HubStorage:
         """Do nothing: what was read is not kept."""
 
     def cached(self, name: str) -> Path | None:
-        """Return where a file is in the local cache, if it is."""
+        """Return where a file is in the local cache, if it is.
+
+        Raises CheckpointError for a file that is not listed: the cache is asked for no other name.
+        """
+        size = self.stat(name).size
         path = try_to_load_from_cache(
             self.address.repository, self._full_name(name), revision=self.address.revision
         )
-        if isinstance(path, str) and _has_size(Path(path), self.stat(name).size):
+        if isinstance(path, str) and _has_size(Path(path), size):
             return Path(path)
         return None
 
