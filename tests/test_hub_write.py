@@ -17,6 +17,7 @@ from lingconv import (
     CheckpointError,
     ConvertOptions,
     DestinationError,
+    Fp8Options,
     GgufOptions,
     NetworkError,
     PermissionDenied,
@@ -561,9 +562,7 @@ def test_a_card_with_numbers(hub, folder, tmp_path):
     assert f"{worst:.3g}" in row
     assert f"{verdict.forward.logits.mean_kld:.6g}" in card.text
     assert hub.repositories["org/described"].refs["main"] in card.text
-    for line in ("vllm serve org/out", "--model-path org/out"):
-        assert line in card.text
-    assert "AutoModel" not in card.text  # nothing in the folder says how transformers would load it
+    assert "## How to load" not in card.text  # nothing in the folder says what code loads it
     assert card.text.count("Its own words.") == 1
     assert card.text.index(MARK) < card.text.index("Its own words.")
     (folder / "README.md").write_bytes(files["README.md"])
@@ -573,27 +572,64 @@ def test_a_card_with_numbers(hub, folder, tmp_path):
     assert again.count("Its own words.") == 1
 
 
+CODE = {"AutoModelForCausalLM": "modeling.BailingMoeV2ForCausalLM"}
+FP8_CT = Fp8Options(dialect="compressed-tensors")
+
+
 @pytest.mark.parametrize(
     ("options", "lines", "absent"),
     [
-        (ConvertOptions(dtype="bf16"), ["vllm serve"], ["quantized"]),
-        (ConvertOptions(layout="megatron"), ["--ckpt-format torch_dist"], ["vllm"]),
+        (
+            ConvertOptions(mtp="drop"),
+            ["vllm serve org/out --trust-remote-code --tensor-parallel-size 4\n", "transformers<5"],
+            ["quantized", "MTP"],
+        ),
+        (  # vLLM 0.33 stops at MTP layers; experts of 128 rows are one block
+            ConvertOptions(dtype="fp8"),
+            ["--model-path org/out --trust-remote-code\n", "vLLM: not with MTP layers"],
+            ["vllm serve", "AutoModelForCausalLM", "--tp-size"],
+        ),
+        (
+            ConvertOptions(dtype="fp8", mtp="drop", fp8=FP8_CT),
+            ["vllm serve org/out --trust-remote-code\n", "dialect compressed-tensors"],
+            ["--tensor-parallel-size", "scales f32"],
+        ),
+        (
+            ConvertOptions(dtype="nvfp4", mtp="drop"),
+            ["vllm serve org/out", "- nvfp4", "weights only"],
+            ["- fp8"],
+        ),
+        (ConvertOptions(layout="megatron"), ["--ckpt-format torch_dist", "qk-layernorm"], ["vllm"]),
         (ConvertOptions(layout="hf-merged"), [], ["vllm", "## How to load"]),
     ],
 )
 def test_cards_claim_what_is_true_of_a_layout(hub, golden, tmp_path, options, lines, absent):
-    convert("hf://org/tiny-ling-v2", tmp_path / "x", options)
+    source = dict(contents(golden))
+    config = json.loads(source["config.json"])
+    source["config.json"] = json.dumps({**config, "auto_map": CODE}).encode()
+    hub.add("org/with-code", source)
+    convert("hf://org/with-code", tmp_path / "x", options)
     lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
     card = hub.tree("org/out")["README.md"].decode()
     assert all(line in card for line in lines), card
     assert not any(line in card for line in absent), card
+    assert "what follows is the source's own card" not in card  # it has none
 
 
-def test_transformers_is_named_where_the_config_names_its_code(hub, golden, tmp_path):
+def test_tags_of_the_base_that_are_not_true_of_this_one_go(hub, golden, tmp_path):
+    source = dict(contents(golden))
+    source["README.md"] = b"---\ntags: [ling, fp8, gguf, compressed-tensors, merge]\n---\n# Ling\n"
+    hub.add("org/tagged", source)
+    convert("hf://org/tagged", "hf://org/out", ConvertOptions(dtype="f32"), publish=CREATE)
+    assert ModelCard(hub.tree("org/out")["README.md"].decode()).data.tags == ["ling", "lingconv"]
+
+
+def test_runtimes_that_need_code_are_named_where_the_config_names_it(hub, golden, tmp_path):
     convert(golden, tmp_path / "x", ConvertOptions(dtype="bf16"))
-    code = {"AutoModelForCausalLM": "modeling.BailingMoeV2ForCausalLM"}
-    edit_json(tmp_path / "x/config.json", lambda config: config.update(auto_map=code))
     lingconv.push(tmp_path / "x", "hf://org/out", CREATE)
+    assert "## How to load" not in hub.tree("org/out")["README.md"].decode()
+    edit_json(tmp_path / "x/config.json", lambda config: config.update(auto_map=CODE))
+    lingconv.push(tmp_path / "x", "hf://org/out")
     assert 'AutoModelForCausalLM.from_pretrained(\n    "org/out"' in (
         hub.tree("org/out")["README.md"].decode()
     )

@@ -19,6 +19,7 @@ from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import HF, Layout, PhysicalTensor, build_layout
 from lingconv.planner.coverage import check_sources, check_targets, dropped
 from lingconv.planner.encoding_choice import EncodingChoice
+from lingconv.planner.runtime_limits import runtime_warnings
 from lingconv.planner.sources import Average, Sources, refuse_all_faults
 from lingconv.planner.target_config import target_config
 from lingconv.plans.options import ConvertOptions, Mtp
@@ -90,7 +91,11 @@ class _Planner:
             config=self._config(transfers),
             dropped=left_out,
             total_parameters=sum(prod(transfer.target.shape) for transfer in transfers),
-            warnings=(*self._warnings(), *placed.notes),
+            warnings=(
+                *self._warnings(),
+                *runtime_warnings(self.layout, transfers),
+                *placed.notes,
+            ),
         )
 
     def _refuse_other_mathematics(self) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -17,10 +17,11 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined, Template
 
+from lingconv.encodings.quantization_config import KEY
 from lingconv.errors import CheckpointError
 from lingconv.errors.value_kinds import checked
-from lingconv.execution.closing.runtimes import encoding_word, loaders
-from lingconv.plans.options import Target, TargetDType
+from lingconv.plans.options import FourBitOptions, Target, TargetDType
+from lingconv.plans.runtimes import encoding_word, loaders, without_mtp
 from lingconv.storage.file_names import MARK, RECORD_NAME
 from lingconv.storage.front_matter import FrontMatterError, load_front_matter, split_card
 from lingconv.storage.provenance import RECORD_FIELDS, public_name, repository_of, without_paths
@@ -29,6 +30,8 @@ _NEEDED = ("source", "options", "encodings", "dropped")
 _MARKUP = re.compile(r"[\\`*\[\]<>|#~$]")
 END_MARK = "<!-- what follows is the source's own card -->"
 _MERGE, _QUANTIZED = "merge", "quantized"
+# What labels of encodings begin with, as tags.
+_KINDS = ("fp8", "nvfp4", "mxfp4", "int4")
 _FLOAT_OUTTYPES = ("auto", "f32", "f16", "bf16")
 _FORWARD_NAMES = {
     "mean_kld": "Mean KLD",
@@ -66,7 +69,8 @@ def model_card(described: CardInputs) -> str:
     with _record_is_read():
         front = _to_yaml(_front_matter(described, data))
         section = _section(described).strip()
-    return f"---\n{front}\n---\n{section}\n\n{END_MARK}\n\n{text.strip()}".strip() + "\n"
+    rest = f"\n\n{END_MARK}\n\n{text.strip()}" if text.strip() else ""
+    return f"---\n{front}\n---\n{section}{rest}\n"
 
 
 def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,14 +148,24 @@ def _front_matter(described: CardInputs, data: dict[str, Any]) -> dict[str, Any]
         data.pop("library_name", None)
     if layout in (Target.HF, Target.GGUF):
         data.setdefault("pipeline_tag", "text-generation")
-    own = [
-        _MERGE if relation == _MERGE else "",
-        "fp8" if any(label.startswith("fp8") for label in record["encodings"]) else "",
-        Target.GGUF.value if layout == Target.GGUF else "",
-        "lingconv",
-    ]
-    data["tags"] = list(dict.fromkeys([*_tags(data.get("tags")), *filter(None, own)]))
+    own = {
+        _MERGE: relation == _MERGE,
+        Target.GGUF.value: layout == Target.GGUF,
+        **{word: any(label.startswith(word) for label in record["encodings"]) for word in _KINDS},
+        "compressed-tensors": _method(described) == "compressed-tensors",
+        "modelopt": _method(described) == "modelopt",
+        "lingconv": True,
+    }
+    # What is true of the base alone goes: people look for models by these.
+    kept = [tag for tag in _tags(data.get("tags")) if own.get(tag.lower(), True)]
+    data["tags"] = list(dict.fromkeys([*kept, *(tag for tag, holds in own.items() if holds)]))
     return data
+
+
+def _method(described: CardInputs) -> str:
+    """Return `quant_method` of the config, or nothing."""
+    stated = described.config.get(KEY)
+    return str(stated.get("quant_method", "")) if isinstance(stated, dict) else ""
 
 
 def _tags(value: Any) -> list[str]:
@@ -178,7 +192,7 @@ def _relation(record: Mapping[str, Any]) -> str:
     options = record["options"]
     if len(record.get("sources", ())) > 1:
         return _MERGE
-    quantized = options["dtype"] == TargetDType.FP8 or (
+    quantized = options["dtype"] in _KINDS or (
         options["layout"] == Target.GGUF and options["gguf"]["outtype"] not in _FLOAT_OUTTYPES
     )
     return _QUANTIZED if quantized else ""
@@ -195,7 +209,7 @@ def _section(described: CardInputs) -> str:
         mark=MARK,
         title=_inline(_title(described)),
         what=_what(record),
-        provenance=list(_provenance(record)),
+        provenance=list(_provenance(described)),
         sources=[
             (
                 _inline(public_name(source["uri"])),
@@ -212,6 +226,7 @@ def _section(described: CardInputs) -> str:
         loaders=loaders(named, encoding, config, described.repository, described.first_file)
         if described.repository
         else [],
+        without_mtp=without_mtp(named, encoding, config),
     )
 
 
@@ -248,7 +263,27 @@ def _what(record: Mapping[str, Any]) -> str:
     return f"{name}, {done}: layout `{record['options']['layout']}`, stored as {stored}."
 
 
-def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _scale_dtype(record: Mapping[str, Any]) -> str:
+    """Return the dtype of FP8's scales, by the label of its encoding."""
+    label = next((each for each in record["encodings"] if each.startswith("fp8")), "")
+    return label.removesuffix(" scales").rpartition(" ")[2].replace("ue8m0", "f32")
+
+
+def _four_bits(described: CardInputs, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how weights of four bits were made."""
+    yield f"dialect {_inline(_method(described) or options['dialect'])}"
+    if options["search"] != "none":
+        yield f"scales searched: {options['search']}"
+    if options["inputs"]:
+        yield "input scales of 1.0, assumed and not measured (W4A4)"
+    else:
+        yield "weights only (activations stay in 16 bits)"
+    yield from (f"{_inline(pattern)} quantized" for pattern in options["include"])
+    yield from (f"{_inline(pattern)} kept" for pattern in options["ignore"])
+
+
+def _provenance(described: CardInputs) -> Iterator[tuple[str, str]]:
+    record = described.record
     if len(record.get("sources", ())) <= 1:
         yield "source", _inline(public_name(record["source"]))
         if record.get("revision"):
@@ -257,9 +292,14 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "plan", f"`{record['plan_digest']}`"
     if record["options"]["dtype"] == TargetDType.FP8:
         fp8 = record["options"]["fp8"]
-        words = [f"scheme {fp8['scheme']}", f"scales {fp8['scale']}"]
+        dialect = _method(described) or fp8["dialect"]
+        words = [f"dialect {_inline(dialect)}", f"{fp8['scheme']} scales"]
+        words += [f"rounded by rule {fp8['scale']}", f"stored in {_scale_dtype(record)}"]
         words += [f"{_inline(pattern)} kept" for pattern in fp8["ignore"]]
         yield "FP8", ", ".join(words)
+    if record["options"]["dtype"] in _KINDS[1:]:
+        four_bits = record["options"].get("four_bits", asdict(FourBitOptions()))
+        yield record["options"]["dtype"].upper(), ", ".join(_four_bits(described, four_bits))
     if record["options"]["layout"] == Target.GGUF:
         yield "GGUF", f"`{record['options']['gguf']['outtype']}`"
 
