@@ -209,6 +209,65 @@ def test_from_bf16_gguf_the_bytes_are_the_same(golden, files, tmp_path):
         assert left[name].contents() == right[name].contents(), name
 
 
+def held_by(*paths):
+    """Return tensors and key-values of a model in GGUF files, as gguf-py reads them."""
+    readers = [gguf.GGUFReader(path) for path in sorted(paths)]
+    tensors = {
+        each.name: (each.tensor_type, each.data.tobytes()) for r in readers for each in r.tensors
+    }
+    fields = {name: (f.types, f.contents()) for name, f in readers[0].fields.items()}
+    own = ("split.", "GGUF.")
+    return tensors, {name: value for name, value in fields.items() if not name.startswith(own)}
+
+
+@pytest.mark.parametrize(
+    "outtype", ["q4_k_m", "q2_k", "iq4_xs", "tq2_0", "mxfp4_moe", "f16", "bf16"]
+)
+def test_splitting_and_merging_change_no_type(golden, tmp_path, outtype):
+    """As llama-gguf-split does: every tensor and every key-value is what it was."""
+    convert(golden, tmp_path / "one.gguf", to_gguf(outtype))
+    convert(tmp_path / "one.gguf", tmp_path / "cut/cut.gguf", to_gguf("auto", max_shard_tensors=9))
+    cut = [*(tmp_path / "cut").glob("*.gguf")]
+    assert len(cut) == 5
+    assert held_by(*cut) == held_by(tmp_path / "one.gguf")
+    convert(min(cut), tmp_path / "again.gguf", to_gguf("auto"))
+    assert held_by(tmp_path / "again.gguf") == held_by(tmp_path / "one.gguf")
+    assert verify(tmp_path / "one.gguf", tmp_path / "again.gguf").kind == "relayout"
+
+
+def test_metadata_is_edited_without_touching_a_tensor(files, tmp_path):
+    options = to_gguf("auto", metadata=(("general.quantized_by", "me"),))
+    convert(files / "q4_k_m.gguf", tmp_path / "x.gguf", options)
+    tensors, fields = held_by(files / "q4_k_m.gguf")
+    found, edited = held_by(tmp_path / "x.gguf")
+    assert found == tensors
+    assert {k: v for k, v in edited.items() if fields.get(k) != v}.keys() == {
+        "general.quantized_by"
+    }
+
+
+def test_mtp_layers_are_dropped_from_a_quantized_file(files, tmp_path):
+    options = ConvertOptions(layout="gguf", mtp="drop")
+    convert(files / "q4_k_m.gguf", tmp_path / "x.gguf", options)
+    tensors, _ = held_by(files / "q4_k_m.gguf")
+    found, fields = held_by(tmp_path / "x.gguf")
+    assert found == {name: tensors[name] for name in found}
+    assert len(found) < len(tensors)
+    assert fields["bailingmoe2.nextn_predict_layers"][1] == 0
+
+
+def test_types_that_are_only_read_are_copied(files, tmp_path):
+    kind = gguf.GGMLQuantizationType.IQ2_XS
+    blocks = np.random.default_rng(0).integers(0, 256, (512, 74), np.uint8)
+
+    def change(name, data, found):
+        return (name, blocks, kind) if name == "blk.0.ffn_up.weight" else (name, data, found)
+
+    source = rewritten(files / "bf16.gguf", tmp_path / "odd.gguf", change)
+    convert(source, tmp_path / "cut/cut.gguf", to_gguf("auto", max_shard_tensors=9))
+    assert held_by(*(tmp_path / "cut").glob("*.gguf")) == held_by(source)
+
+
 def test_rounding_twice_has_to_be_allowed(files, tmp_path):
     with pytest.raises(UsageError, match="is q4_k already; q6_k would round it twice"):
         convert(files / "q4_k_m.gguf", tmp_path / "x.gguf", to_gguf("q6_k"))

@@ -14,6 +14,9 @@ from typing import NamedTuple, Self
 from lingconv.encodings.dtypes import GgmlType
 from lingconv.encodings.dtypes import GgmlType as T
 
+# The key of GGUF that has the number of a file type.
+FILE_TYPE_KEY = "general.file_type"
+
 
 class FileType(StrEnum):
     """`--outtype`: `file_type` is general.file_type (llama_ftype), `default` most tensors' type."""

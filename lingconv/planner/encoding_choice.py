@@ -10,7 +10,14 @@ from lingconv.containers.registry import format_for
 from lingconv.encodings import Encoding, Fp8, Plain, encoding_of, quantization_config
 from lingconv.encodings.dtypes import DType, GgmlType
 from lingconv.encodings.four_bits import Dialect
-from lingconv.encodings.ggml_ftype import FILE_TYPES, FileType, GgufTensor, ModelSize, choose_types
+from lingconv.encodings.ggml_ftype import (
+    FILE_TYPE_KEY,
+    FILE_TYPES,
+    FileType,
+    GgufTensor,
+    ModelSize,
+    choose_types,
+)
 from lingconv.encodings.name_pattern import Pattern, among
 from lingconv.encodings.plain import PLAIN
 from lingconv.encodings.quantization_config import COMPRESSED_TENSORS, FP8
@@ -52,6 +59,12 @@ class EncodingChoice:
     ) -> None:
         self._format = format_for(options.layout)
         self.file_type = _file_type(model, options) if options.layout == Target.GGUF else None
+        # Of a GGUF file, nothing is quantized anew unless it is asked for.
+        self._keeps_types = (
+            self.file_type is not None
+            and options.gguf.outtype == AUTO
+            and model.checkpoint.metadata is not None
+        )
         self._model = model
         self._layout = layout
         self._options = options
@@ -80,7 +93,10 @@ class EncodingChoice:
         """
         segments = terms[-1].segments
         found = segments[0].source.encoding
-        target, scaling = self._encoding(tensor, found)
+        if self._keeps_types and not is_average:
+            target, scaling = found, _PLAIN_SCALING
+        else:
+            target, scaling = self._encoding(tensor, found)
         copies = not is_average and _is_copy(tensor, segments, target)
         if copies and target.has_scales:
             target = self._copied(target, found)
@@ -256,9 +272,16 @@ def _fp8(options: Fp8Options, *, power_of_two: bool) -> Fp8:
 
 
 def _file_type(model: Model, options: ConvertOptions) -> FileType:
-    """Return the requested file type (ftype); `auto` is F16 if the first matrix is, else BF16."""
+    """Return the requested file type (ftype).
+
+    `auto` is that of a GGUF source, else F16 if the first matrix is, else BF16.
+    """
     if options.gguf.outtype != AUTO:
         return FILE_TYPES[options.gguf.outtype]
+    held = (model.checkpoint.metadata or {}).get(FILE_TYPE_KEY)
+    known = next((each for each in FileType if held and each.file_type == held.data), None)
+    if known is not None:
+        return known
     f16 = PLAIN[DType.F16]
     matrices = [stored for stored in model.stored.values() if len(stored.shape) > 1]
     return FileType.F16 if matrices and matrices[0].encoding == f16 else FileType.BF16

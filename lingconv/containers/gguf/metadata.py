@@ -9,14 +9,14 @@ from lingconv.containers.gguf.header import check_value
 from lingconv.containers.gguf.hf_metadata import HfFiles
 from lingconv.containers.gguf.tokenizer import describe_tokenizer
 from lingconv.containers.stored_tensor import HeaderError
+from lingconv.encodings.ggml_ftype import FILE_TYPE_KEY
 from lingconv.errors import CheckpointError, UsageError
 from lingconv.model.family import Family, GgufModel
 from lingconv.model.layout import Layout
 from lingconv.model.symbol_rules import UNREAD
 from lingconv.plans.key_values import Metadata, Value, ValueType
-from lingconv.plans.options import GgufOptions, Target
+from lingconv.plans.options import AUTO, GgufOptions, Target
 
-FILE_TYPE = "general.file_type"
 QUANTIZATION_VERSION = "general.quantization_version"
 _MAX_STEM_BYTES = 200
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
@@ -47,7 +47,12 @@ def describe(
     if held is not None:
         kept = {key: value for key, value in held.items() if not key.startswith("split.")}
         numbers = {key: value for key, value in _numbers(family, target.symbols) if key in kept}
-        return _written({**kept, **numbers, **_encoding(target.file_type), **named}), []
+        ours = {**numbers, **_encoding(target.file_type)}
+        if options.outtype == AUTO:  # types are kept, and so is what the source says of them
+            ours = {key: value for key, value in ours.items() if key in kept}
+        # What is right already keeps the type that it is written in.
+        ours = {k: v for k, v in ours.items() if k not in kept or kept[k].data != v.data}
+        return _written({**kept, **ours, **named}), []
     arch = _architecture(family, architecture)
     with HfFiles(checkpoint) as files:
         general = files.general(arch.architecture, _parameters(target.layout))
@@ -111,7 +116,7 @@ def _architecture(family: Family, architecture: str) -> GgufModel:
 def _encoding(file_type: int) -> dict[str, Value]:
     return {
         QUANTIZATION_VERSION: Value(ValueType.UINT32, _QUANTIZATION_VERSION),
-        FILE_TYPE: Value(ValueType.UINT32, file_type),
+        FILE_TYPE_KEY: Value(ValueType.UINT32, file_type),
     }
 
 
