@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lingconv
 from lingconv import CheckpointError, ConvertOptions
 from lingconv.containers.source_overrides import SourceOverrides
 from tests.support import edit_json, read_tensors, rewrite
 
+ADAPTER = "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.word_embeddings.weight"
 
 
@@ -116,3 +118,44 @@ def test_calibrated_scales_are_no_weights(method, source, tmp_path):
     assert len(expected) == 60
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name].view(torch.int16), values.view(torch.int16))
+
+
+# Other weights in the folder ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model-fp8.safetensors"])
+def test_a_second_copy_of_the_model_is_left_behind_by_name(name, source, tmp_path):
+    rewrite(source, lambda held: None)  # one file, no index
+    weights = read_tensors(source)
+    save_file({key: value.float() for key, value in weights.items()}, source / name)
+    plan = lingconv.plan(source)
+    assert "no part of the model" in reasons(plan)[name]
+    assert any(name in text and "same names" in text for text in plan.warnings)
+    lingconv.convert(source, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_an_adapter_is_left_behind_with_its_config(has_index, source, tmp_path):
+    if not has_index:
+        rewrite(source, lambda held: None)
+    names = read_tensors(source).keys()
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, source / ADAPTER)
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    left = reasons(lingconv.plan(source))
+    assert left.keys() >= {ADAPTER, "adapter_config.json"}
+    lingconv.convert(source, tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == names
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+def test_parts_of_a_model_without_an_index_are_all_read(source, tmp_path):
+    """As model.safetensors and an MTP layer that was saved apart."""
+    rewrite(source, lambda held: None)
+    weights = read_tensors(source)
+    apart = {key: value for key, value in weights.items() if ".layers.2." in key}
+    rewrite(source, lambda held: [held.pop(key) for key in apart])
+    save_file(apart, source / "mtp.safetensors")
+    lingconv.convert(source, tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == weights.keys()

@@ -8,6 +8,8 @@ from typing import Any
 from lingconv.containers.checkpoint import Absence, Checkpoint
 from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     MAX_NAMED,
     left_out_faults,
     read_json,
@@ -56,6 +58,8 @@ class SafetensorsReader:
             shards = [safetensors.SINGLE_NAME]
         else:
             shards = self._choose_shards(weight_map)
+            if weight_map is None:
+                shards = self._without_others(shards)
         self._fault_left_out(weight_map)
         if not shards and not any(fault.fatal for fault in self.faults):
             raise CheckpointError(
@@ -119,6 +123,31 @@ class SafetensorsReader:
         message = "the index names this shard, and it is not there"
         self.faults += [Fault("missing file", message, name, hint=_FETCH) for name in missing]
         return [name for name in named if name in self.files]
+
+    def _without_others(self, shards: list[str]) -> list[str]:
+        """Return shards without an adapter, and without second copies of model.safetensors.
+
+        Without an index, all files are read that may be parts of one model.
+        """
+        whole = safetensors.SINGLE_NAME
+        own = self._names_in(whole) if whole in shards and len(shards) > 1 else frozenset()
+        kept = []
+        for file in shards:
+            if file == ADAPTER and ADAPTER_CONFIG in self.files and len(shards) > 1:
+                why = "an adapter beside the model"
+            elif file != whole and not own.isdisjoint(self._names_in(file)):
+                why = f"{whole} has tensors of the same names"
+            else:
+                kept.append(file)
+                continue
+            self.faults.append(Fault("other weights", f"is left behind: {why}", file, fatal=False))
+        return kept
+
+    def _names_in(self, file: str) -> frozenset[str]:
+        """Return the names of the tensors in a file; none if it cannot be read."""
+        header = self._read_header(file)
+        entries = [] if isinstance(header, HeaderError) else header[0]
+        return frozenset(entry.name for entry in entries)
 
     def _is_of_another_save(self, weight_map: Mapping[str, str]) -> bool:
         """Return whether an index was left behind by a save in shards, and another one followed."""

@@ -20,6 +20,8 @@ from lingconv.storage.records import (
 
 # Weights in formats that the reader does not take here: never carried over as small files.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp", ".onnx", ".h5", ".msgpack")
+# An adapter of peft's: beside a model, transformers takes the folder for the adapter.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Small files without which a model is another one: a pointer in place of one is no oddity.
 _NEEDED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 MAX_NAMED = 20
@@ -86,7 +88,9 @@ def sort_other_files(
         if name in own:
             continue
         if name.endswith(".safetensors"):
-            ignored[name] = stat, "weights that the index does not name"
+            ignored[name] = stat, "weights that are no part of the model"
+        elif name == ADAPTER_CONFIG and ADAPTER not in read:
+            ignored[name] = stat, "describes an adapter, which is left behind"
         elif name.endswith((*OTHER_WEIGHTS, ".safetensors.index.json")):
             ignored[name] = stat, "weights in another format"
         elif name.endswith(".partial"):
