@@ -112,11 +112,13 @@ def test_keys_of_files_stay_what_they_are(capsys, monkeypatch):
     )  # fmt: skip
     terminal.error(error)
     terminal.warning("README.md: `version` is a list of 1")
+    terminal.warning("`ignore` is odd: `scheme=channel` has no such limit")
     assert capsys.readouterr().err.splitlines() == [
         "error: 1 fault",
         "  config.json: `ignore` is 5, not a list",
         "hint: leave it out: `--ignore PATTERN`",
         "warning: README.md: `version` is a list of 1",
+        "warning: `ignore` is odd: `--scheme channel` has no such limit",
     ]
 
 

@@ -7,6 +7,7 @@ Every command builds its result as text and as JSON values and hands both to `ou
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,10 @@ from lingconv.errors import CheckpointError, LingconvError
 from lingconv.version import __version__
 
 _MAX_DETAILS = 10
+
+
+# An option and its value, as the core names them; keys of files stand alone.
+_SETTING = re.compile(r"`[a-z_][a-z_.]*=[^`]*`")
 
 
 class Terminal:
@@ -52,8 +57,9 @@ class Terminal:
             self._say(json.dumps({"event": name, **values}))
 
     def warning(self, text: str) -> None:
-        """Say what is odd, but not in the way."""
-        self._say(f"{_paint('warning', '33')}: {visible(text)}")
+        """Say what is odd, but not in the way: of options, those with a value are ways out."""
+        shown = _SETTING.sub(lambda found: self.spell(found[0]), text)
+        self._say(f"{_paint('warning', '33')}: {visible(shown)}")
 
     def error(self, error: LingconvError) -> None:
         """Say what went wrong, where, and what to do."""
