@@ -13,6 +13,14 @@ settings.load_profile("untimed")
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep what is staged out of the user's cache, where an earlier run may have left something."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     """Keep a developer's shell from changing a result."""
