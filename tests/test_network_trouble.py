@@ -64,10 +64,12 @@ def refuse(monkeypatch, count):
     """Let the next connections of this process be refused; return how many were."""
     met, connect = [], socket.create_connection
 
-    def connecting(*arguments, **words):
-        if len(met) == count:
-            return connect(*arguments, **words)
-        met.append(arguments[0])
+    def connecting(address, timeout=None, **words):
+        of_client = timeout == _detect_agent._REGISTRY_FETCH_TIMEOUT  # a question of its own
+        if len(met) == count and not of_client:
+            return connect(address, timeout, **words)
+        if not of_client:
+            met.append(address)
         raise ConnectionRefusedError(111, "Connection refused")
 
     monkeypatch.setattr(socket, "create_connection", connecting)
