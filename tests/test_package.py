@@ -31,6 +31,7 @@ def wheel(tmp_path_factory):
     return found
 
 
+@pytest.mark.long  # a wheel compiles every kernel for every level of processors
 def test_the_wheel_from_the_sdist_holds_every_format_file(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -38,7 +39,7 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(wheel, tmp_path):
             if path.is_file():
                 packed = f"lingconv/_formats/{path.relative_to(ROOT / 'formats').as_posix()}"
                 assert archive.read(packed) == path.read_bytes()
-        assert "lingconv/py.typed" in names
+        assert {"lingconv/py.typed", "lingconv/plans/runtimes.toml"} <= {*names}
         tops = {name.split("/")[0] for name in names}
         assert tops == {"lingconv", f"lingconv-{lingconv.__version__}.dist-info"}
     code = (
@@ -53,6 +54,7 @@ def test_the_wheel_from_the_sdist_holds_every_format_file(wheel, tmp_path):
     assert done.stdout.split() == ["ling2", "ling-1t", "ling-flash-2.0", "ling-mini-2.0", "tiny"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() not in LEVELS, reason="no kernels are shipped for it")
 def test_an_installed_wheel_compiles_nothing(wheel, tmp_path, golden):
     """The first commands of a fresh install find every kernel that they call."""
@@ -74,6 +76,10 @@ def test_an_installed_wheel_compiles_nothing(wheel, tmp_path, golden):
     lingconv_from_the_wheel("convert", "fp8", "wide", "--dtype", "f32")
     lingconv_from_the_wheel("quantize", "wide", "fp8-of-f32", "--fp8")
     lingconv_from_the_wheel("verify", golden, "fp8", "--level", "tensors")
+    for kind in ("nvfp4", "mxfp4", "int4"):
+        lingconv_from_the_wheel("quantize", golden, kind, f"--{kind}")
+        lingconv_from_the_wheel("verify", golden, kind, "--level", "tensors")
+    lingconv_from_the_wheel("quantize", golden, "46", "--nvfp4", "--search", "four-over-six")
     lingconv_from_the_wheel("convert", golden, "gguf", "--to", "gguf", "--outtype", "q4_k_m")
     lingconv_from_the_wheel("convert", "gguf", "from-gguf", "--to", "hf", "--dtype", "bf16")
     lingconv_from_the_wheel("merge", "checkpoints", golden, "back", "average", "--mean")
