@@ -25,17 +25,23 @@ class Limit(NamedTuple):
     """The largest error that is allowed in a tensor.
 
     An element may differ by `relative` x |element| + `floor` x the encoding's `error_unit`; the
-    whole tensor by `rel_error`, the Frobenius norm of the difference over that of the source.
+    whole tensor by `rel_error`, the Frobenius norm of the difference over that of the source, and
+    by what every element may lose however small all are (`lost`): half a step near zero.
     """
 
     relative: float
     floor: float
     rel_error: float
+    lost: float = 0.0
 
     @property
     def exact(self) -> bool:
         """Whether no difference is allowed."""
         return self.rel_error == 0.0
+
+    def allowed(self, signal: float, elements: int) -> float:
+        """Return the largest norm of the difference, for a source whose square sum is `signal`."""
+        return math.hypot(self.rel_error * math.sqrt(signal), self.lost * math.sqrt(elements))
 
 
 EXACT = Limit(0.0, 0.0, 0.0)

@@ -30,6 +30,9 @@ _ERRORS = {
 }
 # Ternary types, and those that are only read: errors up to a block's largest magnitude.
 _COARSEST = (1.0, 1.0)
+# A scale below half of F16's smallest step becomes zero, with numbers up to 2^8 times as large.
+LOST_WITH_SCALE = 2.0**-17
+_E8M0 = (GgmlType.MXFP4,)  # scales that are no F16
 _BF16_STEP = 2.0**-8  # FP8 weights are rounded to BF16 first
 
 
@@ -81,7 +84,8 @@ class Ggml(Encoding):
         if self.can_hold(source):
             return EXACT
         share, rel_error = _ERRORS.get(self.type, _COARSEST)
-        return Limit(_BF16_STEP if source.has_scales else 0.0, share, rel_error)
+        relative = _BF16_STEP if source.has_scales else 0.0
+        return Limit(relative, share, rel_error, 0.0 if self.type in _E8M0 else LOST_WITH_SCALE)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -24,7 +24,7 @@ _F16_SUBNORMAL = 2.0**-24
 # weights are products that are rounded twice.
 _ROUNDED = {
     DType.BF16: Limit(2.0**-8 * 1.001, 1e-38, 2.0**-8),
-    DType.F16: Limit(2.0**-11 * 1.001, _F16_SUBNORMAL, 2.0**-9),
+    DType.F16: Limit(2.0**-11 * 1.001, _F16_SUBNORMAL, 2.0**-9, _F16_SUBNORMAL),
 }
 _FROM_SCALED = {
     **_ROUNDED,

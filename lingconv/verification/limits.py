@@ -24,9 +24,6 @@ from lingconv.encodings.base import EXACT, Limit
 from lingconv.verification.options import VerifyOptions
 from lingconv.verification.verdict import TensorFigures
 
-# A scale below F16's smallest step becomes zero, and with it numbers up to 2^8 times as large.
-HALF_STEP = 2.0**-17
-
 
 def limit_for(source: Encoding, target: Encoding, *, keep_dtype: bool) -> Limit:
     """Return the limit for numbers that were converted from `source` to `target`.

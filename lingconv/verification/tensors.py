@@ -17,13 +17,14 @@ from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.encodings import Encoding
 from lingconv.encodings.base import EXACT, ErrorUnit, Limit
 from lingconv.encodings.dtypes import DType
+from lingconv.encodings.ggml import LOST_WITH_SCALE
 from lingconv.encodings.kernels import compare as kernel
 from lingconv.encodings.plain import PLAIN
 from lingconv.plans.tensor_map import StoredMatrix
 from lingconv.storage.aligned_buffers import Arena
 from lingconv.storage.open_files import OpenFiles
 from lingconv.verification import scales
-from lingconv.verification.limits import HALF_STEP, limit_for
+from lingconv.verification.limits import limit_for
 from lingconv.verification.pairing import Pair
 from lingconv.verification.progress import Watcher
 from lingconv.verification.scales import ScaleCounts
@@ -256,7 +257,7 @@ def _per_block(target: StoredMatrix, strip: _ComparedRows, stored: Array | None)
 def _peaks(values: Array, width: int, limit: Limit) -> Array:
     """Return the largest magnitude of each block, plus the error of the smallest F16 scales."""
     in_blocks = np.abs(values).reshape(values.shape[0], -1, width)
-    peaks: Array = in_blocks.max(axis=2) + np.float32(HALF_STEP / limit.floor)
+    peaks: Array = in_blocks.max(axis=2) + np.float32(LOST_WITH_SCALE / limit.floor)
     return peaks
 
 

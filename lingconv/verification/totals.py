@@ -89,13 +89,15 @@ def tensor_figures(pair: Pair, name: LogicalName, total: Total, limit: Limit) ->
         cosine = float(dot / np.sqrt(signal * other)) if signal or other else 1.0
         snr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
     beyond, nonfinite = int(sums[kernel.BEYOND]), int(sums[kernel.NONFINITE])
-    ok = not beyond and not nonfinite and rel_error <= limit.rel_error
+    elements = pair.num_rows[name] * matrix(pair.target)[1]
+    within = math.sqrt(noise) <= limit.allowed(float(signal), elements)
+    ok = not beyond and not nonfinite and within
     return TensorFigures(
         name=name,
         role=pair.role,
         source=pair.segments[0].source.encoding.label,
         target=pair.target.encoding.label,
-        elements=pair.num_rows[name] * matrix(pair.target)[1],
+        elements=elements,
         max_abs=float(sums[kernel.WORST]),
         rel_error=rel_error,
         cosine=cosine,
