@@ -27,6 +27,7 @@ class Matcher:
     def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
         self.tensors = checkpoint.tensors
         self.absent = checkpoint.absent
+        self.has_unread = checkpoint.has_unread
         self.family = family
         self.layout = layout
         self.faults: list[Fault] = []
@@ -78,12 +79,19 @@ class Matcher:
         return found
 
     def _fault_missing(self, tensor: PhysicalTensor) -> None:
+        if self._is_told(tensor.name):
+            return
         known = self.absent.get(tensor.name)
         message = f"is missing, expected {list(tensor.stored_shape)}"
         hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
         if known is not None:
             message, hint = f"{message}: {known.reason}", known.hint or hint
         self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
+
+    def _is_told(self, name: str) -> bool:
+        """Return whether a fault of a file says already why a tensor, or a part, is not there."""
+        known = self.absent.get(name)
+        return self.has_unread if known is None else known.is_told
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
         """Return whether a vocabulary is padded, as Megatron does to give ranks equal shares."""
@@ -98,13 +106,16 @@ class Matcher:
         try:
             return with_bands(stored._replace(shape=tensor.shape), runs)
         except Gap as exc:
-            self._fault("missing chunk", str(exc), held)
+            if not self._is_told(held.name):
+                self._fault("missing chunk", str(exc), held)
             return None
 
     def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> StoredMatrix | None:
         names = [held.name + suffix for suffix in SCALE_SUFFIXES]
         scales = [self.tensors[name] for name in names if name in self.tensors]
         self.used.update(scale.name for scale in scales)
+        if not scales and any(map(self._is_told, names)):
+            return None
         if len(scales) != 1:
             message = "FP8 weight has two scales" if scales else "FP8 weight without its scale"
             self._fault("scale", f"{message} ({' or '.join(names)})", held)
@@ -147,6 +158,8 @@ class Matcher:
                 self.dropped[name] = reason
             elif owner is not None:
                 there = owner in self.tensors
+                if not there and self._is_told(owner):
+                    continue
                 message = "scale of a weight that is " + (
                     f"{self.tensors[owner].dtype}, not FP8" if there else "not there"
                 )
@@ -162,7 +175,7 @@ class Matcher:
         if fp8 and self.stated is None and not self.faults:
             message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
-        if self.stated and not fp8:
+        if self.stated and not fp8 and not self.has_unread:
             message = f"has a `{quantization_config.KEY}`, but no weight is FP8"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         if self.layout.base == HF:  # GGUF and Megatron mix dtypes by their nature

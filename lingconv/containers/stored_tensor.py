@@ -42,6 +42,10 @@ class HeaderError(ValueError):
     """The header as a whole cannot be used; single bad entries are faults instead."""
 
 
+class CutShort(HeaderError):
+    """The file ends before what it announces: it has to be fetched again."""
+
+
 def check_coverage(
     tensors: Iterable[StoredTensor], start: int, alignment: int = 1
 ) -> tuple[list[Fault], int]:

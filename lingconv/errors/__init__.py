@@ -92,6 +92,12 @@ class CheckpointError(LingconvError):
         self.faults = tuple(faults)
 
 
+def unusable(uri: str, faults: Sequence[Fault]) -> CheckpointError:
+    """Return the error of a checkpoint that is refused for these faults of it."""
+    plural = "s" if len(faults) > 1 else ""
+    return CheckpointError(f"{uri} has {len(faults)} fault{plural}", faults=faults)
+
+
 class PermissionDenied(LingconvError):
     """The operating system, or the Hub, refused access."""
 
