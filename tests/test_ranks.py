@@ -257,13 +257,18 @@ def refuses(target, *words):
         lingconv.plan(target)
     text = "\n".join([str(caught.value), *map(str, caught.value.faults)])
     assert [word for word in words if word not in text] == [], text
+    return caught.value.faults
 
 
 def test_a_rank_that_is_not_there(golden, tmp_path):
     target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, pp=2, ep=2, etp=2))
     shutil.rmtree(file_of(target, "mp_rank_01_001_000").parent)
     shutil.rmtree(file_of(target, "mp_rank_00_000_001").parent)
-    refuses(target, "mp_rank_01_001_000", "mp_rank_00_000_001", "tp 2, pp 2, ep 2", "no chunk")
+    faults = refuses(target, "tp 2, pp 2, ep 2")
+    assert [fault.file for fault in faults] == [
+        f"{rank}/model_optim_rng.pt" for rank in ("mp_rank_00_000_001", "mp_rank_01_001_000")
+    ]
+    assert {fault.hint for fault in faults} == {"fetch the files of all ranks"}
 
 
 def test_replicas_that_disagree(golden, tmp_path):
@@ -298,7 +303,22 @@ def test_a_file_that_is_cut_short(golden, tmp_path):
     path = file_of(target, "mp_rank_01")
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    refuses(target, "mp_rank_01", "is cut short")
+    (fault,) = refuses(target, "mp_rank_01", "is cut short")
+    assert fault.hint == "fetch the file again"
+
+
+@pytest.mark.parametrize("nbytes", [0, 3, 1000])
+@pytest.mark.parametrize("beside", [True, False])
+def test_every_rank_is_cut_short(golden, nbytes, beside, tmp_path):
+    """One fault for each file, whether or not something else says what the model is."""
+    target = to_ranks(golden, tmp_path / "m", Parallel(pp=2, ep=2))
+    paths = sorted(target.glob(f"{ITERATION}/*/*.pt"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:nbytes])
+    if not beside:
+        (target / "config.json").unlink()
+    faults = refuses(target, "is cut short")
+    assert [fault.file for fault in faults] == [str(path.relative_to(target)) for path in paths]
 
 
 def test_no_payload_runs_in_a_rank(golden, tmp_path):

@@ -73,8 +73,8 @@ def test_a_file_that_is_cut_short_is_one_fault():
     assert [item.name for item in tensors] == ["a"]
     assert unread == ["b", "c"]
     assert [str(fault) for fault in faults] == [
-        f"x.safetensors: is cut short: {20 + len(text)} bytes, its tensors reach to byte"
-        f" {32 + len(text)}"
+        f"x.safetensors: truncated file: {20 + len(text)} bytes, its tensors reach to byte"
+        f" {32 + len(text)} (c)"
     ]
     assert faults[0].hint == "fetch the file again"
 

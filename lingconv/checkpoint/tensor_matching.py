@@ -28,6 +28,7 @@ class Matcher:
         self.tensors = checkpoint.tensors
         self.absent = checkpoint.absent
         self.has_unread = checkpoint.has_unread
+        self.is_faulty = any(fault.fatal for fault in checkpoint.faults)
         self.family = family
         self.layout = layout
         self.faults: list[Fault] = []
@@ -91,7 +92,7 @@ class Matcher:
     def _is_told(self, name: str) -> bool:
         """Return whether a fault of a file says already why a tensor, or a part, is not there."""
         known = self.absent.get(name)
-        return self.has_unread if known is None else known.is_told
+        return self.is_faulty and (self.has_unread if known is None else known.is_told)
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
         """Return whether a vocabulary is padded, as Megatron does to give ranks equal shares."""

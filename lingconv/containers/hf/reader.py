@@ -14,7 +14,7 @@ from lingconv.containers.hf.small_files import (
     sort_other_files,
     take_pointers,
 )
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor, add_tensors
+from lingconv.containers.stored_tensor import FETCH_AGAIN, HeaderError, StoredTensor, add_tensors
 from lingconv.errors import CheckpointError, Fault
 from lingconv.errors.value_kinds import shown
 from lingconv.storage import FileStat, Storage
@@ -24,7 +24,6 @@ from lingconv.storage.records import stand_in
 _Header = safetensors.Header | HeaderError
 _PEEK_BYTES = 256
 _FETCH = "fetch the missing shards again"
-_FETCH_ALL = "fetch the file again"
 _ALL_FILES = (
     f"name the file in `weight_map` of {safetensors.INDEX_NAME}, or remove that index: then all"
     " *.safetensors files are read"
@@ -166,7 +165,7 @@ class SafetensorsReader:
         readable = set()
         for file, header in zip(shards, self._headers(shards), strict=True):
             if isinstance(header, HeaderError):
-                self.faults.append(Fault("header", str(header), file, hint=_FETCH_ALL))
+                self.faults.append(Fault("header", str(header), file, hint=FETCH_AGAIN))
                 continue
             self.faults += header.faults
             self.absent.update(dict.fromkeys(header.unread, WITH_ITS_FILE))

@@ -12,7 +12,14 @@ import struct
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
-from lingconv.containers.stored_tensor import CutShort, HeaderError, StoredTensor, check_coverage
+from lingconv.containers.stored_tensor import (
+    BeyondEnd,
+    CutShort,
+    HeaderError,
+    StoredTensor,
+    check_coverage,
+    truncated_file,
+)
 from lingconv.encodings.dtypes import DTYPES
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.errors import Fault
@@ -48,14 +55,6 @@ class Header(NamedTuple):
     unread: list[str]
 
 
-class _BeyondEnd(Exception):
-    """A sound entry, whose data would go on to byte `end` of a file that ends before."""
-
-    def __init__(self, end: int) -> None:
-        super().__init__(end)
-        self.end = end
-
-
 def header_length(prefix: bytes, file_bytes: int) -> int:
     """Return the length of the JSON header, from the first 8 bytes of a file.
 
@@ -85,7 +84,7 @@ def parse_header(header: bytes, file_bytes: int, file: str) -> Header:
     start = 8 + len(header)
     seen: set[str] = set()
     unread: list[str] = []
-    reach = 0
+    ends: dict[str, int] = {}
     for name, value in _load_entries(header):
         if name == METADATA_KEY:
             continue
@@ -98,15 +97,14 @@ def parse_header(header: bytes, file_bytes: int, file: str) -> Header:
         seen.add(name)
         try:
             entries.append(_parse_entry(name, value, file, start, file_bytes))
-        except _BeyondEnd as exc:
+        except BeyondEnd as exc:
             unread.append(name)
-            reach = max(reach, exc.end)
+            ends[name] = exc.end
         except HeaderError as exc:
             unread.append(name)
             faults.append(Fault("header", str(exc), file, name[:MAX_NAME]))
-    if reach:
-        message = f"is cut short: {file_bytes:,} bytes, its tensors reach to byte {reach:,}"
-        faults.append(Fault("truncated file", message, file, hint="fetch the file again"))
+    if ends:
+        faults.append(truncated_file(file, file_bytes, ends))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     if not faults:
         faults, end = check_coverage(entries, start)
@@ -187,7 +185,7 @@ def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) 
     bits = math.prod(shape) * dtype.bits
     fits = bits % 8 == 0 and bits // 8 == end - begin
     if fits and end > file_bytes - start:
-        raise _BeyondEnd(start + end)
+        raise BeyondEnd(start + end)
     if not begin <= end <= file_bytes - start:
         raise HeaderError(
             f"data_offsets [{begin}, {end}] are outside the {file_bytes - start:,} bytes of data"

@@ -17,7 +17,7 @@ from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef
 from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
-from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
+from lingconv.containers.stored_tensor import FETCH_AGAIN, Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.storage import Storage
@@ -34,7 +34,6 @@ _STATE = {
 _MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
 # A tensor alone takes some hundred bytes.
 _MAX_PICKLE = 64 << 10
-_MEND = "fetch the file again"
 _MAX_PARTS = 500_000  # parts of tensors that hold all layers
 # Older Megatron stores layers that are all alike in one tensor, with the layer as its first axis.
 _ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
@@ -169,7 +168,9 @@ class TorchDistReader:
                 self.faults.append(Fault("missing file", message, self.folder + name, hint=hint))
             elif size < end:
                 message = f"is cut short: {size:,} bytes, what is in it reaches to byte {end:,}"
-                self.faults.append(Fault("truncated file", message, self.folder + name, hint=_MEND))
+                self.faults.append(
+                    Fault("truncated file", message, self.folder + name, hint=FETCH_AGAIN)
+                )
 
     def _is_there(self, place: FilePlace) -> bool:
         """Return whether a file reaches to the end of a place in it."""
@@ -192,7 +193,9 @@ class TorchDistReader:
                     self.checksums.setdefault(place.file, []).append(stated)
             except HeaderError as exc:
                 message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
-                self.faults.append(Fault("chunk", message, place.file, tensor.name, hint=_MEND))
+                self.faults.append(
+                    Fault("chunk", message, place.file, tensor.name, hint=FETCH_AGAIN)
+                )
                 self.absent[tensor.name] = WITH_ITS_FILE
         first = boxes[0].file if boxes else self.folder + torch_dist.METADATA_NAME
         nbytes = tensor.dtype.nbytes_of(tensor.shape)

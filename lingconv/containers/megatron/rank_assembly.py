@@ -43,7 +43,10 @@ def assemble_ranks(family: Family, symbols: Mapping[str, Any], checkpoint: Check
     Its tensors are those of ranks by name, `FOLDER/CHUNK/NAME`.
     """
     args = checkpoint.args or {}
-    folders = {name.split("/")[-2] for name in checkpoint.shards}
+    folders = {_folder_of(name) for name in checkpoint.shards}
+    broken = {
+        _folder_of(fault.file) for fault in checkpoint.faults if fault.file in checkpoint.shards
+    }
     try:
         parallel = find_parallel(checkpoint.tensors, args, folders)
     except UsageError as exc:
@@ -51,7 +54,8 @@ def assemble_ranks(family: Family, symbols: Mapping[str, Any], checkpoint: Check
     if sum(parallel.layers) != symbols["layers"]:
         parallel = parallel._replace(layers=())
     try:
-        return _RankAssembler(family, symbols, parallel, checkpoint.tensors, folders).assemble()
+        assembler = _RankAssembler(family, symbols, parallel, checkpoint.tensors)
+        return assembler.assemble(folders, broken)
     except UsageError as exc:
         return Whole({}, [Fault("ranks", f"{parallel.describe()}: {exc}")], {})
 
@@ -86,6 +90,11 @@ def find_parallel(
     _check_there(Parallel(tp, pp, ep, etp, vpp), {name.split("/", 1)[0] for name in names})
     chunks = [(virtual, stage) for virtual in range(vpp) for stage in range(pp)]
     return Parallel(tp, pp, ep, etp, vpp, tuple(layers.get(chunk, 0) for chunk in chunks))
+
+
+def _folder_of(file: str) -> str:
+    """Return the folder that the file of a rank is in, without those above."""
+    return file.split("/")[-2]
 
 
 def _stated(args: Mapping[str, Any], key: str) -> int:
@@ -131,13 +140,11 @@ class _RankAssembler:
         symbols: Mapping[str, Any],
         parallel: Parallel,
         found: Mapping[str, StoredTensor],
-        folders: Collection[str],
     ) -> None:
         self._family = family
         self._symbols = symbols
         self._parallel = parallel
         self._found = found
-        self._folders = folders
         self._absent: dict[str, Absence] = {}
         self._whole = build_layout(family, symbols, MEGATRON)
         self._addresses = self._whole.addresses()
@@ -150,13 +157,13 @@ class _RankAssembler:
         self._faults: list[Fault] = []
         self._used: set[str] = set()
 
-    def assemble(self) -> Whole:
-        readable = {name.split("/")[0] for name in self._found}
+    def assemble(self, folders: Collection[str], broken: Collection[str]) -> Whole:
+        """Return the whole; `folders` are there, the files in those that are `broken` not read."""
         # Whatever a vocabulary was padded to, a rank's own file tells.
         rows = self._parallel.padded(self._symbols["vocab_size"], 1)
         for rank in all_ranks(self._parallel):
             folder = rank.folder(self._parallel)
-            if folder not in self._folders:
+            if folder not in folders:
                 hint = "fetch the files of all ranks"
                 message = f"is missing: {self._parallel.describe()}"
                 self._faults.append(
@@ -164,7 +171,7 @@ class _RankAssembler:
                 )
             for key, part in parts(self._parallel, rank, self._symbols, rows):
                 layout = build_layout(self._family, self._symbols, self._layout_name, part)
-                if folder in readable:
+                if folder in folders and folder not in broken:
                     self._take(f"{folder}/{key}/", layout, part)
                 else:
                     self._miss(layout)

@@ -11,7 +11,7 @@ from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef, shown
 from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
-from lingconv.containers.stored_tensor import CutShort, HeaderError, StoredTensor
+from lingconv.containers.stored_tensor import FETCH_AGAIN, CutShort, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import Fault
 from lingconv.model.parallelism import FILE_NAME
@@ -45,10 +45,12 @@ class RanksReader:
                     size = self.storage.stat(file).size
                     archive = ArchiveReader(partial(blobs.read, file), size)
                     state = loads(archive.record(PICKLE_NAME, MAX_BYTES))
-                    found = self._read_state(rank, file, archive, state)
+                    found = [*self._read_state(rank, file, archive, state)]
+                    if not found:
+                        raise HeaderError("holds a model without tensors")
                     tensors.update((tensor.name, tensor) for tensor in found)
                 except HeaderError as exc:
-                    hint = "fetch the file again" if isinstance(exc, CutShort) else ""
+                    hint = FETCH_AGAIN if isinstance(exc, CutShort) else ""
                     self.faults.append(Fault("file", str(exc), file, hint=hint))
         return tensors
 

@@ -15,14 +15,13 @@ from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.rank_assembly import names_of_ranks
 from lingconv.containers.megatron.rank_reader import RanksReader
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
-from lingconv.containers.stored_tensor import HeaderError
+from lingconv.containers.stored_tensor import FETCH_AGAIN, HeaderError
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME, RECORD_NAME
 
 # Bytes of the pickle of what ranks share, which may hold the state of a scheduler.
 _MAX_COMMON = 64 << 20
-_FETCH = "fetch the file again"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 
@@ -119,7 +118,7 @@ def _read_args(
         return args_of(_common_state(storage, common))
     except HeaderError as exc:
         where = "" if common.file == name else torch_dist.COMMON_OBJECT
-        faults.append(Fault("arguments", str(exc), common.file, where, hint=_FETCH))
+        faults.append(Fault("arguments", str(exc), common.file, where, hint=FETCH_AGAIN))
         return {}
 
 
