@@ -4,9 +4,12 @@ import ast
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import lingconv
 from lingconv.cli.app import app
@@ -15,6 +18,8 @@ from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.execution.request import RunRequest
 from lingconv.model.parallelism import Parallel
 from lingconv.plans.options import MegatronOptions
+from tests import support
+from tests.support import copy_checkpoint, read_tensors
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`([a-z_][a-z_.]*)(?:=[^`]*)?`")
@@ -98,6 +103,56 @@ def test_every_option_that_a_message_names_is_a_field_and_a_flag():
 )
 def test_the_command_line_shows_flags(text, shown):
     assert speller(app)(text) == shown
+
+
+def commands(command, name=""):
+    """Yield click's own commands by their names."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield name, command
+    for word, each in (inner or {}).items():
+        yield from commands(each, f"{name} {word}".strip())
+
+
+OPTIONS_OF = {
+    name: {word for option in command.params for word in (*option.opts, *option.secondary_opts)}
+    for name, command in commands(typer.main.get_command(app))
+}
+SHOWN = re.compile(r"`(--[a-z-]+)[^`]*`(?: of `lingconv ([a-z ]+?)(?: --[^`]*)?`)?")
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS_OF))
+def test_every_flag_that_a_command_shows_is_its_own_or_that_of_one_it_names(name):
+    """Each message of the core, shown by each command."""
+    spell = speller(app, [*name.split(), "SRC", "DST", "--quiet"])
+    wrong = {
+        (place, flag)
+        for place, text in messages()
+        for flag, home in SHOWN.findall(spell(text))
+        if flag not in OPTIONS_OF[home or name] and not text.startswith(REASONS)
+    }
+    assert wrong == set()
+
+
+def test_a_hint_of_another_command_runs(golden, golden_block, tmp_path):
+    """Some experts in BF16, the others in FP8: `merge experts` has no `--dtype`."""
+    source = copy_checkpoint(golden_block, tmp_path / "in")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+    def thaw(tensors):
+        del tensors[f"{name}_scale"]
+        tensors[name] = read_tensors(golden)[name]
+
+    support.rewrite(source, thaw)
+    command = [sys.executable, "-m", "lingconv"]
+    done = subprocess.run(
+        [*command, "merge", "experts", source, tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    hint = done.stderr.splitlines()[-1]
+    assert hint.endswith("`--dtype bf16` of `lingconv convert --to hf-merged`"), done.stderr
+    words = ["convert", source, tmp_path / "out", "--to", "hf-merged", "--dtype", "bf16"]
+    subprocess.run([*command, *words], capture_output=True, check=True)
 
 
 def test_a_caller_in_python_reads_keywords(golden, tmp_path):

@@ -45,7 +45,7 @@ def _run() -> int:
     from lingconv.cli.option_flags import speller
     from lingconv.cli.terminal import terminal
 
-    terminal.spell = speller(app)
+    terminal.spell = speller(app, sys.argv[1:])
     try:
         app()
     except SystemExit as exc:
