@@ -83,7 +83,8 @@ def build_model(config, *, tp, pp, ep):
         moe_layer_freq=[0] * dense + [1] * (layers - dense),
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         moe_shared_expert_intermediate_size=config["moe_intermediate_size"]
-        * config["num_shared_experts"],
+        * (config["num_shared_experts"] or 0)
+        or None,
         moe_router_topk=config["num_experts_per_tok"],
         moe_router_num_groups=config["n_group"],
         moe_router_group_topk=config["topk_group"],

@@ -1,12 +1,14 @@
 """Broken, inconsistent and hostile checkpoints: refused with file and tensor, all at once."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lingconv import CheckpointError, ConvertOptions, UsageError, inspect, plan
+from lingconv.containers.source_overrides import SourceOverrides
 from tests.support import (
     INDEX,
     copy_checkpoint,
@@ -18,6 +20,7 @@ from tests.support import (
 )
 
 SHARD_2 = "model-00002-of-00003.safetensors"
+DATA = Path(__file__).parent / "data"
 NORM = "model.layers.1.post_attention_layernorm.weight"
 WEIGHT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
@@ -37,27 +40,50 @@ def refusal(folder, **options):
     with pytest.raises(CheckpointError) as caught:
         plan(folder, ConvertOptions(**options))
     found = [str(fault) for fault in inspect(folder).faults if fault.fatal]
-    assert found == list(caught.value.details)
+    assert found == [str(fault) for fault in caught.value.faults]
     assert not inspect(folder).sound
-    return list(caught.value.details)
+    return found
 
 
 def test_truncated_shard(source):
     data = (source / SHARD_2).read_bytes()
+    header, _ = read_header(source / SHARD_2)
+    offsets = {name: each["data_offsets"][1] for name, each in header.items() if "." in name}
+    last = max(offsets, key=offsets.get)
     (source / SHARD_2).write_bytes(data[:-100])
-    lines = refusal(source)
-    assert any(SHARD_2 in line and "truncated" in line for line in lines)
+    assert refusal(source) == [
+        f"{SHARD_2}: truncated file: {len(data) - 100:,} bytes, its tensors reach to byte"
+        f" {len(data):,} ({last})"
+    ]
     (source / SHARD_2).write_bytes(data[:50])
-    assert any(f"{SHARD_2}: truncated: header says" in line for line in refusal(source))
+    (line,) = refusal(source)
+    assert line.startswith(f"{SHARD_2}: truncated: header says")
     (source / SHARD_2).write_bytes(b"")
-    assert any(f"{SHARD_2}: file of 0 bytes" in line for line in refusal(source))
+    (line,) = refusal(source)
+    assert line.startswith(f"{SHARD_2}: file of 0 bytes")
+
+
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_broken_shard_is_one_fault_and_says_what_to_do(fp8, fault, with_index, number):
+    """Not one for each of its tensors, none for scales whose weights it holds, no hint to drop."""
+    name = f"model-{number:05d}-of-00003.safetensors"
+    if fault == "cut":
+        (fp8 / name).write_bytes((fp8 / name).read_bytes()[:1000])
+    else:
+        (fp8 / name).unlink()
+    if not with_index:
+        (fp8 / INDEX).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        plan(fp8)
+    assert [found.file for found in caught.value.faults] == [name]
+    assert caught.value.hint in ("fetch the file again", "fetch the missing shards again")
 
 
 def test_missing_shard(source):
     (source / SHARD_2).unlink()
-    lines = refusal(source)
-    assert lines[0] == f"{SHARD_2}: the index names this shard, and it is not there"
-    assert any(f"{NORM}: is missing, expected [256]" in line for line in lines)
+    assert refusal(source) == [f"{SHARD_2}: the index names this shard, and it is not there"]
 
 
 @pytest.mark.parametrize(
@@ -422,3 +448,58 @@ def test_all_faults_come_together(fp8):
 
 def test_the_report_is_json(source):
     json.dumps(inspect(source).to_json())
+
+
+# Hints -----------------------------------------------------------------------------------------
+
+
+def keep(words):
+    return f"`settings={words}` takes it as a part of the model"
+
+
+@pytest.mark.parametrize(
+    ("key", "stated", "right", "num_extra"),
+    [
+        # The numbers follow from the tensors that the modeling file makes of each key.
+        ("tie_word_embeddings", True, "false", 1),  # the head
+        ("use_qk_norm", False, "true", 6),  # two norms in each of three layers
+        ("moe_router_enable_expert_bias", False, "true", 2),  # layers 1 and 2 have routers
+        # 4 of the projection, 6 of attention, router and bias, 8 x 3 of experts, 3 shared
+        ("num_nextn_predict_layers", 0, "1", 39),
+        ("num_nextn_predict_layers", None, "1", 39),
+    ],
+)
+def test_tensors_that_a_key_of_the_config_leaves_out(source, key, stated, right, num_extra):
+    """To drop them would lose what is trained: the hint keeps them, and it works."""
+    edit_json(source / "config.json", lambda config: config.update({key: stated}))
+    with pytest.raises(CheckpointError) as caught:
+        plan(source)
+    assert len(caught.value.faults) == num_extra
+    assert all(f"`{key}` is" in fault.message for fault in caught.value.faults)
+    assert {fault.hint for fault in caught.value.faults} == {keep(f"{key}={right}")}
+    assert caught.value.hint == keep(f"{key}={right}")
+    given = SourceOverrides(settings={key: json.loads(right)})
+    assert not plan(source, given=given).dropped
+
+
+def test_two_mtp_layers_whose_number_is_lost(tmp_path):
+    source = copy_checkpoint(DATA / "forward/two-mtp", tmp_path / "in")
+    edit_json(source / "config.json", lambda config: config.pop("num_nextn_predict_layers"))
+    with pytest.raises(CheckpointError) as caught:
+        plan(source)
+    assert caught.value.hint == keep("num_nextn_predict_layers=2")
+
+
+def test_a_hint_belongs_to_its_own_fault(source):
+    """A shard to fetch, a tensor of nobody: neither is told to do what the other needs."""
+    rewrite(source, lambda tensors: tensors.update(surprise=torch.zeros(3)))
+    (source / "more-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        plan(source)
+    assert caught.value.hint == ""
+    by_hint = {
+        fault.hint: line
+        for fault, line in zip(caught.value.faults, caught.value.details, strict=True)
+    }
+    assert len(by_hint) == 3
+    assert all(line.endswith(f" ({hint})") for hint, line in by_hint.items())

@@ -439,7 +439,7 @@ def put_after(text, skip, fmt, *values):
         ),
         (put_after(b"token_embd.weight", 0, "<I", 7), "7 axes"),
         (put_after(b"token_embd.weight", 4, "<Q", 255), "rows of 255 elements"),
-        (put_after(b"token_embd.weight", 4, "<Q", 2**63), "the file ends"),
+        (put_after(b"token_embd.weight", 4, "<Q", 2**63), r"truncated file.*\(token_embd.weight\)"),
         (put_after(b"token_embd.weight", 20, "<I", 4), "unknown ggml type 4"),
         (put_after(b"token_embd.weight", 20, "<I", 12), "overlaps|hole"),
         (put_after(b"token_embd.weight", 24, "<Q", 31), "no multiple of 32"),
@@ -463,6 +463,21 @@ def test_a_file_that_lies_is_told_so(files, tmp_path, change, says):
         convert(source, tmp_path / "out", BF16)
     assert caught.value.exit_code in (2, 3)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("left", [-100_000, 20])
+@pytest.mark.parametrize("name", ["bf16.gguf", "split-00002-of-00003.gguf"])
+def test_a_truncated_file_is_one_fault(files, tmp_path, name, left):
+    """Its header may be there or not: none of its tensors has a line of its own."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for path in files.glob(name.replace("00002", "*")):
+        (source / path.name).write_bytes(path.read_bytes())
+    (source / name).write_bytes((source / name).read_bytes()[:left])
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "out", BF16)
+    assert [fault.file for fault in caught.value.faults] == [name]
+    assert caught.value.hint == "fetch the file again"
 
 
 def test_an_impossible_alignment(golden, files, tmp_path):
@@ -500,7 +515,7 @@ def test_a_split_with_a_missing_file(files, tmp_path):
         shutil.copy(path, tmp_path)
     (tmp_path / "split-00002-of-00003.gguf").unlink()
     found = faults_of(tmp_path / "split-00001-of-00003.gguf")
-    assert "split-00002-of-00003.gguf: is missing: the model is split into 3 files" in found
+    assert found == ["split-00002-of-00003.gguf: is missing: the model is split into 3 files"]
     (tmp_path / "split-00001-of-00003.gguf").unlink()
     found = faults_of(tmp_path / "split-00003-of-00003.gguf")
     assert "split-00001-of-00003.gguf: is missing: the model is split into 3 files" in found

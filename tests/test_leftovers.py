@@ -44,10 +44,10 @@ def test_a_tied_head_that_was_trained(source, tmp_path):
     """Both ways out work, and the first loses nothing."""
     edit_json(source / "config.json", lambda config: config.update(tie_word_embeddings=True))
     error = refused(source)
-    assert "unless `tie_word_embeddings` is `false`" in str(error.faults[0])
-    keep, leave = error.hint.split("; ")
-    assert keep == "to keep it, pass `settings=tie_word_embeddings=false`"
-    assert leave == "to leave it out, `drop=lm_head.weight`"
+    assert "where `tie_word_embeddings` is true" in str(error.faults[0])
+    keep, leave = error.hint.split(", ")
+    assert keep == "`settings=tie_word_embeddings=false` takes it as a part of the model"
+    assert leave == "`drop=lm_head.weight` leaves it out"
     given = SourceOverrides(settings={"tie_word_embeddings": False})
     lingconv.convert(source, tmp_path / "kept", given=given)
     assert torch.equal(read_tensors(tmp_path / "kept")[HEAD], read_tensors(source)[HEAD])
@@ -59,7 +59,7 @@ def test_mtp_layers_whose_key_is_lost(source, tmp_path):
     edit_json(source / "config.json", lambda config: config.pop("num_nextn_predict_layers"))
     error = refused(source)
     assert len(error.faults) == 39
-    assert error.hint == "to keep it, pass `settings=num_nextn_predict_layers=1`"
+    assert error.hint == "`settings=num_nextn_predict_layers=1` takes it as a part of the model"
     given = SourceOverrides(settings={"num_nextn_predict_layers": 1})
     lingconv.convert(source, tmp_path / "kept", given=given)
     assert read_tensors(tmp_path / "kept").keys() == read_tensors(source).keys()

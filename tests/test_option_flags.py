@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 import lingconv
 from lingconv.cli.app import app
@@ -120,6 +121,35 @@ def test_keys_of_files_stay_what_they_are(capsys, monkeypatch):
         "warning: README.md: `version` is a list of 1",
         "warning: `ignore` is odd: `--scheme channel` has no such limit",
     ]
+
+
+def commands(command, name=""):
+    """Yield click's own commands by their names."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield name, command
+    for word, each in (inner or {}).items():
+        yield from commands(each, f"{name} {word}".strip())
+
+
+OPTIONS_OF = {
+    name: {word for option in command.params for word in (*option.opts, *option.secondary_opts)}
+    for name, command in commands(typer.main.get_command(app))
+}
+SHOWN = re.compile(r"`(--[a-z][a-z0-9-]*)[^`]*`(?: of `lingconv ([a-z ]+?)(?: --[^`]*)?`)?")
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS_OF))
+def test_every_flag_that_a_command_shows_is_its_own_or_that_of_one_it_names(name):
+    """Each message of the core, shown by each command."""
+    spell = speller(app, [*name.split(), "SRC", "DST", "--quiet"])
+    wrong = {
+        (place, flag)
+        for place, text in messages()
+        for flag, home in SHOWN.findall(spell(text))
+        if flag not in OPTIONS_OF[home or name] and not text.startswith(REASONS)
+    }
+    assert wrong == set()
 
 
 def test_a_caller_in_python_reads_keywords(golden, tmp_path):

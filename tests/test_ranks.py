@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from itertools import combinations, product
 from pathlib import Path
 
@@ -22,9 +23,9 @@ SIMPLE = ("1 1 1", "2 1 1", "1 2 1")
 ITERATION = "iter_0000001"
 
 
-def to_ranks(source, target, parallel, experts="grouped", **options):
+def to_ranks(source, target, parallel, experts="grouped", mtp="transformer_layer", **options):
     spec = "te" if experts != "sequential" else "local"
-    megatron = MegatronOptions(spec=spec, experts=experts, parallel=parallel)
+    megatron = MegatronOptions(spec=spec, experts=experts, parallel=parallel, mtp_module=mtp)
     request = ConvertOptions(layout="megatron-ranks", megatron=megatron, **options)
     lingconv.convert(source, target, request)
     return target
@@ -181,7 +182,9 @@ def test_fused_experts_are_what_grouped_mlp_multiplies_by(golden, dtype, tmp_pat
 def test_megatron_core_loads_every_name_and_no_other(golden, parallel, tmp_path):
     """`load_state_dict(strict=True)` of each rank's own module, then the golden logits."""
     tp, pp, ep = map(int, parallel.split())
-    target = to_ranks(golden, tmp_path / "m", Parallel(tp, pp, ep, 1), "sequential")
+    newer = tuple(map(int, version("megatron-core").split(".")[:2])) >= (0, 17)
+    mtp = "mtp_model_layer" if newer else "transformer_layer"
+    target = to_ranks(golden, tmp_path / "m", Parallel(tp, pp, ep, 1), "sequential", mtp)
     expected = ROOT / "tests/data/tiny-ling-v2.expected.safetensors"
     done = subprocess.run(
         [sys.executable, "-m", "tests.megatron_client", target / ITERATION, expected, "-",
@@ -249,6 +252,33 @@ def test_mtp_layers_under_their_newer_name(golden, tmp_path):
     assert_same_model(golden, tmp_path / "hf")
 
 
+def test_names_are_those_of_megatron_core_0_19(tmp_path):
+    """Every name of the model's own `state_dict()`, as 0.19.2 has it, and no other."""
+    source = ROOT / "tests/data/forward/two-mtp"
+    target = to_ranks(source, tmp_path / "m", Parallel(), "sequential", mtp="mtp_model_layer")
+    state = load(file_of(target, "mp_rank_00"))["model"]
+    names = json.loads((ROOT / "tests/data/megatron-0.19/module_names.json").read_text())
+    assert sorted(name for name in state if not name.endswith("_extra_state")) == names
+    lingconv.convert(target, tmp_path / "hf")
+    assert_same_model(source, tmp_path / "hf")
+
+
+def test_what_age_the_names_of_mtp_layers_are_of_is_said(golden, tmp_path):
+    def warnings(**options):
+        megatron = MegatronOptions(**options)
+        return lingconv.plan(
+            golden, ConvertOptions(layout="megatron-ranks", megatron=megatron)
+        ).warnings
+
+    assert any("`mtp_module=mtp_model_layer`" in text for text in warnings())
+    assert not any("mtp_module" in text for text in warnings(mtp_module="mtp_model_layer"))
+    for layout, word in (("megatron", "mtp_model_layer"), ("megatron-ranks", "mtp_layer")):
+        options = ConvertOptions(layout=layout, megatron=MegatronOptions(mtp_module=word))
+        with pytest.raises(lingconv.UsageError, match=r"mtp_module|torch_dist") as caught:
+            lingconv.plan(golden, options)
+        assert caught.value.hint
+
+
 # Faults ----------------------------------------------------------------------------------------
 
 
@@ -257,13 +287,18 @@ def refuses(target, *words):
         lingconv.plan(target)
     text = "\n".join([str(caught.value), *map(str, caught.value.faults)])
     assert [word for word in words if word not in text] == [], text
+    return caught.value.faults
 
 
 def test_a_rank_that_is_not_there(golden, tmp_path):
     target = to_ranks(golden, tmp_path / "m", Parallel(tp=2, pp=2, ep=2, etp=2))
     shutil.rmtree(file_of(target, "mp_rank_01_001_000").parent)
     shutil.rmtree(file_of(target, "mp_rank_00_000_001").parent)
-    refuses(target, "mp_rank_01_001_000", "mp_rank_00_000_001", "tp 2, pp 2, ep 2", "no chunk")
+    faults = refuses(target, "tp 2, pp 2, ep 2")
+    assert [fault.file for fault in faults] == [
+        f"{rank}/model_optim_rng.pt" for rank in ("mp_rank_00_000_001", "mp_rank_01_001_000")
+    ]
+    assert {fault.hint for fault in faults} == {"fetch the files of all ranks"}
 
 
 def test_replicas_that_disagree(golden, tmp_path):
@@ -298,7 +333,22 @@ def test_a_file_that_is_cut_short(golden, tmp_path):
     path = file_of(target, "mp_rank_01")
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    refuses(target, "mp_rank_01", "is cut short")
+    (fault,) = refuses(target, "mp_rank_01", "is cut short")
+    assert fault.hint == "fetch the file again"
+
+
+@pytest.mark.parametrize("nbytes", [0, 3, 1000])
+@pytest.mark.parametrize("beside", [True, False])
+def test_every_rank_is_cut_short(golden, nbytes, beside, tmp_path):
+    """One fault for each file, whether or not something else says what the model is."""
+    target = to_ranks(golden, tmp_path / "m", Parallel(pp=2, ep=2))
+    paths = sorted(target.glob(f"{ITERATION}/*/*.pt"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:nbytes])
+    if not beside:
+        (target / "config.json").unlink()
+    faults = refuses(target, "is cut short")
+    assert [fault.file for fault in faults] == [str(path.relative_to(target)) for path in paths]
 
 
 def test_no_payload_runs_in_a_rank(golden, tmp_path):

@@ -27,7 +27,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 def parse(header, data_bytes=8):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return parse_header(text, 8 + len(text) + data_bytes, "x.safetensors")
+    return parse_header(text, 8 + len(text) + data_bytes, "x.safetensors")[:2]
 
 
 def test_a_good_header():
@@ -63,6 +63,20 @@ def test_a_bad_entry_is_a_fault_that_names_file_and_tensor(header, data_bytes, s
     assert faults[0].file == "x.safetensors"
     if "behind" not in says:
         assert faults[0].tensor in header
+
+
+def test_a_file_that_is_cut_short_is_one_fault():
+    """Of 8 + 8 + 8 bytes of data 12 are there: two tensors are not, and no third line says so."""
+    listed = {name: entry(offsets=(8 * i, 8 * i + 8)) for i, name in enumerate("abc")}
+    text = json.dumps(listed).encode()
+    tensors, faults, unread = parse_header(text, 8 + len(text) + 12, "x.safetensors")
+    assert [item.name for item in tensors] == ["a"]
+    assert unread == ["b", "c"]
+    assert [str(fault) for fault in faults] == [
+        f"x.safetensors: truncated file: {20 + len(text)} bytes, its tensors reach to byte"
+        f" {32 + len(text)} (c)"
+    ]
+    assert faults[0].hint == "fetch the file again"
 
 
 def test_a_tensor_listed_twice_is_a_fault():
@@ -123,7 +137,7 @@ def test_no_header_gets_past_the_parser_that_the_real_library_refuses(
     header, data_bytes, tmp_path_factory
 ):
     text = json.dumps(header).encode()
-    entries, faults = parse_header(text, 8 + len(text) + data_bytes, "f")
+    entries, faults, _ = parse_header(text, 8 + len(text) + data_bytes, "f")
     for item in entries:
         assert (
             8 + len(text) <= item.offset <= item.offset + item.nbytes <= 8 + len(text) + data_bytes
@@ -172,7 +186,7 @@ def test_written_headers_open_in_the_real_library_with_every_tensor_aligned(
         assert set(file.keys()) == {spec.name for spec in specs}
         for spec in specs:
             assert tuple(file.get_slice(spec.name).get_shape()) == spec.shape
-    entries, faults = parse_header(header[8:], path.stat().st_size, "f")
+    entries, faults, _ = parse_header(header[8:], path.stat().st_size, "f")
     assert not faults
     for item in entries:
         assert item.offset % item.dtype.itemsize == 0

@@ -73,6 +73,60 @@ def test_what_megatron_core_saved_becomes_the_golden_model(golden, golden_dist, 
     assert json.loads((tmp_path / "hf/config.json").read_text()) == config
 
 
+# megatron-core 0.19.2 saved it, with arguments of Megatron's launcher: see generate.py beside it.
+NEWER = ROOT / "tests/data/megatron-0.19/two-mtp"
+DISTCP = "iter_0000003/__0_0.distcp"
+
+
+def test_arguments_where_megatron_core_0_19_has_them(tmp_path):
+    """It writes no common.pt. The model is that of the files that it was made of, key by key."""
+    source = ROOT / "tests/data/forward/two-mtp"
+    lingconv.convert(NEWER, tmp_path / "hf")
+    assert_same_model(source, tmp_path / "hf")
+    found, config = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "hf", source))
+    keys = set(config) - {"pad_token_id", "rope_scaling", "use_cache", "num_shared_experts"}
+    assert {key: found.get(key) for key in keys} == {key: config[key] for key in keys}
+    report = lingconv.inspect(NEWER)
+    assert report.sound
+    assert report.left_out.keys() == {"extra state"}  # the arguments are not among what is left
+
+
+def test_common_pt_counts_where_both_are_there(tmp_path):
+    """As `load_common_state_dict` of megatron-core 0.19.2 has it."""
+    folder = Path(shutil.copytree(NEWER, tmp_path / "m"))
+    older = to_megatron(ROOT / "tests/data/forward/two-mtp", tmp_path / "older") / ITERATION
+    state = torch.load(older / "common.pt", weights_only=False)
+    state["args"].rotary_base = 10_000
+    torch.save(state, folder / "iter_0000003/common.pt")
+    lingconv.convert(folder, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["rope_theta"] == 10_000
+
+
+@pytest.mark.parametrize("left", [0, 30_000, 60_000])
+def test_arguments_in_a_file_that_is_cut_short(left, tmp_path):
+    """One fault, although what describes the model is lost with its weights."""
+    folder = Path(shutil.copytree(NEWER, tmp_path / "m"))
+    path = folder / DISTCP
+    path.write_bytes(path.read_bytes()[:left])
+    (fault,) = refuses(folder, tmp_path)
+    assert (fault.file, fault.hint) == (DISTCP, "fetch the file again")
+
+
+def test_arguments_that_are_damaged(tmp_path):
+    folder = Path(shutil.copytree(NEWER, tmp_path / "m"))
+    metadata = FileSystemReader(folder / "iter_0000003").read_metadata()
+    (start,) = (
+        place.offset
+        for key, place in metadata.storage_data.items()
+        if key.fqn == "common_state/shard_0_1"
+    )
+    data = bytearray((folder / DISTCP).read_bytes())
+    data[start + 2_000] ^= 1
+    (folder / DISTCP).write_bytes(data)
+    (fault,) = refuses(folder, tmp_path, "CRC-32")
+    assert (fault.file, fault.tensor) == (DISTCP, "common_state/shard_0_1")
+
+
 @pytest.mark.parametrize("spec", ["te", "local"])
 @pytest.mark.parametrize("singleton", [False, True])
 def test_there_and_back(golden, spec, singleton, tmp_path):
@@ -340,6 +394,7 @@ def refuses(target, tmp_path, *words, **given):
         lingconv.plan(target, given=SourceOverrides(**given) if given else None)
     text = "\n".join([str(caught.value), *map(str, caught.value.faults), *caught.value.details])
     assert [word for word in words if word not in text] == [], text
+    return caught.value.faults
 
 
 def edit_metadata(folder, change):
@@ -351,7 +406,8 @@ def edit_metadata(folder, change):
 
 def test_a_file_that_is_not_there(golden, tmp_path):
     target = broken(golden, tmp_path, lambda folder: (folder / "__0_0.distcp").unlink())
-    refuses(target, tmp_path, "__0_0.distcp", "is missing")
+    (fault,) = refuses(target, tmp_path, "__0_0.distcp", "is missing")
+    assert fault.hint == "fetch the missing files again"
 
 
 def test_a_file_that_is_cut_short(golden, tmp_path):
@@ -359,7 +415,8 @@ def test_a_file_that_is_cut_short(golden, tmp_path):
         with (folder / "__0_0.distcp").open("r+b") as file:
             file.truncate(3_000_000)
 
-    refuses(broken(golden, tmp_path, cut), tmp_path, "__0_0.distcp", "cut short", "are in no chunk")
+    (fault,) = refuses(broken(golden, tmp_path, cut), tmp_path, "__0_0.distcp", "cut short")
+    assert fault.hint == "fetch the file again"
 
 
 def test_all_experts_dropped_without_a_word(golden, tmp_path):

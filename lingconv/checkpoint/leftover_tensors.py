@@ -3,23 +3,21 @@
 Some are left out with a reason; the others are faults, each with its own way out.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.stored_tensor import StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.fp8 import SCALE_SUFFIXES
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import Fault
 from lingconv.model.family import Family, Role
-from lingconv.model.layout import HF, Layout, build_layout
-from lingconv.model.symbols import Symbol
+from lingconv.model.layout import HF, Layout
 
 # Scales that are measured on a text, as vLLM, ModelOpt and llm-compressor name them.
 _CALIBRATED = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale")
 CALIBRATED = "a calibrated scale of activations or of the KV cache, and no weight"
 _SAME_AS_EMBEDDING = "the head is tied, and these are the embedding's bytes"
-_MOST_LAYERS = 3  # of MTP
 _CHUNK_BYTES = 8 << 20
 
 
@@ -34,15 +32,17 @@ def sort_leftovers(
     checkpoint: Checkpoint,
     family: Family,
     layout: Layout,
-    symbols: Mapping[str, Any],
     used: Collection[str],
+    is_told: Callable[[str], bool],
 ) -> Leftovers:
-    """Return why the tensors of a checkpoint that are not in `used` are there."""
+    """Return why the tensors of a checkpoint that are not in `used` are there.
+
+    `is_told` says of a missing tensor whether the fault that it is missing with is told already.
+    """
     tensors = checkpoint.tensors
     dropped: dict[str, str] = {}
     faults: list[Fault] = []
     names = sorted(tensors.keys() - set(used))
-    settings = _Settings(family, layout, symbols, checkpoint.config) if names else None
     for name in names:
         reason = family.drop_reason(name, layout.name)
         if name.endswith(_CALIBRATED):
@@ -51,19 +51,17 @@ def sort_leftovers(
             reason = _SAME_AS_EMBEDDING
         if reason is not None:
             dropped[name] = reason
-        elif (scale := _fault_of_scale(tensors[name], tensors)) is not None:
-            faults.append(scale)
+        elif suffix := next((end for end in SCALE_SUFFIXES if name.endswith(end)), ""):
+            owner = name.removesuffix(suffix)
+            if owner in tensors or not is_told(owner):
+                faults.append(_fault_of_scale(tensors[name], suffix, tensors.get(owner)))
         else:
-            faults.append(_fault_of_stranger(tensors[name], layout, family, settings))
+            faults.append(_fault_of_stranger(tensors[name], layout, family))
     return Leftovers(dropped, faults)
 
 
-def _fault_of_scale(held: StoredTensor, tensors: Mapping[str, StoredTensor]) -> Fault | None:
-    """Return what is wrong with a scale that no weight has, or None for another tensor."""
-    suffix = next((end for end in SCALE_SUFFIXES if held.name.endswith(end)), "")
-    if not suffix:
-        return None
-    owner = tensors.get(held.name.removesuffix(suffix))
+def _fault_of_scale(held: StoredTensor, suffix: str, owner: StoredTensor | None) -> Fault:
+    """Return what is wrong with a scale that no weight has."""
     if owner is None:
         return Fault("scale", "scale of a weight that is not there", held.file, held.name)
     message = f"scale of a weight that is {owner.dtype}, not FP8"
@@ -72,62 +70,11 @@ def _fault_of_scale(held: StoredTensor, tensors: Mapping[str, StoredTensor]) -> 
     return Fault(kind, message, held.file, held.name, hint=hint)
 
 
-def _fault_of_stranger(
-    held: StoredTensor, layout: Layout, family: Family, settings: "_Settings | None"
-) -> Fault:
+def _fault_of_stranger(held: StoredTensor, layout: Layout, family: Family) -> Fault:
     described = "config.json" if layout.base == HF else "its metadata"
     message = f"is no tensor of {family.title} by {described}"
     hint = "pass `drop=PATTERN` to leave tensors out knowingly"
-    setting = settings.that_has(held.name) if settings else ""
-    if setting:
-        message += f", unless `{setting.replace('=', '` is `')}`"
-        hint = f"to keep it, pass `settings={setting}`"
-        if settings is not None and settings.brings_one(setting):
-            hint += f"; to leave it out, `drop={held.name}`"
     return Fault("extra tensor", message, held.file, held.name, hint=hint)
-
-
-class _Settings:
-    """Keys of config.json that would bring more tensors if they were set otherwise."""
-
-    def __init__(
-        self, family: Family, layout: Layout, symbols: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> None:
-        self._found: dict[str, str] = {}
-        if layout.base != HF:
-            return
-        for key, value in _alternatives(family.symbols, symbols):
-            try:
-                other = family.resolve({**config, key: value}, HF)
-                names = build_layout(family, other, layout.name).tensors
-            except CheckpointError:
-                continue
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            for name in names.keys() - layout.tensors.keys():
-                self._found.setdefault(name, f"{key}={text}")
-
-    def brings_one(self, setting: str) -> bool:
-        """Return whether a setting brings a single tensor."""
-        return sum(found == setting for found in self._found.values()) == 1
-
-    def that_has(self, name: str) -> str:
-        """Return the setting, `KEY=VALUE`, with which the model has a tensor; or nothing."""
-        return self._found.get(name, "")
-
-
-def _alternatives(
-    known: Collection[Symbol], symbols: Mapping[str, Any]
-) -> Iterator[tuple[str, bool | int]]:
-    """Yield other values of the switches, and of what config.json counts none of, by key."""
-    for symbol in known:
-        value, keys = symbols.get(symbol.name), symbol.keys.get(HF, ())
-        if not keys or symbol.rule:
-            continue
-        if isinstance(value, bool):
-            yield keys[0], not value
-        elif value == 0 and symbol.default == 0 and isinstance(symbol.default, int):
-            for count in range(1, _MOST_LAYERS + 1):
-                yield keys[0], count
 
 
 def _is_copy_of_embedding(held: StoredTensor, checkpoint: Checkpoint, layout: Layout) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.encodings.dtypes import DType
 from lingconv.encodings.quantization_config import StatedQuantization
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import Fault, unusable
 from lingconv.model.family import Family, PhysicalName
 from lingconv.model.layout import MEGATRON, Layout, PhysicalTensor
 from lingconv.plans.tensor_map import Locator, StoredMatrix
@@ -55,7 +55,4 @@ def refuse_faults(model: Model, excused: Callable[[Fault], bool] = lambda fault:
     """Raise CheckpointError with every fatal fault of `model` that is not excused."""
     fatal = [fault for fault in model.faults if fault.fatal and not excused(fault)]
     if fatal:
-        plural = "s" if len(fatal) > 1 else ""
-        raise CheckpointError(
-            f"{model.checkpoint.storage.uri} has {len(fatal)} fault{plural}", faults=fatal
-        )
+        raise unusable(model.checkpoint.storage.uri, fatal)

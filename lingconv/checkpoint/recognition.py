@@ -1,13 +1,17 @@
 """A Model from a checkpoint's headers: the format identifies it, the tensors are matched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from lingconv.checkpoint.config_suggestions import with_suggestions
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.checkpoint.tensor_matching import Matcher
 from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.registry import format_named
 from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.model.family import Family
+from lingconv.model.layout import Layout
 
 
 def recognise(
@@ -19,9 +23,16 @@ def recognise(
     other problems are faults of the returned Model.
     """
     form = format_named(checkpoint.format)
-    identity = form.identify(checkpoint, families, overrides or SourceOverrides())
-    matcher = Matcher(identity.checkpoint, identity.family, identity.layout, identity.symbols)
+    given = overrides or SourceOverrides()
+    identity = form.identify(checkpoint, families, given)
+    matcher = Matcher(identity.checkpoint, identity.family, identity.layout)
     matcher.match()
+
+    def layout_under(settings: Mapping[str, Any]) -> Layout:
+        changed = replace(given, settings={**given.settings, **settings})
+        return form.identify(checkpoint, families, changed).layout
+
+    faults = with_suggestions(matcher.faults, identity.family, identity.symbols, layout_under)
     return Model(
         checkpoint=identity.checkpoint,
         family=identity.family,
@@ -31,5 +42,5 @@ def recognise(
         stored=matcher.stored,
         dropped=matcher.dropped,
         stated=matcher.stated,
-        faults=(*identity.checkpoint.faults, *matcher.faults),
+        faults=(*identity.checkpoint.faults, *faults),
     )

@@ -26,17 +26,12 @@ _WITHOUT_MTP = "the config asks for MTP layers: pass `mtp=drop` to go on without
 class Matcher:
     """Matches expected with stored tensors; mismatches are collected in `faults`."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        layout: Layout,
-        symbols: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family, layout: Layout) -> None:
         self.checkpoint = checkpoint
-        self.symbols = symbols
         self.tensors = checkpoint.tensors
         self.absent = checkpoint.absent
+        self.has_unread = checkpoint.has_unread
+        self.is_faulty = any(fault.fatal for fault in checkpoint.faults)
         self.family = family
         self.layout = layout
         self.faults: list[Fault] = []
@@ -60,7 +55,7 @@ class Matcher:
             found = self._find(tensor)
             if found is not None:
                 self.stored[tensor.name] = found
-        rest = sort_leftovers(self.checkpoint, self.family, self.layout, self.symbols, self.used)
+        rest = sort_leftovers(self.checkpoint, self.family, self.layout, self.used, self._is_told)
         self.dropped.update(rest.dropped)
         self.faults += rest.faults
         self._check_stated()
@@ -108,6 +103,8 @@ class Matcher:
         places = []
         for spec in encoding.tensors(tensor.name, tensor.shape):
             held = self.tensors.get(spec.name)
+            if held is None and self._is_told(spec.name):
+                continue
             if held is None:
                 what = f"{encoding.label} weight without it, expected {list(spec.shape)}"
                 self.faults.append(Fault("scale", what, tensor=spec.name))
@@ -124,12 +121,19 @@ class Matcher:
         return StoredMatrix(tensor.name, tensor.shape, encoding, tuple(places), tensor.stack)
 
     def _fault_missing(self, tensor: PhysicalTensor) -> None:
+        if self._is_told(tensor.name):
+            return
         known = self.absent.get(tensor.name)
         message = f"is missing, expected {list(tensor.stored_shape)}"
         hint = _WITHOUT_MTP if tensor.mtp and not self.has_mtp else ""
         if known is not None:
             message, hint = f"{message}: {known.reason}", known.hint or hint
         self.faults.append(Fault("missing tensor", message, tensor=tensor.name, hint=hint))
+
+    def _is_told(self, name: str) -> bool:
+        """Return whether a fault of a file says already why a tensor, or a part, is not there."""
+        known = self.absent.get(name)
+        return self.is_faulty and (self.has_unread if known is None else known.is_told)
 
     def _is_padded(self, tensor: PhysicalTensor, held: StoredTensor) -> bool:
         """Return whether a vocabulary is padded, as Megatron does to give ranks equal shares."""
@@ -144,13 +148,16 @@ class Matcher:
         try:
             return with_bands(stored._replace(shape=tensor.shape), runs)
         except Gap as exc:
-            self._fault("missing chunk", str(exc), held)
+            if not self._is_told(held.name):
+                self._fault("missing chunk", str(exc), held)
             return None
 
     def _find_fp8(self, tensor: PhysicalTensor, held: StoredTensor) -> StoredMatrix | None:
         names = [held.name + suffix for suffix in SCALE_SUFFIXES]
         scales = [self.tensors[name] for name in names if name in self.tensors]
         self.used.update(scale.name for scale in scales)
+        if not scales and any(map(self._is_told, names)):
+            return None
         if len(scales) != 1:
             message = "FP8 weight has two scales" if scales else "FP8 weight without its scale"
             self._fault("scale", f"{message} ({' or '.join(names)})", held)
@@ -198,7 +205,7 @@ class Matcher:
         if fp8 and self.stated is None and not self.faults:
             message = f"has no `{quantization_config.KEY}`, but {len(fp8)} weights are {kinds}"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
-        if self.stated and not fp8:
+        if self.stated and not fp8 and not self.has_unread:
             message = f"has a `{quantization_config.KEY}`, but no weight is quantized"
             self.faults.append(Fault("quantization config", message, CONFIG_NAME, fatal=False))
         self._check_four_bits()

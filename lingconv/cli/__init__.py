@@ -46,7 +46,7 @@ def _run() -> int:
     from lingconv.cli.retry_notes import hear_retries
     from lingconv.cli.terminal import terminal
 
-    terminal.spell = speller(app)
+    terminal.spell = speller(app, sys.argv[1:])
     hear_retries()
     try:
         app()

@@ -16,6 +16,7 @@ from lingconv.plans.options import (
     Fp8Options,
     GgufOptions,
     MegatronOptions,
+    MtpModule,
     Scheme,
     Spec,
 )
@@ -269,6 +270,16 @@ class MegatronFlags:
         ),
     ] = ""
 
+    mtp_module: Annotated[
+        MtpModule,
+        typer.Option(
+            "--mtp-module",
+            help="Name of the layer inside of an MTP layer in the files of ranks:"
+            " `mtp_model_layer` for megatron-core 0.17 and later.",
+            rich_help_panel=MEGATRON,
+        ),
+    ] = MtpModule.TRANSFORMER_LAYER
+
     def options(self) -> MegatronOptions:
         """Return the MegatronOptions."""
         try:
@@ -284,6 +295,7 @@ class MegatronFlags:
             self.singleton_experts,
             ExpertNames.FUSED.value if self.legacy_grouped_gemm else names.value,
             Parallel(self.tp, self.pp, self.ep, self.etp or self.tp, self.vpp, layers),
+            self.mtp_module.value,
         )
 
 

@@ -7,7 +7,7 @@ from lingconv.cli.common_options import DisplayFlags, Formats, Source, SourceFla
 from lingconv.cli.option_groups import grouped
 from lingconv.cli.terminal import columns, terminal
 from lingconv.cli.units import count, file_size
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import CheckpointError, Fault, shared_hint
 
 if TYPE_CHECKING:
     from lingconv.checkpoint.inspection import Report
@@ -35,8 +35,7 @@ def inspect(
 
 
 def _hint(faults: list[Fault]) -> str:
-    hints = [fault.hint for fault in faults if fault.hint]
-    return hints[0] if hints else "mend or fetch again what is named above"
+    return shared_hint(faults) or "mend or fetch again what is named above"
 
 
 def _lines(report: "Report", *, verbose: bool) -> list[str]:
@@ -89,7 +88,10 @@ def _fault_lines(report: "Report", *, verbose: bool) -> list[str]:
     if not report.faults:
         return ["  nothing odd"]
     shown = report.faults if verbose else report.faults[:_MAX_FAULTS]
-    lines = [f"  {'FAULT' if fault.fatal else 'odd  '}  {fault}" for fault in shown]
+    shared = shared_hint([fault for fault in report.faults if fault.fatal])
+    lines = [
+        f"  {'FAULT' if fault.fatal else 'odd  '}  {fault.with_hint(shared)}" for fault in shown
+    ]
     if len(shown) < len(report.faults):
         lines.append(f"  ... and {len(report.faults) - len(shown)} more (-v or --json show all)")
     return lines

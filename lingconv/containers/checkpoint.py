@@ -15,13 +15,19 @@ from lingconv.storage.stated_sums import StatedSum
 
 
 class Absence(NamedTuple):
-    """Why a tensor that the files speak of is not among those that were read, and what to do.
+    """Why a tensor that the files speak of is not read, or not all of it, and what to do.
 
-    Where that depends on what the tensor is in the model, there is no hint.
+    Where that depends on what the tensor is in the model, there is no hint. Where the cause is a
+    fault of its file `is_told` holds: the fault of the file says it, once for all its tensors.
     """
 
     reason: str
     hint: str = ""
+    is_told: bool = False
+
+
+# Why a tensor is missing whose file has a fault of its own.
+WITH_ITS_FILE = Absence("its file cannot be read", is_told=True)
 
 
 class LeftOut(NamedTuple):
@@ -40,7 +46,8 @@ class Checkpoint:
     files hold besides weights, by kind;
     `is_recorded` tells that lingconv wrote them, `is_spread` that `tensors` are those of ranks.
     `revision` is what is known of the version, in words; `checksums` are what files state of ranges
-    of their own bytes, `absent` is what is known of tensors that are not read.
+    of their own bytes, `absent` is what is known of tensors that are not read. `has_unread` says
+    that a file has a fault, and that nothing tells which tensors are in it.
     """
 
     storage: Storage
@@ -59,6 +66,7 @@ class Checkpoint:
     revision: str = ""
     checksums: Mapping[str, tuple[StatedSum, ...]] = field(default_factory=dict)
     absent: Mapping[str, Absence] = field(default_factory=dict)
+    has_unread: bool = False
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.storage.uri!r}: {self.format}, {len(self.tensors)} tensors>"

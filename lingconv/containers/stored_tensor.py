@@ -1,6 +1,6 @@
 """What the files look like: names, headers and offsets, never the meaning of a tensor."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from lingconv.encodings.dtypes import StoredType
@@ -40,6 +40,31 @@ class StoredTensor(NamedTuple):
 
 class HeaderError(ValueError):
     """The header as a whole cannot be used; single bad entries are faults instead."""
+
+
+class CutShort(HeaderError):
+    """The file ends before what it announces: it has to be fetched again."""
+
+
+class BeyondEnd(Exception):
+    """A sound entry of a header whose data goes on to byte `end`: the file ends before."""
+
+    def __init__(self, end: int) -> None:
+        super().__init__(end)
+        self.end = end
+
+
+def truncated_file(file: str, file_bytes: int, ends: Mapping[str, int]) -> Fault:
+    """Return the one fault of a file whose tensors would go on to these bytes, by name."""
+    last = max(ends, key=lambda name: ends[name])
+    message = (
+        f"truncated file: {file_bytes:,} bytes, its tensors reach to byte {ends[last]:,}"
+        f" ({last[:200]})"
+    )
+    return Fault("truncated file", message, file, hint=FETCH_AGAIN)
+
+
+FETCH_AGAIN = "fetch the file again"
 
 
 def check_coverage(

@@ -45,6 +45,16 @@ class Fault:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         return f"{where}: {self.message}" if where else self.message
 
+    def with_hint(self, shared: str = "") -> str:
+        """Return the fault on one line, its hint behind it unless it is one that all share."""
+        return f"{self} ({self.hint})" if self.hint and self.hint != shared else str(self)
+
+
+def shared_hint(faults: Sequence[Fault]) -> str:
+    """Return the hint that all faults have; empty where it is another one for each, or none."""
+    hints = {fault.hint for fault in faults}
+    return hints.pop() if len(hints) == 1 else ""
+
 
 class LingconvError(Exception):
     """Base of the tree: `details` are indented lines below the message, `hint` is the way out."""
@@ -87,13 +97,19 @@ class CheckpointError(LingconvError):
         hint: str = "",
         details: Sequence[str] = (),
     ) -> None:
-        hints = [fault.hint for fault in faults if fault.hint]
+        shared = shared_hint(faults)
         super().__init__(
             message,
-            hint=hint or (hints[0] if hints else ""),
-            details=details or [str(fault) for fault in faults],
+            hint=hint or shared,
+            details=details or [fault.with_hint(shared) for fault in faults],
         )
         self.faults = tuple(faults)
+
+
+def unusable(uri: str, faults: Sequence[Fault]) -> CheckpointError:
+    """Return the error of a checkpoint that is refused for these faults of it."""
+    plural = "s" if len(faults) > 1 else ""
+    return CheckpointError(f"{uri} has {len(faults)} fault{plural}", faults=faults)
 
 
 class PermissionDenied(LingconvError):

@@ -50,6 +50,16 @@ class Spec(StrEnum):
     LOCAL = "local"
 
 
+class MtpModule(StrEnum):
+    """`--mtp-module`: what a rank of Megatron calls the layer inside of an MTP layer.
+
+    `transformer_layer` up to megatron-core 0.16, `mtp_model_layer` from 0.17 on.
+    """
+
+    TRANSFORMER_LAYER = "transformer_layer"
+    MTP_MODEL_LAYER = "mtp_model_layer"
+
+
 class TargetDType(StrEnum):
     """`--dtype`: the dtype in which weights are stored."""
 
@@ -255,12 +265,15 @@ class MegatronOptions:
     singleton_experts: bool = False
     experts: str = ExpertNames.GROUPED
     parallel: Parallel = field(default_factory=Parallel)
+    mtp_module: str = MtpModule.TRANSFORMER_LAYER
 
     @property
     def rank_layout(self) -> str:
         """The layout of legacy per-rank checkpoints, which name the modules of one rank."""
         modules = ["modules"] if self.spec == Spec.LOCAL else []
-        return "+".join([Target.MEGATRON, self.experts, *modules])
+        newer = self.mtp_module == MtpModule.MTP_MODEL_LAYER
+        mtp = [MtpModule.MTP_MODEL_LAYER] if newer else []
+        return "+".join([Target.MEGATRON, self.experts, *modules, *mtp])
 
     @property
     def layout(self) -> str:
@@ -273,6 +286,7 @@ class MegatronOptions:
         """Raise UsageError for unknown values or contradictory combinations."""
         _check_word("spec", self.spec, list(Spec))
         _check_word("experts", self.experts, list(ExpertNames))
+        _check_word("mtp_module", self.mtp_module, list(MtpModule))
         for name, value in zip(Parallel._fields[:5], self.parallel[:5], strict=True):
             if value < 1:
                 raise UsageError(f"`parallel.{name}` must be at least 1")
@@ -358,12 +372,14 @@ class ConvertOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values.
 
-        Those of four bits are left out where nothing asks for them, so that the digests of other
-        plans stay what they were before there were four bits.
+        Those of four bits and the MTP module are left out where nothing asks for them, so that the
+        digests of other plans stay what they were before there were such options.
         """
         value = asdict(self)
         if self.four_bits == FourBitOptions():
             del value["four_bits"]
+        if self.megatron.mtp_module == MtpModule.TRANSFORMER_LAYER:
+            del value["megatron"]["mtp_module"]
         return value
 
     @classmethod
@@ -398,7 +414,7 @@ _OPTIONS_OF = {
         "add `layout=gguf`, or let DST end with `.gguf`",
     ),
     "megatron": (
-        "`spec`, `singleton_experts`, `experts=sequential` and the numbers of ranks",
+        "`spec`, `singleton_experts`, `experts=sequential`, `mtp_module` and the numbers of ranks",
         "Megatron",
         "add `layout=megatron` or `layout=megatron-ranks`",
     ),

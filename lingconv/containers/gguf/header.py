@@ -10,7 +10,14 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor, check_coverage
+from lingconv.containers.stored_tensor import (
+    BeyondEnd,
+    CutShort,
+    HeaderError,
+    StoredTensor,
+    check_coverage,
+    truncated_file,
+)
 from lingconv.encodings.dtypes import DTYPES, GGML_TYPES, GgmlType, StoredType
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.errors import Fault
@@ -59,11 +66,15 @@ _BY_ID = {kind.id: kind for kind in GgmlType}
 
 
 class Header(NamedTuple):
-    """What a file says before its data: key-values, tensors by offset, and what is wrong."""
+    """What a file says before its data: key-values, tensors by offset, and what is wrong.
+
+    `unread` are the names of tensors that a fault speaks of, which are not among the others.
+    """
 
     metadata: dict[str, Value]
     tensors: list[StoredTensor]
     faults: list[Fault]
+    unread: list[str]
 
 
 def read_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -> Header:
@@ -83,13 +94,13 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -
     infos = [_read_info(cursor) for _ in range(num_tensors)]
     alignment = alignment_of(metadata)
     start = _padded(cursor.position, alignment)
-    tensors, faults = _place(infos, start, alignment, file_bytes, file)
+    tensors, faults, unread = _place(infos, start, alignment, file_bytes, file)
     if not faults:
         faults, end = check_coverage(tensors, start, alignment)
         if file_bytes > end:
             message = f"{file_bytes - end:,} bytes behind the last tensor"
             faults.append(Fault("header", message, file, fatal=False))
-    return Header(metadata, tensors, faults)
+    return Header(metadata, tensors, faults, unread)
 
 
 class _Cursor:
@@ -124,7 +135,7 @@ class _Cursor:
         """Raise HeaderError when `what` of at least `nbytes` cannot be in what is left."""
         if nbytes > self.left:
             limit = "" if self._file_bytes <= MAX_HEADER_BYTES else " (or the header is too large)"
-            raise HeaderError(
+            raise CutShort(
                 f"{what} at byte {self.position:,} takes at least {nbytes:,} bytes, the file ends"
                 f" {max(self.left, 0):,} bytes on: truncated or damaged{limit}"
             )
@@ -134,7 +145,7 @@ class _Cursor:
         size = max(end - len(self._data), _CHUNK_BYTES, len(self._data))
         self._data += self._read(len(self._data), size)
         if end > len(self._data):
-            raise HeaderError(f"file ends at byte {len(self._data):,}, within the header")
+            raise CutShort(f"file ends at byte {len(self._data):,}, within the header")
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
@@ -239,10 +250,15 @@ def _padded(size: int, alignment: int) -> int:
 
 def _place(
     infos: Sequence[_Info], start: int, alignment: int, file_bytes: int, file: str
-) -> tuple[list[StoredTensor], list[Fault]]:
-    """Return the tensors in the order of their bytes, and a fault for each impossible one."""
+) -> tuple[list[StoredTensor], list[Fault], list[str]]:
+    """Return the tensors in the order of their bytes, a fault for each impossible one, and these.
+
+    A file that ends before its tensors do is one fault.
+    """
     tensors: list[StoredTensor] = []
     faults: list[Fault] = []
+    unread: list[str] = []
+    ends: dict[str, int] = {}
     seen: set[str] = set()
     for info in infos:
         if len(faults) == MAX_FAULTS:
@@ -253,10 +269,16 @@ def _place(
                 raise HeaderError("tensor is listed twice in one header")
             seen.add(info.name)
             tensors.append(_place_one(info, start, alignment, file_bytes, file))
+        except BeyondEnd as exc:
+            unread.append(info.name)
+            ends[info.name] = exc.end
         except HeaderError as exc:
+            unread.append(info.name)
             faults.append(Fault("header", str(exc), file, info.name[:200]))
+    if ends:
+        faults.append(truncated_file(file, file_bytes, ends))
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    return tensors, faults
+    return tensors, faults, unread
 
 
 def _place_one(info: _Info, start: int, alignment: int, file_bytes: int, file: str) -> StoredTensor:
@@ -272,10 +294,7 @@ def _place_one(info: _Info, start: int, alignment: int, file_bytes: int, file: s
         raise HeaderError(f"starts at byte {info.offset:,} of the data, no multiple of {alignment}")
     nbytes = kind.nbytes_of(info.shape)
     if start + info.offset + nbytes > file_bytes:
-        raise HeaderError(
-            f"takes {nbytes:,} bytes at {info.offset:,} of the data, the file ends"
-            f" {max(0, file_bytes - start):,} bytes after the data begins (truncated file?)"
-        )
+        raise BeyondEnd(start + info.offset + nbytes)
     return StoredTensor(
         info.name, _stored_type(kind), info.shape, file, start + info.offset, nbytes
     )

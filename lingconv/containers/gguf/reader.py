@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lingconv.containers.checkpoint import Checkpoint
+from lingconv.containers.checkpoint import WITH_ITS_FILE, Absence, Checkpoint
 from lingconv.containers.gguf.header import (
     SPLIT_COUNT,
     SPLIT_NO,
@@ -13,7 +13,13 @@ from lingconv.containers.gguf.header import (
     siblings,
 )
 from lingconv.containers.gguf.to_hf import plain_values
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor, add_tensors
+from lingconv.containers.stored_tensor import (
+    FETCH_AGAIN,
+    CutShort,
+    HeaderError,
+    StoredTensor,
+    add_tensors,
+)
 from lingconv.errors import CheckpointError, Fault
 from lingconv.plans.key_values import Value
 from lingconv.storage import Storage
@@ -48,8 +54,10 @@ class GgufReader:
         if first is None:
             raise CheckpointError(f"{self.storage.uri} cannot be read", faults=self.faults)
         tensors: dict[str, StoredTensor] = {}
+        absent: dict[str, Absence] = {}
         for header in headers.values():
             add_tensors(tensors, header.tensors, self.faults)
+            absent.update(dict.fromkeys(header.unread, WITH_ITS_FILE))
         self._check_split(headers, len(tensors))
         split = (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)
         metadata = {key: value for key, value in first.metadata.items() if key not in split}
@@ -63,6 +71,8 @@ class GgufReader:
             faults=tuple(self.faults),
             format="gguf",
             metadata=metadata,
+            absent=absent,
+            has_unread=len(headers) < len(self.names),
         )
 
     def _fault_missing(self, missing: list[str]) -> None:
@@ -81,7 +91,8 @@ class GgufReader:
         try:
             header = read_header(lambda at, count: self.storage.read(name, at, count), size, name)
         except HeaderError as exc:
-            self.faults.append(Fault("header", str(exc), name))
+            hint = FETCH_AGAIN if isinstance(exc, CutShort) else ""
+            self.faults.append(Fault("header", str(exc), name, hint=hint))
             return None
         self.faults += header.faults
         return header

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
-from lingconv.containers.checkpoint import Absence, Checkpoint
+from lingconv.containers.checkpoint import WITH_ITS_FILE, Absence, Checkpoint
 from lingconv.containers.hf import safetensors
 from lingconv.containers.hf.small_files import (
     ADAPTER,
@@ -16,17 +16,16 @@ from lingconv.containers.hf.small_files import (
     sort_other_files,
     take_pointers,
 )
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor, add_tensors
+from lingconv.containers.stored_tensor import FETCH_AGAIN, HeaderError, StoredTensor, add_tensors
 from lingconv.errors import CheckpointError, Fault
 from lingconv.errors.value_kinds import shown
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME
 from lingconv.storage.records import stand_in
 
-_Header = tuple[list[StoredTensor], list[Fault]] | HeaderError
+_Header = safetensors.Header | HeaderError
 _PEEK_BYTES = 256
 _FETCH = "fetch the missing shards again"
-_FETCH_ALL = "fetch the file again"
 _ALL_FILES = (
     f"name the file in `weight_map` of {safetensors.INDEX_NAME}, or remove that index: then all"
     " *.safetensors files are read"
@@ -49,6 +48,7 @@ class SafetensorsReader:
         self.left_out = storage.left_out()
         self.faults: list[Fault] = []
         self.absent: dict[str, Absence] = {}
+        self.has_unread = False
 
     def read(self) -> Checkpoint:
         """Read all headers; raise CheckpointError when there are no weights at all."""
@@ -68,6 +68,7 @@ class SafetensorsReader:
             )
         tensors: dict[str, StoredTensor] = {}
         readable = self._read_shards(shards, tensors)
+        self.has_unread |= weight_map is None and len(readable) < len(shards)
         side_files, ignored = self._sort_other_files(shards)
         if weight_map is not None:
             self._check_index(weight_map, index_metadata, tensors, readable)
@@ -81,6 +82,7 @@ class SafetensorsReader:
             ignored=ignored,
             faults=tuple(self.faults),
             absent=self.absent,
+            has_unread=self.has_unread,
         )
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class SafetensorsReader:
             if len(present) > 1:
                 message = f"is missing; all {len(present)} *.safetensors files are read"
                 self.faults.append(Fault("index", message, safetensors.INDEX_NAME, fatal=False))
+            self._fault_missing_numbers(present)
             return sorted(present)
         named = sorted(set(weight_map.values()))
         known = self.files.keys() | self.left_out.keys()
@@ -149,6 +152,19 @@ class SafetensorsReader:
         entries = [] if isinstance(header, HeaderError) else header[0]
         return frozenset(entry.name for entry in entries)
 
+    def _fault_missing_numbers(self, present: Collection[str]) -> None:
+        """Name the shards that are not there, by the numbers in the names of those that are."""
+        known = {*present, *self.left_out}
+        missing = [name for name in safetensors.siblings(present) if name not in known]
+        more = len(missing) - MAX_NAMED
+        for name in missing[:MAX_NAMED]:
+            message = "is missing: the names of the others count it"
+            self.faults.append(Fault("missing file", message, name, hint=_FETCH))
+        if more > 0:
+            message = f"{more:,} files more are missing"
+            self.faults.append(Fault("missing file", message, missing[-1], hint=_FETCH))
+        self.has_unread |= bool(missing)
+
     def _is_of_another_save(self, weight_map: Mapping[str, str]) -> bool:
         """Return whether an index was left behind by a save in shards, and another one followed."""
         named = {*weight_map.values()}
@@ -168,7 +184,9 @@ class SafetensorsReader:
         """Name what the storage leaves out; a fault where weights or the config are among it."""
         needed = {CONFIG_NAME, safetensors.INDEX_NAME, *(weight_map or {}).values()}
         if weight_map is None:
-            needed |= {n for n in self.left_out if n.endswith(".safetensors") and "/" not in n}
+            weights = {n for n in self.left_out if n.endswith(".safetensors") and "/" not in n}
+            needed |= weights
+            self.has_unread |= bool(weights)
         self.faults += left_out_faults(self.left_out, needed)
 
     def _read_shards(self, shards: list[str], tensors: dict[str, StoredTensor]) -> set[str]:
@@ -176,11 +194,11 @@ class SafetensorsReader:
         readable = set()
         for file, header in zip(shards, self._headers(shards), strict=True):
             if isinstance(header, HeaderError):
-                self.faults.append(Fault("header", str(header), file, hint=_FETCH_ALL))
+                self.faults.append(Fault("header", str(header), file, hint=FETCH_AGAIN))
                 continue
-            entries, faults = header
-            self.faults += faults
-            add_tensors(tensors, entries, self.faults)
+            self.faults += header.faults
+            self.absent.update(dict.fromkeys(header.unread, WITH_ITS_FILE))
+            add_tensors(tensors, header.tensors, self.faults)
             readable.add(file)
         return readable
 
@@ -214,13 +232,13 @@ class SafetensorsReader:
         stale: list[str] = []
         for tensor, shard in weight_map.items():
             stored = tensors.get(tensor)
-            if stored is None:
+            if stored is None and tensor not in self.absent:
                 there = shard in readable
                 stale += [tensor] if there else []
                 reason = f"the index is stale: it says {shard}, which does not hold it"
-                unread = Absence(f"{shard} is not read", _FETCH)
+                unread = Absence(f"{shard} is not read", _FETCH, is_told=True)
                 self.absent[tensor] = Absence(reason) if there else unread
-            elif shard in readable and stored.file != shard:
+            elif stored is not None and shard in readable and stored.file != shard:
                 message = f"index says {shard}, but it is in {stored.file}"
                 self.faults.append(Fault("index", message, name, tensor))
         if stale:
@@ -241,7 +259,7 @@ class SafetensorsReader:
         stray = [name for name in ignored if name.endswith(".safetensors") and "/" not in name]
         for file in stray[:MAX_NAMED]:
             header = self._read_header(file)
-            for entry in [] if isinstance(header, HeaderError) else header[0]:
+            for entry in [] if isinstance(header, HeaderError) else header.tensors:
                 if entry.name not in tensors:
                     reason = f"{file} holds it, which the index does not name"
                     self.absent[entry.name] = Absence(reason, _ALL_FILES)

@@ -7,11 +7,19 @@ The real library's writer needs a whole shard in memory, which is why this modul
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor, check_coverage
+from lingconv.containers.stored_tensor import (
+    BeyondEnd,
+    CutShort,
+    HeaderError,
+    StoredTensor,
+    check_coverage,
+    truncated_file,
+)
 from lingconv.encodings.dtypes import DTYPES
 from lingconv.encodings.tensor_spec import TensorSpec
 from lingconv.errors import Fault
@@ -27,6 +35,7 @@ MAX_FAULTS = 100  # of one header: more of the same help nobody
 METADATA_KEY = "__metadata__"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FIELD_SPELLINGS = tuple(f'"{field}"'.encode() for field in sorted(_FIELDS))
 _OFFSETS = b'"data_offsets"'
@@ -35,35 +44,47 @@ _MARKS = {b"{": 2, b"[": 3, b":": 6, b",": 5 + MAX_AXES}
 _MARKS_OF_METADATA = 100_000
 
 
+class Header(NamedTuple):
+    """The tensors of a file by offset, what is wrong with it, and what it lists besides.
+
+    `unread` are the names of tensors that a fault speaks of, which are not among the others.
+    """
+
+    tensors: list[StoredTensor]
+    faults: list[Fault]
+    unread: list[str]
+
+
 def header_length(prefix: bytes, file_bytes: int) -> int:
     """Return the length of the JSON header, from the first 8 bytes of a file.
 
     Raises HeaderError when the file is too short for the header that it announces.
     """
     if len(prefix) < 8:
-        raise HeaderError(f"file of {file_bytes} bytes is too short for a safetensors header")
+        raise CutShort(f"file of {file_bytes} bytes is too short for a safetensors header")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"header length {length:,} is over the format's limit of 100 MB")
     if length > file_bytes - 8:
-        raise HeaderError(
+        raise CutShort(
             f"truncated: header says {length:,} bytes, the file holds {file_bytes - 8:,} after it"
         )
     return int(length)
 
 
-def parse_header(
-    header: bytes, file_bytes: int, file: str
-) -> tuple[list[StoredTensor], list[Fault]]:
+def parse_header(header: bytes, file_bytes: int, file: str) -> Header:
     """Return the tensors that a header describes, sorted by offset, and what is wrong with it.
 
-    Only entries that lie inside the file and whose size fits dtype and shape are returned. Raises
-    HeaderError when the JSON itself is unusable.
+    Only entries that lie inside the file and whose size fits dtype and shape are returned; a file
+    that ends before its tensors do is one fault. Raises HeaderError when the JSON itself is
+    unusable.
     """
     entries: list[StoredTensor] = []
     faults: list[Fault] = []
     start = 8 + len(header)
     seen: set[str] = set()
+    unread: list[str] = []
+    ends: dict[str, int] = {}
     for name, value in _load_entries(header):
         if name == METADATA_KEY:
             continue
@@ -76,15 +97,21 @@ def parse_header(
         seen.add(name)
         try:
             entries.append(_parse_entry(name, value, file, start, file_bytes))
+        except BeyondEnd as exc:
+            unread.append(name)
+            ends[name] = exc.end
         except HeaderError as exc:
+            unread.append(name)
             faults.append(Fault("header", str(exc), file, name[:MAX_NAME]))
+    if ends:
+        faults.append(truncated_file(file, file_bytes, ends))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     if not faults:
         faults, end = check_coverage(entries, start)
         if end != file_bytes:
             message = f"{file_bytes - end:,} bytes behind the last tensor"
             faults.append(Fault("header", message, file))
-    return entries, faults
+    return Header(entries, faults, unread)
 
 
 def _load_entries(header: bytes) -> Iterable[tuple[str, Any]]:
@@ -155,13 +182,15 @@ def _parse_entry(name: str, value: Any, file: str, start: int, file_bytes: int) 
     begin, end = offsets
     if len(shape) > MAX_AXES:
         raise HeaderError(f"shape has {len(shape):,} axes, at most {MAX_AXES} are read")
+    bits = math.prod(shape) * dtype.bits
+    fits = bits % 8 == 0 and bits // 8 == end - begin
+    if fits and end > file_bytes - start:
+        raise BeyondEnd(start + end)
     if not begin <= end <= file_bytes - start:
         raise HeaderError(
             f"data_offsets [{begin}, {end}] are outside the {file_bytes - start:,} bytes of data"
-            " (truncated file?)"
         )
-    bits = math.prod(shape) * dtype.bits
-    if bits % 8 or bits // 8 != end - begin:
+    if not fits:
         raise HeaderError(f"{dtype} {list(shape)} does not take {end - begin:,} bytes")
     return StoredTensor(name, dtype, shape, file, start + begin, end - begin)
 
@@ -221,3 +250,16 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
 def shard_name(index: int, count: int) -> str:
     """Return the name of shard `index` (from 0) of `count`, as transformers spells it."""
     return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def siblings(names: Collection[str]) -> list[str]:
+    """Return the names of all shards of a model, of which some are called `names`.
+
+    They are numbered `-00001-of-00003`; empty where the names do not agree in what they count.
+    """
+    matches = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    found = {(match["stem"], int(match["count"])) for match in matches}
+    if len(found) != 1:
+        return []
+    ((stem, count),) = found
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

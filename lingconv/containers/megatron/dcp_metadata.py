@@ -5,7 +5,10 @@
     common.pt        what all ranks share: Megatron's arguments, iteration ...
     metadata.json    the name of this format
 
-Source: torch/distributed/checkpoint/metadata.py and filesystem.py of PyTorch 2.13.
+megatron-core 0.19 writes no common.pt: what was in it is the object COMMON_OBJECT among the chunks.
+
+Sources: torch/distributed/checkpoint/metadata.py and filesystem.py of PyTorch 2.13;
+core/dist_checkpointing/serialization.py of megatron-core 0.16.1, 0.18.2 and 0.19.2.
 """
 
 import gc
@@ -31,6 +34,7 @@ from lingconv.encodings.dtypes import DType
 METADATA_NAME = ".metadata"
 FORMAT_NAME = "metadata.json"
 COMMON_NAME = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
 SUFFIX = ".distcp"
 FORMAT = {
     "sharded_backend": "torch_dist",

@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from itertools import chain
 
-from lingconv.containers.checkpoint import LeftOut
+from lingconv.containers.checkpoint import WITH_ITS_FILE, Absence, LeftOut
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron.dcp_metadata import Chunk, FilePlace, ShardedTensor
 from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef
 from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
-from lingconv.containers.stored_tensor import Box, HeaderError, StoredTensor
+from lingconv.containers.stored_tensor import FETCH_AGAIN, Box, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import CheckpointError, Fault
 from lingconv.storage import Storage
@@ -39,7 +40,11 @@ _ALL_LAYERS = re.compile(r"(?P<prefix>decoder\.layers)\.(?P<rest>\D.*)")
 
 
 class TorchDistReader:
-    """Collects the weights of one checkpoint folder and every fault met on the way."""
+    """Collects the weights of one checkpoint folder and every fault met on the way.
+
+    `common` is where the object is that newer versions have in place of common.pt; None where there
+    is none, and where its file has a fault.
+    """
 
     def __init__(self, storage: Storage, folder: str, *, main_params: bool = False) -> None:
         self.storage = storage
@@ -48,6 +53,8 @@ class TorchDistReader:
         self.faults: list[Fault] = []
         self.left_out: dict[str, LeftOut] = {}
         self.checksums: dict[str, list[StatedSum]] = {}
+        self.common: FilePlace | None = None
+        self.absent: dict[str, Absence] = {}
         self._sizes: dict[str, int | None] = {}
 
     def read(self) -> dict[str, StoredTensor]:
@@ -67,11 +74,15 @@ class TorchDistReader:
         weights = [tensor for tensor in directory.tensors if _state_of(tensor.name) is None]
         if self.main_params:
             weights = list(self._main_params(weights, directory))
-        self._check_files(weights)
+        common = directory.objects.get(torch_dist.COMMON_OBJECT)
+        self._check_files(weights, common)
+        if common is not None and self._is_there(common):
+            self.common = common._replace(file=self.folder + common.file)
         for tensor, offsets in directory.lost:
             if _state_of(tensor) is None:
                 message = f"chunk at {list(offsets)} is listed, and not where it is"
                 self.faults.append(Fault("missing chunk", message, name, tensor))
+                self.absent[tensor] = WITH_ITS_FILE
         with OpenFiles(self.storage) as blobs:
             stored = [self._stored(tensor, blobs) for tensor in weights]
         return {tensor.name: tensor for item in self._apart(stored) for tensor in item}
@@ -84,6 +95,10 @@ class TorchDistReader:
             if together is None or not tensor.shape or not tensor.boxes:
                 yield [tensor]
                 continue
+            if tensor.name in self.absent:
+                layers = range(min(left, tensor.shape[0]))
+                names = (_layer_name(together, layer) for layer in layers)
+                self.absent.update(dict.fromkeys(names, WITH_ITS_FILE))
             left -= tensor.shape[0] + sum(box.sizes[0] for box in tensor.boxes)
             if left < 0:
                 message = f"holds {tensor.shape[0]:,} layers: more than {_MAX_PARTS:,} parts in all"
@@ -124,6 +139,8 @@ class TorchDistReader:
         for tensor in directory.tensors:
             self._count(tensor.name, sum(chunk.place.nbytes for chunk in tensor.chunks))
         for name, place in directory.objects.items():
+            if name == torch_dist.COMMON_OBJECT:
+                continue  # it is read
             self._count(name, place.nbytes if place else 0, "other objects")
         for name in directory.strange:
             self._count(name, 0, "tensors of a dtype that weights never have")
@@ -134,13 +151,12 @@ class TorchDistReader:
             held = self.left_out.get(kind, LeftOut(0, 0))
             self.left_out[kind] = LeftOut(held.entries + 1, held.nbytes + nbytes)
 
-    def _check_files(self, weights: Iterable[ShardedTensor]) -> None:
+    def _check_files(self, weights: Iterable[ShardedTensor], common: FilePlace | None) -> None:
         """Find out which files are there, and report each one that is not, or is too short."""
         ends: dict[str, int] = {}
-        for tensor in weights:
-            for chunk in tensor.chunks:
-                end = chunk.place.offset + chunk.place.nbytes
-                ends[chunk.place.file] = max(end, ends.get(chunk.place.file, 0))
+        places = (chunk.place for tensor in weights for chunk in tensor.chunks)
+        for place in chain(places, [common] if common else []):
+            ends[place.file] = max(place.offset + place.nbytes, ends.get(place.file, 0))
         for name, end in sorted(ends.items()):
             size = None
             with suppress(CheckpointError):
@@ -151,16 +167,23 @@ class TorchDistReader:
                 hint = "fetch the missing files again"
                 self.faults.append(Fault("missing file", message, self.folder + name, hint=hint))
             elif size < end:
-                message = f"is cut short: {size:,} bytes, weights reach to byte {end:,}"
-                self.faults.append(Fault("truncated file", message, self.folder + name))
+                message = f"is cut short: {size:,} bytes, what is in it reaches to byte {end:,}"
+                self.faults.append(
+                    Fault("truncated file", message, self.folder + name, hint=FETCH_AGAIN)
+                )
+
+    def _is_there(self, place: FilePlace) -> bool:
+        """Return whether a file reaches to the end of a place in it."""
+        size = self._sizes.get(self.folder + place.file)
+        return size is not None and place.offset + place.nbytes <= size
 
     def _stored(self, tensor: ShardedTensor, blobs: OpenFiles) -> StoredTensor:
         boxes = []
         for chunk in tensor.chunks:
             place = chunk.place._replace(file=self.folder + chunk.place.file)
-            size = self._sizes[place.file]
-            if size is None or place.offset + place.nbytes > size:
-                continue  # reported with its file
+            if not self._is_there(chunk.place):
+                self.absent[tensor.name] = WITH_ITS_FILE
+                continue
             try:
                 _check_inside(tensor, chunk)
                 box, held = _box(tensor.dtype, chunk, place, _archive(blobs, place))
@@ -170,7 +193,10 @@ class TorchDistReader:
                     self.checksums.setdefault(place.file, []).append(stated)
             except HeaderError as exc:
                 message = f"chunk at {list(chunk.offsets)} (byte {place.offset:,}) {exc}"
-                self.faults.append(Fault("chunk", message, place.file, tensor.name))
+                self.faults.append(
+                    Fault("chunk", message, place.file, tensor.name, hint=FETCH_AGAIN)
+                )
+                self.absent[tensor.name] = WITH_ITS_FILE
         first = boxes[0].file if boxes else self.folder + torch_dist.METADATA_NAME
         nbytes = tensor.dtype.nbytes_of(tensor.shape)
         return StoredTensor(tensor.name, tensor.dtype, tensor.shape, first, 0, nbytes, tuple(boxes))
@@ -230,6 +256,10 @@ def _load(pickled: bytes) -> TensorRef:
     return ref
 
 
+def _layer_name(together: re.Match[str], layer: int) -> str:
+    return f"{together['prefix']}.{layer}.{together['rest']}"
+
+
 def _layers(tensor: StoredTensor, together: re.Match[str]) -> Iterator[StoredTensor]:
     """Yield the tensor of each layer, by its usual name, of one that holds all of them."""
     boxes: list[list[Box]] = [[] for _ in range(tensor.shape[0])]
@@ -241,5 +271,5 @@ def _layers(tensor: StoredTensor, together: re.Match[str]) -> Iterator[StoredTen
             boxes[box.offsets[0] + row].append(part)
     nbytes = tensor.nbytes // tensor.shape[0]
     for layer, parts in enumerate(boxes):
-        name = f"{together['prefix']}.{layer}.{together['rest']}"
+        name = _layer_name(together, layer)
         yield tensor._replace(name=name, shape=tensor.shape[1:], nbytes=nbytes, boxes=tuple(parts))

@@ -42,6 +42,7 @@ from lingconv.plans.options import (
     ConvertOptions,
     ExpertNames,
     Mtp,
+    MtpModule,
     Spec,
     Target,
     TargetDType,
@@ -109,6 +110,11 @@ class TorchDist(_Megatron):
             raise UsageError(
                 "torch_dist is loaded at any parallelism: it has no numbers of ranks",
                 hint="leave them out, or write `layout=megatron-ranks`",
+            )
+        if options.megatron.mtp_module != MtpModule.TRANSFORMER_LAYER:
+            raise UsageError(
+                "torch_dist names MTP layers alike for every version of Megatron",
+                hint="leave `mtp_module` out, or write `layout=megatron-ranks`",
             )
         self._check_common(options)
 
@@ -179,7 +185,16 @@ class RankFiles(_Megatron):
             args,
             request.transfer_of,
         )
-        return Placement(files, args=args, notes=tuple(megatron_notes(request.symbols)))
+        return Placement(files, args=args, notes=tuple(self._notes(request)))
+
+    def _notes(self, request: PlacementRequest) -> Iterator[str]:
+        yield from megatron_notes(request.symbols)
+        older = request.options.megatron.mtp_module == MtpModule.TRANSFORMER_LAYER
+        if older and request.symbols["mtp_layers"]:
+            yield (
+                "MTP layers have the names of megatron-core up to 0.16: 0.17 and later load them"
+                " from ranks that are written with `mtp_module=mtp_model_layer`"
+            )
 
     def closing_files(self, plan: Plan) -> ClosingFiles:
         """Return the tracker, behind everything else."""

@@ -24,7 +24,7 @@ from lingconv.containers.megatron.rank_assembly import assemble_ranks
 from lingconv.containers.megatron.symbols_from_shapes import symbols_from_shapes
 from lingconv.containers.source_overrides import SourceOverrides
 from lingconv.encodings.dtypes import DTYPES, DType
-from lingconv.errors import CheckpointError, Fault
+from lingconv.errors import CheckpointError, Fault, unusable
 from lingconv.errors.value_kinds import checked
 from lingconv.model.family import Family
 from lingconv.model.layout import HF, MEGATRON, build_layout
@@ -57,8 +57,9 @@ def identify(
     symbols = family.resolve(shown.config, HF)
     _check_counts(symbols, checkpoint)
     if checkpoint.is_spread:
-        tensors, lost = assemble_ranks(family, symbols, checkpoint.args or {}, checkpoint.tensors)
-        shown = replace(shown, tensors=tensors, faults=(*shown.faults, *lost))
+        whole = assemble_ranks(family, symbols, checkpoint)
+        faults = [*shown.faults, *whole.faults]
+        shown = replace(shown, tensors=whole.tensors, faults=(*faults,), absent=whole.absent)
         layout_name = MEGATRON
     else:
         layout_name = refined(family, MEGATRON, checkpoint.tensors)
@@ -122,6 +123,9 @@ def _config_from_shapes(
             and not any(key in overrides.settings for key in keys)
         ):
             missing.append(keys[0])
+    fatal = [fault for fault in checkpoint.faults if fault.fatal]
+    if missing and fatal:  # what is missing may be in the files that cannot be read
+        raise unusable(checkpoint.storage.uri, fatal)
     if missing:
         raise CheckpointError(
             f"{checkpoint.storage.uri} holds neither arguments nor a {CONFIG_NAME}",

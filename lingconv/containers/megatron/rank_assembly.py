@@ -5,10 +5,11 @@ ranks hold has to be the same everywhere, by the checksums that their files stat
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
-from typing import Any
+from typing import Any, NamedTuple
 
+from lingconv.containers.checkpoint import WITH_ITS_FILE, Absence, Checkpoint
 from lingconv.containers.megatron.pickle_values import MAX_SIZE, shown
 from lingconv.containers.stored_tensor import Box, StoredTensor
 from lingconv.encodings.dtypes import StoredType
@@ -25,35 +26,52 @@ _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,6})\.")
 _MAX_MISSING, _MAX_TIMES = 4_096, 64
 
 
-def assemble_ranks(
-    family: Family,
-    symbols: Mapping[str, Any],
-    args: Mapping[str, Any],
-    found: Mapping[str, StoredTensor],
-) -> tuple[dict[str, StoredTensor], list[Fault]]:
-    """Return the tensors of the whole model, in boxes, and everything that does not fit.
+class Whole(NamedTuple):
+    """The tensors of the whole model, in boxes; everything that does not fit; what is not read.
 
-    `found` are the ranks' tensors by name, `FOLDER/CHUNK/NAME`.
+    `absent` are the tensors of which a part is in a file that has a fault.
     """
+
+    tensors: Mapping[str, StoredTensor]
+    faults: Sequence[Fault]
+    absent: Mapping[str, Absence]
+
+
+def assemble_ranks(family: Family, symbols: Mapping[str, Any], checkpoint: Checkpoint) -> Whole:
+    """Return what the ranks of a checkpoint hold together.
+
+    Its tensors are those of ranks by name, `FOLDER/CHUNK/NAME`.
+    """
+    args = checkpoint.args or {}
+    folders = {_folder_of(name) for name in checkpoint.shards}
+    broken = {
+        _folder_of(fault.file) for fault in checkpoint.faults if fault.file in checkpoint.shards
+    }
     try:
-        parallel = find_parallel(found, args)
+        parallel = find_parallel(checkpoint.tensors, args, folders)
     except UsageError as exc:
-        return {}, [Fault("ranks", str(exc))]
+        return Whole({}, [Fault("ranks", str(exc))], {})
     if sum(parallel.layers) != symbols["layers"]:
         parallel = parallel._replace(layers=())
     try:
-        return _RankAssembler(family, symbols, parallel, found).assemble()
+        assembler = _RankAssembler(family, symbols, parallel, checkpoint.tensors)
+        return assembler.assemble(folders, broken)
     except UsageError as exc:
-        return {}, [Fault("ranks", f"{parallel.describe()}: {exc}")]
+        return Whole({}, [Fault("ranks", f"{parallel.describe()}: {exc}")], {})
 
 
-def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
+def find_parallel(
+    names: Iterable[str], args: Mapping[str, Any], folders: Collection[str] = ()
+) -> Parallel:
     """Return how a model is spread, by its folders, what lies in them, and the arguments.
 
     Raises UsageError for more ranks than the folders that are there could be some of.
     """
     names = list(names)
     tp = pp = ep = vpp = 1
+    for folder in folders:
+        tensor_rank, pipeline, expert = _numbers(folder, args)
+        tp, pp, ep = max(tp, tensor_rank + 1), max(pp, pipeline + 1), max(ep, expert + 1)
     layers: dict[tuple[int, int], int] = {}
     for name in names:
         folder, key, tensor = name.split("/", 2)
@@ -72,6 +90,11 @@ def find_parallel(names: Iterable[str], args: Mapping[str, Any]) -> Parallel:
     _check_there(Parallel(tp, pp, ep, etp, vpp), {name.split("/", 1)[0] for name in names})
     chunks = [(virtual, stage) for virtual in range(vpp) for stage in range(pp)]
     return Parallel(tp, pp, ep, etp, vpp, tuple(layers.get(chunk, 0) for chunk in chunks))
+
+
+def _folder_of(file: str) -> str:
+    """Return the folder that the file of a rank is in, without those above."""
+    return file.split("/")[-2]
 
 
 def _stated(args: Mapping[str, Any], key: str) -> int:
@@ -122,6 +145,7 @@ class _RankAssembler:
         self._symbols = symbols
         self._parallel = parallel
         self._found = found
+        self._absent: dict[str, Absence] = {}
         self._whole = build_layout(family, symbols, MEGATRON)
         self._addresses = self._whole.addresses()
         names = {name.split("/", 2)[2] for name in found}
@@ -133,8 +157,8 @@ class _RankAssembler:
         self._faults: list[Fault] = []
         self._used: set[str] = set()
 
-    def assemble(self) -> tuple[dict[str, StoredTensor], list[Fault]]:
-        folders = {name.split("/")[0] for name in self._found}
+    def assemble(self, folders: Collection[str], broken: Collection[str]) -> Whole:
+        """Return the whole; `folders` are there, the files in those that are `broken` not read."""
         # Whatever a vocabulary was padded to, a rank's own file tells.
         rows = self._parallel.padded(self._symbols["vocab_size"], 1)
         for rank in all_ranks(self._parallel):
@@ -145,12 +169,22 @@ class _RankAssembler:
                 self._faults.append(
                     Fault("missing rank", message, f"{folder}/{FILE_NAME}", hint=hint)
                 )
-                continue
             for key, part in parts(self._parallel, rank, self._symbols, rows):
                 layout = build_layout(self._family, self._symbols, self._layout_name, part)
-                self._take(f"{folder}/{key}/", layout, part)
+                if folder in folders and folder not in broken:
+                    self._take(f"{folder}/{key}/", layout, part)
+                else:
+                    self._miss(layout)
         self._sort_rest()
-        return {str(name): self._tensor(name) for name in self._boxes}, self._faults
+        tensors = {str(name): self._tensor(name) for name in self._boxes}
+        return Whole(tensors, self._faults, self._absent)
+
+    def _miss(self, layout: Layout) -> None:
+        """Note the tensors of which a rank would hold a part whose file is not read."""
+        for tensor in layout.tensors.values():
+            for rows in tensor.rows:
+                for address in within(self._addresses[rows.logical], rows.first, rows.num_rows):
+                    self._absent[address.name] = WITH_ITS_FILE
 
     def _take(self, prefix: str, layout: Layout, part: RankShard) -> None:
         """Add the boxes of one model chunk of one rank."""
@@ -159,6 +193,7 @@ class _RankAssembler:
             if held is None:
                 message = f"is missing, expected {list(tensor.stored_shape)}"
                 self._faults.append(Fault("missing tensor", message, tensor=prefix + tensor.name))
+                self._miss(Layout(layout.name, {tensor.name: tensor}))
                 continue
             self._used.add(held.name)
             vocabulary = tensor.role in (Role.EMBEDDING, Role.HEAD)
@@ -167,6 +202,7 @@ class _RankAssembler:
             elif held.shape != tensor.stored_shape:
                 message = f"has shape {list(held.shape)}, {list(tensor.stored_shape)} is expected"
                 self._faults.append(Fault("shape", message, held.file, held.name))
+                self._miss(Layout(layout.name, {tensor.name: tensor}))
             else:
                 self._add(tensor, held)
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from lingconv.containers.checkpoint import LeftOut
+from lingconv.containers.checkpoint import Absence, LeftOut
 from lingconv.containers.megatron.args import args_of
 from lingconv.containers.megatron.pickle_machine import MAX_BYTES
 from lingconv.containers.megatron.pickle_values import TensorRef, shown
 from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader, Elements
-from lingconv.containers.stored_tensor import HeaderError, StoredTensor
+from lingconv.containers.stored_tensor import FETCH_AGAIN, CutShort, HeaderError, StoredTensor
 from lingconv.encodings.dtypes import DType
 from lingconv.errors import Fault
 from lingconv.model.parallelism import FILE_NAME
@@ -34,6 +34,7 @@ class RanksReader:
         self.left_out: dict[str, LeftOut] = {}
         self.args: Mapping[str, Any] = {}
         self.checksums: dict[str, set[StatedSum]] = {}
+        self.absent: Mapping[str, Absence] = {}  # which tensors a rank has, `identify` finds out
 
     def read(self) -> dict[str, StoredTensor]:
         """Return the tensors of all ranks whose files can be read."""
@@ -44,10 +45,13 @@ class RanksReader:
                     size = self.storage.stat(file).size
                     archive = ArchiveReader(partial(blobs.read, file), size)
                     state = loads(archive.record(PICKLE_NAME, MAX_BYTES))
-                    found = self._read_state(rank, file, archive, state)
+                    found = [*self._read_state(rank, file, archive, state)]
+                    if not found:
+                        raise HeaderError("holds a model without tensors")
                     tensors.update((tensor.name, tensor) for tensor in found)
                 except HeaderError as exc:
-                    self.faults.append(Fault("file", str(exc), file))
+                    hint = FETCH_AGAIN if isinstance(exc, CutShort) else ""
+                    self.faults.append(Fault("file", str(exc), file, hint=hint))
         return tensors
 
     def _read_state(

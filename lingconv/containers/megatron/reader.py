@@ -9,17 +9,19 @@ from lingconv.containers.checkpoint import Checkpoint
 from lingconv.containers.hf.small_files import read_json, sort_other_files
 from lingconv.containers.megatron import dcp_metadata as torch_dist
 from lingconv.containers.megatron.args import args_of
+from lingconv.containers.megatron.dcp_metadata import FilePlace
 from lingconv.containers.megatron.dcp_reader import TorchDistReader
 from lingconv.containers.megatron.pickles import loads
 from lingconv.containers.megatron.rank_assembly import names_of_ranks
 from lingconv.containers.megatron.rank_reader import RanksReader
 from lingconv.containers.megatron.torch_archive import PICKLE_NAME, ArchiveReader
-from lingconv.containers.stored_tensor import HeaderError
+from lingconv.containers.stored_tensor import FETCH_AGAIN, HeaderError
 from lingconv.errors import CheckpointError, Fault, UsageError
 from lingconv.storage import FileStat, Storage
 from lingconv.storage.file_names import CONFIG_NAME, RECORD_NAME
 
-_MAX_COMMON = 64 << 20  # bytes of common.pt's pickle, which may hold the state of a scheduler
+# Bytes of the pickle of what ranks share, which may hold the state of a scheduler.
+_MAX_COMMON = 64 << 20
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 
@@ -71,7 +73,7 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
     else:
         reader = TorchDistReader(storage, folder, main_params=main_params)
         tensors = reader.read()
-        args = _read_args(storage, folder + torch_dist.COMMON_NAME, faults)
+        args = _read_args(storage, folder, reader.common, faults)
         names = [*reader.files(), folder + torch_dist.METADATA_NAME]
     side_files: dict[str, FileStat] = {}
     config: dict[str, Any] = {}
@@ -94,18 +96,36 @@ def read_megatron(storage: Storage, folder: str, *, main_params: bool = False) -
         checksums={name: tuple(sums) for name, sums in reader.checksums.items()},
         is_spread=bool(ranks),
         is_recorded=bool(folder) and _exists(storage, RECORD_NAME),
+        absent=reader.absent,
     )
 
 
-def _read_args(storage: Storage, name: str, faults: list[Fault]) -> Mapping[str, Any]:
-    """Return Megatron's arguments from common.pt; empty when it has none."""
-    if not _exists(storage, name):
-        faults.append(Fault("missing file", "is not there: no arguments", name, fatal=False))
+def _read_args(
+    storage: Storage, folder: str, common: FilePlace | None, faults: list[Fault]
+) -> Mapping[str, Any]:
+    """Return Megatron's arguments, empty when there are none: in common.pt, or among the chunks.
+
+    `common` is where megatron-core 0.19 has put them. Where both are there, it reads common.pt.
+    """
+    name = folder + torch_dist.COMMON_NAME
+    if _exists(storage, name):
+        common = FilePlace(name, 0, storage.stat(name).size)
+    if common is None:
+        message = f"is not there, nor is `{torch_dist.COMMON_OBJECT}` read: no arguments"
+        faults.append(Fault("missing file", message, name, fatal=False))
         return {}
-    size = storage.stat(name).size
     try:
-        archive = ArchiveReader(lambda at, count: storage.read(name, at, count), size)
-        return args_of(loads(archive.record(PICKLE_NAME, _MAX_COMMON)))
+        return args_of(_common_state(storage, common))
     except HeaderError as exc:
-        faults.append(Fault("arguments", str(exc), name))
+        where = "" if common.file == name else torch_dist.COMMON_OBJECT
+        faults.append(Fault("arguments", str(exc), common.file, where, hint=FETCH_AGAIN))
         return {}
+
+
+def _common_state(storage: Storage, place: FilePlace) -> Any:
+    """Return what all ranks share; the object among the chunks is a list of that alone."""
+    archive = ArchiveReader(
+        lambda at, count: storage.read(place.file, place.offset + at, count), place.nbytes
+    )
+    state = loads(archive.record(PICKLE_NAME, _MAX_COMMON))
+    return state[0] if type(state) is list and len(state) == 1 else state

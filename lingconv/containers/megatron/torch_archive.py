@@ -17,7 +17,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from lingconv.containers.base import FileBytes
-from lingconv.containers.stored_tensor import HeaderError
+from lingconv.containers.stored_tensor import CutShort, HeaderError
 from lingconv.storage import BLOCK_BYTES
 
 PICKLE_NAME = "data.pkl"
@@ -72,7 +72,7 @@ def read_directory(read: Read, size: int) -> dict[str, Entry]:
     tail = read(start, size - start)
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end < _END.size:
-        raise HeaderError(_not_an_archive(read(0, 8)))
+        raise _not_an_archive(read(0, 8))
     count, length, offset, behind = _directory_place(tail, end)
     if count > _MAX_RECORDS or length > _MAX_DIRECTORY:
         raise HeaderError(f"has a directory of {count:,} records in {length:,} bytes")
@@ -106,12 +106,16 @@ def _spelled(name: bytes) -> str:
     return name[:200].decode("utf-8", "replace")
 
 
-def _not_an_archive(head: bytes) -> str:
+def _not_an_archive(head: bytes) -> HeaderError:
+    if not head:
+        return CutShort("is cut short: it is empty")
     if head.startswith(b"PK"):
-        return "is cut short: the directory at its end is missing"
+        return CutShort("is cut short: the directory at its end is missing")
     if head[:1] == b"\x80":
-        return "is of torch's format before 1.6, which is not read: save it again with a newer one"
-    return "is no archive of torch"
+        return HeaderError(
+            "is of torch's format before 1.6, which is not read: save it again with a newer one"
+        )
+    return HeaderError("is no archive of torch")
 
 
 def _directory_place(tail: bytes, end: int) -> tuple[int, int, int, int]:
