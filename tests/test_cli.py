@@ -83,12 +83,27 @@ def test_inspect_of_a_broken_checkpoint_reports_and_exits_3(golden, tmp_path):
     (source / "model-00002-of-00003.safetensors").unlink()
     out, err = run("inspect", source, code=3)
     assert "FAULT  model-00002-of-00003.safetensors: the index names this shard" in out
-    assert "more (-v or --json show all)" in out
-    assert err.startswith(f"error: {source} has 30 faults\n")
-    assert "hint: fetch the missing shards again" in err
+    assert err == f"error: {source} has 1 fault\nhint: fetch the missing shards again\n"
     out, err = run("inspect", source, "--json", code=3)
     assert json.loads(out)["sound"] is False
     assert json.loads(err.splitlines()[-1])["error"]["exit_code"] == 3
+
+
+def without_number_of_mtp_layers(golden, target):
+    """Copy a checkpoint whose config leaves out the 39 tensors of the MTP layer."""
+    source = copy_checkpoint(golden, target)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    return source
+
+
+def test_inspect_caps_its_faults_and_hints_an_option_that_it_has(golden, tmp_path):
+    source = without_number_of_mtp_layers(golden, tmp_path / "in")
+    out, err = run("inspect", source, code=3)
+    assert "more (-v or --json show all)" in out
+    assert err.startswith(f"error: {source} has 39 faults\n")
+    assert "hint: `--set num_nextn_predict_layers=1` takes it as a part of the model" in err
+    assert "FAULT" not in run("inspect", source, "--set", "num_nextn_predict_layers=1")[0]
 
 
 def test_plan_and_dry_run_say_the_same(golden, tmp_path):
@@ -167,12 +182,11 @@ def test_exit_codes_and_messages(golden, tmp_path, monkeypatch, args, code, says
 
 
 def test_an_error_names_file_and_tensor_and_is_capped(golden, tmp_path):
-    source = copy_checkpoint(golden, tmp_path / "in")
-    (source / "model-00002-of-00003.safetensors").unlink()
+    source = without_number_of_mtp_layers(golden, tmp_path / "in")
     _, err = run("convert", source, tmp_path / "out", code=3)
     lines = err.splitlines()
-    assert lines[1].startswith("  model-00002-of-00003.safetensors: the index names")
-    assert lines[11] == "  ... and 20 more (-v shows all)"
+    assert lines[1].startswith("  model-00002-of-00003.safetensors: model.layers.2.attention.dense")
+    assert lines[11] == "  ... and 29 more (-v shows all)"
     assert "more" not in run("convert", source, tmp_path / "out", "-v", code=3)[1]
 
 

@@ -31,7 +31,8 @@ def inspect(
     terminal.result(_lines(report, verbose=printed.verbose), report.to_json(), report.architecture)
     if not report.sound:
         fatal = [fault for fault in report.faults if fault.fatal]
-        raise CheckpointError(f"{report.source} has {len(fatal)} faults", hint=_hint(fatal))
+        plural = "s" if len(fatal) > 1 else ""
+        raise CheckpointError(f"{report.source} has {len(fatal)} fault{plural}", hint=_hint(fatal))
 
 
 def _hint(faults: list[Fault]) -> str:
