@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from compressed_tensors.utils.match import match_name
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import lingconv
@@ -145,7 +145,9 @@ def test_what_is_not_read_says_so(text, reason):
         Pattern(f"re:{text}").matches("a")
 
 
+@pytest.mark.filterwarnings("ignore:Possible :FutureWarning")  # Python's of `[[]`, as it reads it
 @given(st.text("()[]{}*+?|\\^$.-,:=!<>Pab1x", max_size=30))
+@example("[[]")
 def test_no_text_is_more_than_refused(text):
     try:
         tree = parse_regex(text)
