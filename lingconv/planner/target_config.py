@@ -1,15 +1,17 @@
 """config.json of a target: the source's, with the keys that a conversion changes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lingconv.checkpoint.recognised_checkpoint import Model
 from lingconv.encodings import quantization_config
-from lingconv.model.family import PhysicalName
+from lingconv.model.family import PhysicalName, Role
 from lingconv.model.layout import HF, Layout
 from lingconv.plans.options import ConvertOptions, Mtp, TargetDType
 from lingconv.plans.plan import Transfer
 
+_LAYER = re.compile(r"\.\d+\.")
 _DTYPES = {
     TargetDType.BF16: "bfloat16",
     TargetDType.F16: "float16",
@@ -36,6 +38,8 @@ def target_config(
         if not transfer.target.encoding.is_quantized
         and layout.tensors[PhysicalName(transfer.target.name)].role.is_linear_module
     ]
+    if options.mtp == Mtp.ONLY:
+        kept += _as_sglang_names(kept, layout, model.symbols["mtp_layers"])
     stated = config.get(quantization_config.KEY)
     if options.dtype or options.mtp == Mtp.ONLY:
         quantized = {t.target.name.removesuffix(".weight"): t.target.encoding for t in scaled}
@@ -44,6 +48,19 @@ def target_config(
         names = [transfer.target.name for transfer in scaled]
         config[quantization_config.KEY] = quantization_config.with_kept(stated, kept, names)
     return config
+
+
+def _as_sglang_names(kept: Sequence[str], layout: Layout, layers: int) -> list[str]:
+    """Return the projections of a stand-alone MTP model by the names that SGLang 0.5.23 has.
+
+    It counts them behind the model's own layers (bailing_moe_nextn.py), and looks for them so.
+    """
+    projections = [
+        module
+        for module in kept
+        if layout.tensors[PhysicalName(f"{module}.weight")].role == Role.MTP_PROJECTION
+    ]
+    return [_LAYER.sub(f".{layers}.", module, count=1) for module in projections]
 
 
 def _mtp_keys(model: Model, options: ConvertOptions) -> Mapping[str, Any]:
