@@ -323,6 +323,20 @@ def test_four_bits_are_not_rounded_twice(golden, tmp_path):
         lingconv.convert(tmp_path / "out", tmp_path / "twice", to("mxfp4"))
 
 
+@pytest.mark.parametrize("merged", ["dfactory", "transformers", "automodel", "mlx"])
+@pytest.mark.parametrize("dtype", ["nvfp4", "mxfp4", "int4"])
+def test_experts_of_four_bits_are_not_stacked(dtype, merged, golden, tmp_path):
+    lingconv.convert(golden, tmp_path / "out", to(dtype))
+    stacked = ConvertOptions(layout="hf-merged", merged=merged)
+    with pytest.raises(UsageError, match=r"a stack of experts|stored transposed|is made of"):
+        lingconv.plan(tmp_path / "out", stacked)
+    lingconv.convert(tmp_path / "out", tmp_path / "bf16", replace(stacked, dtype="bf16"))
+    lingconv.convert(tmp_path / "out", tmp_path / "apart", ConvertOptions(dtype="bf16"))
+    lingconv.convert(tmp_path / "apart", tmp_path / "twice", stacked)
+    found, expected = tensors_of(tmp_path / "bf16"), tensors_of(tmp_path / "twice")
+    assert {k: hashed(v) for k, v in found.items()} == {k: hashed(v) for k, v in expected.items()}
+
+
 def test_numbers_without_a_code_are_refused_with_their_name(golden, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(golden, source)

@@ -264,7 +264,7 @@ def test_any_target_in_one_pass(run, options, tmp_path):
     weights = weighting.by_decay(Decay.COSINE, COUNT)
     merge_checkpoints(run, tmp_path / "f32", weights, ConvertOptions(dtype="f32"))
     merge_checkpoints(run, tmp_path / "one", weights, options)
-    if options.is_megatron or options.merged == "automodel":
+    if options.layout.startswith("megatron") or options.merged == "automodel":
         # These keep what the base is in: BF16, rounded once.
         merge_checkpoints(run, tmp_path / "plain", weights)
         lingconv.convert(tmp_path / "one", tmp_path / "back", ConvertOptions(dtype=options.dtype))

@@ -34,7 +34,8 @@ class FileBytes(NamedTuple):
 class Match(NamedTuple):
     """What a format found in a storage: how sure it is, and where its checkpoints are.
 
-    The highest `score` wins: EXPLICIT for a file that was named, OWN for files that only this
+    The highest `score` of the built-in formats wins, those of other packages are asked where none
+    of these finds anything: EXPLICIT for a file that was named, OWN for files that only this
     format writes, SHARED for files that may lie beside another format's, FALLBACK for files that
     are read where there is nothing else. A place is the format's own word: a file's name, the
     folder of an iteration, or nothing for the storage itself.

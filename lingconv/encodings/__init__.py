@@ -1,8 +1,9 @@
 """Encodings of stored matrices: plain floats, FP8 with scales, four bits, ggml's blocks.
 
 `base.Encoding` is the frozen value, `codec.Codec` its arithmetic, `kernels/` the compiled loops.
-Another package can add an encoding: an entry point of the group `lingconv.encodings` that names a
-subclass of Encoding.
+Another package can add an encoding to plans, and a format that writes it: an entry point of the
+group `lingconv.encodings` that names a subclass of Encoding. Which stored tensors are recognised,
+and what `dtype` asks for, is fixed here (`checkpoint/tensor_matching.py`, `plans/options.py`).
 """
 
 from functools import cache

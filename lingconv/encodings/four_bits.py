@@ -6,7 +6,7 @@
     INT4      (0 to 15 - 8) x BF16 scale             any    scale, the matrix's shape
 
 Formats: compressed-tensors 0.20 (`compressors/nvfp4`, `mxfp4`, `pack_quantized`), ModelOpt 0.47
-(`qtensor/nvfp4_tensor.py`), and what inclusionAI, DeepSeek and Quark publish.
+(`qtensor/nvfp4_tensor.py`), and what inclusionAI and Quark publish.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,7 +30,6 @@ class Dialect(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
     MODELOPT = "modelopt"
     LING = "ling"  # inclusionAI's Ling 3.0 `-fp4`
-    DEEPSEEK = "deepseek"
     QUARK = "quark"
 
 

@@ -111,7 +111,7 @@ def parse_family(data: Mapping[str, Any]) -> Family:
 def _parse_symbol(name: str, entry: Mapping[str, Any]) -> Symbol:
     rule = entry.get("rule", "")
     if rule and rule not in RULES:
-        raise ValueError(f"symbol `{name}`: no rule `{rule}` in lingconv/rules.py")
+        raise ValueError(f"symbol `{name}`: no rule `{rule}` in lingconv/model/symbol_rules.py")
     keys = {
         word: (key,) if isinstance(key, str) else tuple(key)
         for word, key in entry.items()

@@ -107,9 +107,14 @@ class EncodingChoice:
             )
         if not copies:
             self._check_decoding(tensor, terms, target, is_average=is_average)
+        if tensor.stack and not target.holds_stacks:
+            raise UsageError(
+                f"{tensor.name} is a stack of experts, which no runtime reads in {target.label}",
+                hint="write experts one by one (`layout=hf`), or add `dtype=bf16`",
+            )
         if tensor.transposition and target.has_scales:
             raise UsageError(
-                f"{tensor.name} is stored transposed, and no runtime reads that in FP8",
+                f"{tensor.name} is stored transposed, and no runtime reads that in {target.label}",
                 hint="add `dtype=bf16`, or stack experts otherwise (`merged`)",
             )
         return target, scaling, copies
@@ -169,8 +174,9 @@ class EncodingChoice:
                 hint="say what it is to be stored in: `dtype=bf16`",
             )
         if any(encoding.has_scales for encoding in found) and self._layout.base == HF:
+            labels = " and ".join(sorted(encoding.label for encoding in found))
             raise UsageError(
-                f"{tensor.name} is made of FP8 blocks that do not end where one tensor follows"
+                f"{tensor.name} is made of {labels} blocks that do not end where one tensor follows"
                 " another",
                 hint="stack gate and up apart (`merged=dfactory`), or add `dtype=bf16`",
             )
@@ -212,11 +218,6 @@ class EncodingChoice:
 
     def _in_four_bits(self, tensor: PhysicalTensor, encoding: Encoding) -> Encoding:
         """Return `encoding`, or raise an error where it cannot store a weight."""
-        if tensor.stack or tensor.transposition:
-            raise UsageError(
-                f"{tensor.name} is a stack of experts, which no runtime reads in {encoding.label}",
-                hint="write experts one by one: `layout=hf`",
-            )
         if tensor.shape[-1] % encoding.col_multiple:
             raise UsageError(
                 f"{tensor.name} has {tensor.shape[-1]:,} columns, which groups of"

@@ -364,11 +364,6 @@ class ConvertOptions:
             return f"{Target.HF}+{self.merged}"
         return self.megatron.layout if self.layout == Target.MEGATRON else self.layout
 
-    @property
-    def is_megatron(self) -> bool:
-        """Whether the target is one of Megatron's formats."""
-        return self.layout in (Target.MEGATRON, Target.RANKS)
-
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values.
 

@@ -1,4 +1,4 @@
-"""From what the user typed to a place to read or to send to.."""
+"""Places to read from or to send to, from what the user typed."""
 
 import re
 from pathlib import Path

@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Diff:
     """All differences of two checkpoints."""
 
@@ -47,6 +47,9 @@ class Diff:
     tensors: int
     bytes_read: int
     differences: tuple[Difference, ...]
+
+    def __repr__(self) -> str:
+        return f"<Diff {self.a!r} and {self.b!r}: {len(self.differences)} differences>"
 
     def to_json(self) -> dict[str, Any]:
         """Return the differences as JSON values."""

@@ -133,7 +133,7 @@ class ForwardFigures:
     mtp_logits: tuple[LogitFigures, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verdict:
     """The answer of a verification, with all figures and findings behind it."""
 
@@ -151,6 +151,10 @@ class Verdict:
     bytes_read: int
     seconds: float
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        answer = "yes" if self.ok else f"no, {len(self.findings)} findings"
+        return f"<Verdict {self.source!r} -> {self.target!r}: {answer}, level {self.level}>"
 
     @property
     def ok(self) -> bool:

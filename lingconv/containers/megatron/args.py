@@ -17,7 +17,6 @@ from lingconv.plans.options import ConvertOptions, ExpertNames, Spec, Target, Ta
 
 ITERATION = 1
 _DTYPES = {TargetDType.F16: DType.F16, TargetDType.F32: DType.F32}
-_IMPLEMENTATIONS = {Spec.TE: "transformer_engine", Spec.LOCAL: "local"}
 _STATEFUL = (Role.LINEAR, Role.EXPERT, Role.NORM, Role.MTP_PROJECTION)
 _LINEAR = (Role.LINEAR, Role.EXPERT, Role.MTP_PROJECTION, Role.HEAD)
 VOCABULARY = "padded_vocab_size"

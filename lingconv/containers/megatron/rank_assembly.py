@@ -1,4 +1,4 @@
-"""Puts the parts that Megatron's ranks hold together again: the inverse of `spreading.py`.
+"""Puts the parts that Megatron's ranks hold together again: the inverse of `rank_writer.py`.
 
 Every tensor of a rank's file is one or several boxes of a tensor of the whole model. What several
 ranks hold has to be the same everywhere, by the checksums that their files state.

@@ -13,7 +13,6 @@ from lingconv.encodings.kernels.numeric import f32_to_bf16
 from lingconv.encodings.scaling import Rule, Scaling, Search
 
 _STORED = {DType.F32: np.float32, DType.BF16: np.uint16, DType.U8: np.uint8}
-_SIX = np.float32(6)
 _MAX = np.float32(6 * 448)  # e2m1's largest number times e4m3's
 _FOUR_SIX_MAX = np.float32(6 * 256)
 _TINY_BF16 = np.float32(2.0**-126)

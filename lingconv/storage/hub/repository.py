@@ -38,7 +38,6 @@ from lingconv.storage.upload_target import (
 )
 from lingconv.version import __version__
 
-MAIN = "main"
 _MOVED = (409, 412)
 # Commits of others that may come before one of ours: as many machines may write one repository.
 MOVES = 200

@@ -1,7 +1,7 @@
 """A model repository on the Hub, pinned to a commit, as a folder to read from.
 
-Files that are in the local cache already are read from there, others by byte ranges (`ranges.py`).
-The requests are `hub/remote.py`'s.
+Files that are in the local cache already are read from there, others by byte ranges
+(`byte_ranges.py`). The requests are `hub/files.py`'s.
 """
 
 from collections.abc import Mapping
